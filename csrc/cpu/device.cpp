@@ -1,0 +1,385 @@
+// Stages sequences into planes, finds their thresholds and shares blocks of owners among threads.
+#include "device.h"
+
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <memory>
+
+#include "../math/score.h"
+#include "dense.h"
+
+namespace qflux::cpu {
+namespace {
+
+const InstructionSet& choose_instruction_set() {
+#if defined(QFLUX_X86)
+  const char* wanted = std::getenv("QFLUX_INSTRUCTION_SET");
+  const auto allowed = [&](const InstructionSet& set) {
+    return wanted == nullptr || std::strcmp(wanted, set.name) == 0;
+  };
+  __builtin_cpu_init();
+  const bool fused = __builtin_cpu_supports("fma");
+  const bool wide = fused && __builtin_cpu_supports("avx512f") &&
+                    __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+                    __builtin_cpu_supports("avx512vl");
+  if (wide && allowed(kAvx512)) return kAvx512;
+  if (fused && __builtin_cpu_supports("avx2") && allowed(kAvx2)) return kAvx2;
+#endif
+  return kBaseline;
+}
+
+const InstructionSet& chosen() {
+  static const InstructionSet& set = choose_instruction_set();
+  return set;
+}
+
+template <class T>
+const Kernels<T>& kernels();
+template <>
+const Kernels<float>& kernels<float>() {
+  return chosen().single;
+}
+template <>
+const Kernels<double>& kernels<double>() {
+  return chosen().twice;
+}
+
+int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+int64_t blocks(int64_t n, int64_t size) { return (n + size - 1) / size; }
+
+struct Range {
+  int64_t first, last;
+};
+Range tile_range(int64_t tile, int64_t end) {
+  const int64_t first = tile * kMomentsTile;
+  return {first, first + kMomentsTile < end ? first + kMomentsTile : end};
+}
+
+// Runs body(b, block) for every block of every sequence. `balanced` pairs the first block with the
+// last, whose shares of a causal triangle add up to the same work everywhere.
+template <class Body>
+void for_each_block(int64_t batch, int64_t count, bool balanced, int64_t grain, const Body& body) {
+  const int64_t items = balanced ? (count + 1) / 2 : count;
+  if (batch * items == 0) return;
+  torch::stable::parallel_for(0, batch * items, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t n = begin; n < end; ++n) {
+      const int64_t b = n / items, item = n % items;
+      body(b, item);
+      if (balanced && count - 1 - item != item) body(b, count - 1 - item);
+    }
+  });
+}
+
+// Enough blocks for a thread that its share is worth waking it for.
+int64_t grain_for(int64_t pairs_per_block) {
+  constexpr int64_t kPairs = 1 << 15;
+  return pairs_per_block >= kPairs ? 1 : kPairs / (pairs_per_block < 1 ? 1 : pairs_per_block);
+}
+
+template <class T>
+class Staging {
+ public:
+  explicit Staging(const PairParams<T>& params, bool backward)
+      : p(params),
+        depth(params.values ? params.depth : 2),
+        row_stride(round_up(params.rows, kPadding)),
+        key_stride(round_up(params.keys, kPadding)),
+        row_planes(3 + (backward ? depth + 1 : 0)),
+        key_planes(2 + (params.values ? depth : 0)),
+        rows_(new T[size(row_planes * row_stride)]),
+        keys_(new T[size(key_planes * key_stride)]) {}
+
+  T* row_plane(int64_t b, int64_t plane) const {
+    return rows_.get() + (b * row_planes + plane) * row_stride;
+  }
+  T* key_plane(int64_t b, int64_t plane) const {
+    return keys_.get() + (b * key_planes + plane) * key_stride;
+  }
+
+  Sequence<T> sequence(int64_t b) const {
+    Sequence<T> s{};
+    s.visibility = p.visibility(b);
+    s.depth = depth;
+    s.score = p.score;
+    s.eps = static_cast<T>(p.eps);
+    s.min_gate = p.min_gate[b];
+    s.query_x = row_plane(b, 0);
+    s.query_y = row_plane(b, 1);
+    s.limit = row_plane(b, 2);
+    s.key_x = key_plane(b, 0);
+    s.key_y = key_plane(b, 1);
+    if (p.values) s.values = key_plane(b, 2);
+    if (row_planes > 3) {
+      s.grad = row_plane(b, 3);
+      s.grad_strength = row_plane(b, 3 + depth);
+    }
+    s.row_stride = row_stride;
+    s.key_stride = key_stride;
+    return s;
+  }
+
+  Point<T> query(int64_t b, int64_t i) const {
+    const Point<T> x = load_point(p.states, b, i);
+    return p.score == Score::kThreshold ? ThresholdPair<T>::query(x, T(0))
+                                        : GatePair<T>::query(x, p.coefficient[b]);
+  }
+
+  void stage_keys(int64_t b, int64_t first, int64_t last) const {
+    T *x = key_plane(b, 0), *y = key_plane(b, 1);
+    for (int64_t j = first; j < last; ++j) {
+      const Point<T> key = load_point(p.key_points, b, j);
+      x[j] = key.x;
+      y[j] = key.y;
+    }
+    for (int64_t c = 2; c < key_planes; ++c) {
+      T* plane = key_plane(b, c);
+      for (int64_t j = first; j < last; ++j) plane[j] = p.values.at(b, j, c - 2);
+    }
+    if (last == p.keys)
+      for (int64_t c = 0; c < key_planes; ++c)
+        std::fill(key_plane(b, c) + last, key_plane(b, c) + key_stride, T(0));
+  }
+
+  void stage_queries(int64_t b, int64_t first, int64_t last) const {
+    T *x = row_plane(b, 0), *y = row_plane(b, 1);
+    for (int64_t i = first; i < last; ++i) {
+      const Point<T> q = query(b, i);
+      x[i] = q.x;
+      y[i] = q.y;
+    }
+    if (last == p.rows)
+      for (int64_t c = 0; c < row_planes; ++c)
+        std::fill(row_plane(b, c) + last, row_plane(b, c) + row_stride, T(0));
+  }
+
+  const PairParams<T>& p;
+  const int64_t depth, row_stride, key_stride, row_planes, key_planes;
+
+ private:
+  size_t size(int64_t per_sequence) const { return static_cast<size_t>(p.batch * per_sequence); }
+
+  std::unique_ptr<T[]> rows_, keys_;
+};
+
+// Sums over keys [first, last) relative to the sequence's first key.
+template <class T>
+Moments moments(const Staging<T>& staging, int64_t b, int64_t first, int64_t last) {
+  const T *x = staging.key_plane(b, 0), *y = staging.key_plane(b, 1);
+  const double shift_x = x[0], shift_y = y[0];
+  Moments sums;
+  for (int64_t j = first; j < last; ++j) sums.add(x[j] - shift_x, y[j] - shift_y);
+  return sums;
+}
+
+// tau of rows [first, last), whose keys' moments before each tile stand in `before`.
+template <class T>
+void row_thresholds(const Staging<T>& staging, const Moments* before, int64_t b, int64_t first,
+                    int64_t last) {
+  const PairParams<T>& p = staging.p;
+  const Visibility visibility = p.visibility(b);
+  const T *x = staging.key_plane(b, 0), *y = staging.key_plane(b, 1);
+  const double shift_x = x[0], shift_y = y[0];
+  const bool whole = p.row_window || !p.causal;
+  const int64_t start = whole ? visibility.key_end : visibility.visible_keys(first);
+  int64_t n = start / kMomentsTile * kMomentsTile;
+  Moments inside = moments(staging, b, n, start), windows[kMomentsTile];
+  T state_x[kMomentsTile], state_y[kMomentsTile];
+  n = start;
+  for (int64_t i = first; i < last; ++i) {
+    const int64_t end = whole ? start : visibility.visible_keys(i);
+    for (; n < end; ++n) {
+      if (n % kMomentsTile == 0) inside = Moments{};
+      inside.add(x[n] - shift_x, y[n] - shift_y);
+    }
+    // A window that ends with a tile still counts as that tile's.
+    Moments window = before[n % kMomentsTile == 0 && n > start ? n / kMomentsTile - 1
+                                                               : n / kMomentsTile];
+    window.add(inside);
+    windows[i - first] = window;
+    const Point<T> state = load_point(p.states, b, i);
+    state_x[i - first] = state.x;
+    state_y[i - first] = state.y;
+  }
+  T* tau = staging.row_plane(b, 2) + first;
+  kernels<T>().thresholds(windows, state_x, state_y, last - first, {shift_x, shift_y},
+                          p.coefficient[b], p.eps, tau);
+  for (int64_t i = first; i < last; ++i)
+    if (visibility.visible_keys(i) == 0) tau[i - first] = T(0);
+}
+
+template <class T>
+void stage_forward(const Staging<T>& staging) {
+  const PairParams<T>& p = staging.p;
+  const int64_t key_tiles = blocks(p.keys, kMomentsTile), row_tiles = blocks(p.rows, kMomentsTile);
+  const bool statistics = p.score == Score::kThreshold;
+  const int64_t grain = grain_for(kMomentsTile * 16);
+  // before[b][tile]: moments of the keys in front of a tile.
+  const std::unique_ptr<Moments[]> before(
+      new Moments[statistics ? static_cast<size_t>(p.batch * (key_tiles + 1)) : 0]);
+  for_each_block(p.batch, key_tiles, false, grain, [&](int64_t b, int64_t tile) {
+    const auto [first, last] = tile_range(tile, p.keys);
+    staging.stage_keys(b, first, last);
+  });
+  if (statistics) {
+    for_each_block(p.batch, key_tiles, false, grain, [&](int64_t b, int64_t tile) {
+      const auto [first, last] = tile_range(tile, p.visibility(b).key_end);
+      if (first < last)
+        before[b * (key_tiles + 1) + tile + 1] = moments(staging, b, first, last);
+    });
+    for (int64_t b = 0; b < p.batch; ++b)
+      for (int64_t tile = 1; tile <= key_tiles; ++tile)
+        before[b * (key_tiles + 1) + tile].add(before[b * (key_tiles + 1) + tile - 1]);
+  }
+  for_each_block(p.batch, row_tiles, false, grain, [&](int64_t b, int64_t tile) {
+    const auto [first, last] = tile_range(tile, p.rows);
+    staging.stage_queries(b, first, last);
+    T* limit = staging.row_plane(b, 2);
+    if (statistics && p.keys > 0)
+      row_thresholds(staging, before.get() + b * (key_tiles + 1), b, first, last);
+    else
+      std::fill(limit + first, limit + last, T(0));
+  });
+}
+
+template <class T>
+void stage_backward(const Staging<T>& staging, const InteractBackwardParams<T>& backward) {
+  const PairParams<T>& p = staging.p;
+  const int64_t grain = grain_for(kMomentsTile * 16);
+  for_each_block(p.batch, blocks(p.keys, kMomentsTile), false, grain, [&](int64_t b, int64_t tile) {
+    const auto [first, last] = tile_range(tile, p.keys);
+    staging.stage_keys(b, first, last);
+  });
+  for_each_block(p.batch, blocks(p.rows, kMomentsTile), false, grain, [&](int64_t b, int64_t tile) {
+    const auto [first, last] = tile_range(tile, p.rows);
+    staging.stage_queries(b, first, last);
+    const Visibility visibility = p.visibility(b);
+    T *limit = staging.row_plane(b, 2), *strength = staging.row_plane(b, 3 + staging.depth);
+    for (int64_t i = first; i < last; ++i) {
+      const T scale = p.reduction_scale(visibility.visible_keys(i));
+      limit[i] = backward.threshold.at(b, i);
+      for (int64_t c = 0; c < staging.depth; ++c)
+        staging.row_plane(b, 3 + c)[i] = scale * backward.grad_context.at(b, i, c);
+      strength[i] = backward.grad_strength ? scale * backward.grad_strength.at(b, i) : T(0);
+    }
+  });
+}
+
+}  // namespace
+
+const char* instruction_set() { return chosen().name; }
+
+template <class T>
+void Device::interact(const InteractParams<T>& params) {
+  const PairParams<T>& p = params.pair;
+  if (p.batch == 0 || p.rows == 0) return;
+  const Staging<T> staging(p, false);
+  stage_forward(staging);
+  const int64_t depth = staging.depth;
+  for_each_block(
+      p.batch, blocks(p.rows, kBlock), p.causal, grain_for(kBlock * p.keys),
+      [&](int64_t b, int64_t block) {
+        const Sequence<T> sequence = staging.sequence(b);
+        const Visibility& visibility = sequence.visibility;
+        const int64_t first = block * kBlock;
+        const int64_t end = first + kBlock < p.rows ? first + kBlock : p.rows;
+        const int64_t last = end < visibility.row_end ? end : visibility.row_end;
+        const std::unique_ptr<T[]> context(new T[static_cast<size_t>(kBlock * depth)]);
+        T strength[kBlock];
+        int32_t degree[kBlock];
+        if (first < last)
+          kernels<T>().forward(sequence, first, last,
+                               {context.get(), strength, params.degree ? degree : nullptr});
+        for (int64_t i = first; i < end; ++i) {
+          const int64_t n = i - first, visible = visibility.visible_keys(i);
+          const T tau = sequence.limit[i];
+          T scale = p.reduction_scale(visible);
+          // No comparison with an undefined threshold means anything.
+          if (tau != tau && visible > 0) scale = std::numeric_limits<T>::quiet_NaN();
+          for (int64_t c = 0; c < depth; ++c)
+            params.context.at(b, i, c) = visible > 0 ? scale * context[n * depth + c] : T(0);
+          if (params.strength) params.strength.at(b, i) = visible > 0 ? scale * strength[n] : T(0);
+          if (params.degree) params.degree.at(b, i) = visible > 0 ? degree[n] : 0;
+          params.threshold.at(b, i) = tau;
+        }
+      });
+}
+
+template <class T>
+void Device::interact_backward(const InteractBackwardParams<T>& params) {
+  const PairParams<T>& p = params.pair;
+  if (p.batch == 0) return;
+  const Staging<T> staging(p, true);
+  stage_backward(staging, params);
+  const int64_t depth = staging.depth;
+  const auto owners = [](int64_t block, int64_t count, int64_t valid) {
+    struct {
+      int64_t first, last, end;
+    } range;
+    range.first = block * kBlock;
+    range.end = range.first + kBlock < count ? range.first + kBlock : count;
+    range.last = range.end < valid ? range.end : valid;
+    return range;
+  };
+
+  if (params.grad_states || params.grad_alpha)
+    for_each_block(
+        p.batch, blocks(p.rows, kBlock), p.causal, grain_for(kBlock * p.keys),
+        [&](int64_t b, int64_t block) {
+          const Sequence<T> sequence = staging.sequence(b);
+          const auto range = owners(block, p.rows, sequence.visibility.row_end);
+          T point[2 * kBlock] = {};
+          if (range.first < range.last)
+            kernels<T>().backward_rows(sequence, range.first, range.last, {point, nullptr});
+          for (int64_t i = range.first; i < range.end; ++i) {
+            const Point<T> grad{point[2 * (i - range.first)], point[2 * (i - range.first) + 1]};
+            const bool gate = p.score == Score::kInverseGate;
+            if (params.grad_alpha)
+              params.grad_alpha.at(b, i) +=
+                  gate ? GatePair<T>::alpha_vjp(grad, load_point(p.states, b, i)) : T(0);
+            if (!params.grad_states) continue;
+            Point<T> pulled = gate ? GatePair<T>::query_vjp(grad, p.coefficient[b])
+                                   : ThresholdPair<T>::query_vjp(grad, T(0));
+            if (params.accumulate) {
+              const Point<T> old = load_point(as_const(params.grad_states), b, i);
+              pulled = {old.x + pulled.x, old.y + pulled.y};
+            }
+            store_point(params.grad_states, b, i, pulled);
+          }
+        });
+
+  if (params.grad_keys || params.grad_values)
+    for_each_block(
+        p.batch, blocks(p.keys, kBlock), p.causal, grain_for(kBlock * p.rows),
+        [&](int64_t b, int64_t block) {
+          const Sequence<T> sequence = staging.sequence(b);
+          const auto range = owners(block, p.keys, sequence.visibility.key_end);
+          T point[2 * kBlock] = {};
+          const std::unique_ptr<T[]> values(
+              new T[p.values ? static_cast<size_t>(kBlock * depth) : 0]());
+          if (range.first < range.last)
+            kernels<T>().backward_keys(sequence, range.first, range.last, {point, values.get()});
+          for (int64_t j = range.first; j < range.end; ++j) {
+            const int64_t n = j - range.first;
+            if (params.grad_keys) {
+              Point<T> grad{point[2 * n], point[2 * n + 1]};
+              if (params.keys_are_states) {
+                const Point<T> old = load_point(as_const(params.grad_keys), b, j);
+                grad = {old.x + grad.x, old.y + grad.y};
+              }
+              store_point(params.grad_keys, b, j, grad);
+            }
+            if (params.grad_values)
+              for (int64_t c = 0; c < depth; ++c)
+                params.grad_values.at(b, j, c) = values[n * depth + c];
+          }
+        });
+}
+
+template void Device::interact(const InteractParams<float>&);
+template void Device::interact(const InteractParams<double>&);
+template void Device::interact_backward(const InteractBackwardParams<float>&);
+template void Device::interact_backward(const InteractBackwardParams<double>&);
+
+}  // namespace qflux::cpu

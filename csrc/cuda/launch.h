@@ -1,0 +1,23 @@
+// What the ops call. Free of CUDA and torch headers, so that a build without a toolkit can read it.
+#pragma once
+
+#include "../params.h"
+
+namespace qflux::cuda {
+
+// Each enqueues its kernels on `stream` (a cudaStream_t) and returns nullptr, or the text of the
+// first launch error. None allocates, synchronises or leaves the current device, so all of them
+// may run under CUDA-graph capture.
+const char* interact(const InteractParams<float>& params, void* stream);
+const char* interact(const InteractParams<double>& params, void* stream);
+const char* interact_backward(const InteractBackwardParams<float>& params, void* stream);
+const char* interact_backward(const InteractBackwardParams<double>& params, void* stream);
+const char* evolve(const EvolveParams<float>& params, void* stream);
+const char* evolve(const EvolveParams<double>& params, void* stream);
+const char* evolve_backward(const EvolveBackwardParams<float>& params, void* stream);
+const char* evolve_backward(const EvolveBackwardParams<double>& params, void* stream);
+
+// Space-separated, as the build passed them in QFLUX_CUDA_ARCHITECTURES.
+const char* architectures();
+
+}  // namespace qflux::cuda

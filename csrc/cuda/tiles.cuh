@@ -1,0 +1,70 @@
+// Staging of others into shared memory, reading them back, and sums that outlast a tile.
+#pragma once
+
+#include "runtime.cuh"
+#include "traits.h"
+
+namespace qflux::cuda {
+
+template <class T>
+struct Wide;
+template <>
+struct Wide<float> {
+  using Type = float4;
+};
+template <>
+struct Wide<double> {
+  using Type = double2;
+};
+
+__device__ __forceinline__ void unpack(float4 from, float* to) {
+  to[0] = from.x, to[1] = from.y, to[2] = from.z, to[3] = from.w;
+}
+__device__ __forceinline__ void unpack(double2 from, double* to) { to[0] = from.x, to[1] = from.y; }
+
+// Two records at a 16-byte boundary; all threads of a warp read the same ones.
+template <int kWidth, class T>
+__device__ __forceinline__ void read_two(const T* from, T (&to)[2][kWidth]) {
+  using Type = typename Wide<T>::Type;
+  constexpr int kPart = sizeof(Type) / sizeof(T);
+  T flat[2 * kWidth];
+#pragma unroll
+  for (int n = 0; n < 2 * kWidth / kPart; ++n)
+    unpack(reinterpret_cast<const Type*>(from)[n], flat + n * kPart);
+#pragma unroll
+  for (int n = 0; n < 2 * kWidth; ++n) to[n / kWidth][n % kWidth] = flat[n];
+}
+
+// Fills records 0 .. count - 1 by fetch(n, record), and one of zeros after an odd count, because
+// records are read in twos.
+template <int kWidth, class T, class Fetch>
+__device__ __forceinline__ void stage(T* tile, int count, const Fetch& fetch) {
+  for (int n = threadIdx.x; n < count + count % 2; n += kThreads) {
+    T record[kWidth] = {};
+    if (n < count) fetch(n, record);
+#pragma unroll
+    for (int c = 0; c < kWidth; ++c) tile[n * kWidth + c] = record[c];
+  }
+}
+
+// Continues the sums of chunks so that the error does not grow with their number: Knuth's two-sum
+// in T, which costs every GPU the same, whatever the rate of its float64 units.
+template <class T>
+struct Total {
+  T sum, error;
+
+  __device__ __forceinline__ void add(T part) {
+    const T next = sum + part;
+    const T shadow = next - sum;
+    error += (sum - (next - shadow)) + (part - shadow);
+    sum = next;
+  }
+  __device__ __forceinline__ void add(const Total& other) {
+    add(other.sum);
+    error += other.error;
+  }
+  // An overflow makes the error term NaN; the sum itself is then the answer.
+  __device__ __forceinline__ T get() const { return error == error ? sum + error : sum; }
+};
+
+}  // namespace qflux::cuda

@@ -1,0 +1,199 @@
+// The Heun-Euler step as a sequence of interactions and per-token rules, for any device.
+//
+// A `Device` offers interact(InteractParams), interact_backward(InteractBackwardParams) and
+// for_each_token(batch, rows, functor), all in order on one thread pool or stream.
+#pragma once
+
+#include "params.h"
+
+namespace qflux {
+
+// Scratch of the backward: gradients at x, at x + k1, of the two contexts and of the strength.
+enum ScratchPlane : int64_t {
+  kGradState = 0,
+  kGradMiddle = 2,
+  kGradContext = 4,
+  kGradMiddleContext = 6,
+  kGradStrength = 8,
+  kScratchPlanes = 9,
+};
+
+template <class T>
+struct CopyToTape {
+  EvolveParams<T> p;
+  QFLUX_INLINE void operator()(int64_t b, int64_t i) const {
+    store_point(p.plane(0, kTapeState), b, i, load_point(p.pair.states, b, i));
+  }
+};
+
+template <class T>
+struct EndOfFirstStage {
+  EvolveParams<T> p;
+  int64_t step;
+  QFLUX_INLINE void operator()(int64_t b, int64_t i) const {
+    const auto x = load_point(as_const(p.plane(step, kTapeState)), b, i);
+    const auto context = load_point(as_const(p.plane(step, kTapeContext)), b, i);
+    store_point(p.plane(step, kTapeMiddle), b, i, advance(x, p.dt.at(step, b, i), context));
+  }
+};
+
+// x + (k1 + k2) / 2, recomputed alike in both directions.
+template <class T>
+QFLUX_INLINE Point<T> end_of_heun(const EvolveParams<T>& p, int64_t step, int64_t b, int64_t i) {
+  const auto x = load_point(as_const(p.plane(step, kTapeState)), b, i);
+  const auto c1 = load_point(as_const(p.plane(step, kTapeContext)), b, i);
+  const auto c2 = load_point(as_const(p.plane(step, kTapeMiddleContext)), b, i);
+  return advance(x, p.dt.at(step, b, i) / 2, {c1.x + c2.x, c1.y + c2.y});
+}
+
+template <class T>
+struct EndOfStep {
+  EvolveParams<T> p;
+  int64_t step;
+  QFLUX_INLINE void operator()(int64_t b, int64_t i) const {
+    const auto x = load_point(as_const(p.plane(step, kTapeState)), b, i);
+    auto result = x;
+    if (i < p.pair.visibility(b).row_end) {
+      const T strength = p.plane(step, kTapeStrength).at(b, i);
+      const auto evolved = move_radius(end_of_heun(p, step, b, i), strength, p.radius);
+      result = blend(p.skip.at(step, b, i), x, evolved);
+    }
+    const bool last = step + 1 == p.steps;
+    store_point(last ? p.out : p.plane(step + 1, kTapeState), b, i, result);
+    if (last) p.strength.at(b, i) = p.plane(step, kTapeStrength).at(b, i);
+  }
+};
+
+template <class T>
+InteractParams<T> stage(const EvolveParams<T>& p, int64_t step, bool middle) {
+  InteractParams<T> stage{};
+  stage.pair = p.pair;
+  stage.pair.states = as_const(p.plane(step, middle ? kTapeMiddle : kTapeState));
+  stage.pair.key_points = stage.pair.states;
+  stage.context = p.plane(step, middle ? kTapeMiddleContext : kTapeContext);
+  stage.threshold = p.plane(step, middle ? kTapeMiddleThreshold : kTapeThreshold);
+  return stage;
+}
+
+template <class T, class Device>
+void evolve_forward(Device& device, const EvolveParams<T>& p) {
+  const int64_t batch = p.pair.batch, rows = p.pair.rows;
+  device.for_each_token(batch, rows, CopyToTape<T>{p});
+  for (int64_t step = 0; step < p.steps; ++step) {
+    auto first = stage(p, step, false);
+    first.strength = p.plane(step, kTapeStrength);
+    if (step + 1 == p.steps) first.degree = p.degree;
+    device.interact(first);
+    device.for_each_token(batch, rows, EndOfFirstStage<T>{p, step});
+    device.interact(stage(p, step, true));
+    device.for_each_token(batch, rows, EndOfStep<T>{p, step});
+  }
+}
+
+template <class T>
+struct StepGradients {
+  EvolveBackwardParams<T> p;
+
+  QFLUX_INLINE View<T> plane(int64_t which) const {
+    const auto& forward = p.forward;
+    const int64_t size = forward.pair.batch * forward.padded;
+    return {p.scratch + which * size, forward.padded, 1, size};
+  }
+};
+
+// Pulls the gradient of a step's result back to x', the contexts and the strength.
+template <class T>
+struct EndOfStepVjp {
+  StepGradients<T> g;
+  int64_t step;
+  QFLUX_INLINE void operator()(int64_t b, int64_t i) const {
+    const auto& p = g.p.forward;
+    const bool last = step + 1 == p.steps;
+    const auto grad =
+        last ? load_point(g.p.grad_out, b, i) : load_point(as_const(g.plane(kGradState)), b, i);
+    Point<T> grad_x = grad, grad_moved{T(0), T(0)};
+    T grad_strength = T(0), grad_skip = T(0);
+    if (i < p.pair.visibility(b).row_end) {
+      const auto x = load_point(as_const(p.plane(step, kTapeState)), b, i);
+      const T strength = p.plane(step, kTapeStrength).at(b, i);
+      const T skip = p.skip.at(step, b, i);
+      const auto moved = end_of_heun(p, step, b, i);
+      const auto evolved = move_radius(moved, strength, p.radius);
+      grad_skip = grad.x * (x.x - evolved.x) + grad.y * (x.y - evolved.y);
+      const auto pulled = move_radius_vjp(moved, strength, p.radius,
+                                          {(1 - skip) * grad.x, (1 - skip) * grad.y});
+      grad_moved = pulled.moved;
+      grad_strength = pulled.strength + (last ? g.p.grad_strength.at(b, i) : T(0));
+      grad_x = {skip * grad.x + grad_moved.x, skip * grad.y + grad_moved.y};
+    }
+    const T dt = p.dt.at(step, b, i);
+    store_point(g.plane(kGradState), b, i, grad_x);
+    store_point(g.plane(kGradMiddleContext), b, i, {dt / 2 * grad_moved.x, dt / 2 * grad_moved.y});
+    // Half of x' is k1 itself; the other half arrives through x + k1 in the next rule.
+    store_point(g.plane(kGradContext), b, i, {grad_moved.x / 2, grad_moved.y / 2});
+    g.plane(kGradStrength).at(b, i) = grad_strength;
+    if (g.p.grad_skip) g.p.grad_skip[step * p.skip.step + b * p.skip.batch + i] += grad_skip;
+  }
+};
+
+template <class T>
+struct EndOfFirstStageVjp {
+  StepGradients<T> g;
+  int64_t step;
+  QFLUX_INLINE void operator()(int64_t b, int64_t i) const {
+    const auto& p = g.p.forward;
+    const auto grad_middle = load_point(as_const(g.plane(kGradMiddle)), b, i);
+    const auto half = load_point(as_const(g.plane(kGradContext)), b, i);
+    const auto grad_x = load_point(as_const(g.plane(kGradState)), b, i);
+    const Point<T> grad_k1{half.x + grad_middle.x, half.y + grad_middle.y};
+    if (g.p.grad_dt) {
+      const auto c1 = load_point(as_const(p.plane(step, kTapeContext)), b, i);
+      const auto c2 = load_point(as_const(p.plane(step, kTapeMiddleContext)), b, i);
+      g.p.grad_dt[step * p.dt.step + b * p.dt.batch + i] +=
+          grad_k1.x * c1.x + grad_k1.y * c1.y + half.x * c2.x + half.y * c2.y;
+    }
+    const T dt = p.dt.at(step, b, i);
+    store_point(g.plane(kGradContext), b, i, {dt * grad_k1.x, dt * grad_k1.y});
+    store_point(g.plane(kGradState), b, i, {grad_x.x + grad_middle.x, grad_x.y + grad_middle.y});
+  }
+};
+
+template <class T>
+struct CopyGradient {
+  StepGradients<T> g;
+  QFLUX_INLINE void operator()(int64_t b, int64_t i) const {
+    store_point(g.p.grad_states, b, i, load_point(as_const(g.plane(kGradState)), b, i));
+  }
+};
+
+// grad_dt, grad_skip and grad_alpha are zero on entry: steps that share a number add up.
+template <class T, class Device>
+void evolve_backward(Device& device, const EvolveBackwardParams<T>& p) {
+  const StepGradients<T> g{p};
+  const int64_t batch = p.forward.pair.batch, rows = p.forward.pair.rows;
+
+  const auto stage_backward = [&](int64_t step, bool middle) {
+    const auto forward = stage(p.forward, step, middle);
+    InteractBackwardParams<T> backward{};
+    backward.pair = forward.pair;
+    backward.threshold = as_const(forward.threshold);
+    backward.grad_context = as_const(g.plane(middle ? kGradMiddleContext : kGradContext));
+    if (!middle) backward.grad_strength = as_const(g.plane(kGradStrength));
+    backward.grad_states = g.plane(middle ? kGradMiddle : kGradState);
+    backward.grad_keys = backward.grad_states;
+    backward.grad_alpha = p.grad_alpha;
+    backward.accumulate = !middle;
+    backward.keys_are_states = true;
+    device.interact_backward(backward);
+  };
+
+  for (int64_t step = p.forward.steps - 1; step >= 0; --step) {
+    device.for_each_token(batch, rows, EndOfStepVjp<T>{g, step});
+    stage_backward(step, true);
+    device.for_each_token(batch, rows, EndOfFirstStageVjp<T>{g, step});
+    stage_backward(step, false);
+  }
+  device.for_each_token(batch, rows, CopyGradient<T>{g});
+}
+
+}  // namespace qflux

@@ -1,0 +1,38 @@
+// Scalar counterparts of the vector operations in cpu/simd.h, so that one formula serves both.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#if defined(__CUDACC__)
+#define QFLUX_INLINE __host__ __device__ __forceinline__
+#else
+// Forced, so that a copy compiled for one instruction set is never linked into another's loop.
+#define QFLUX_INLINE inline __attribute__((always_inline))
+#endif
+
+namespace qflux {
+
+// clang-format off
+QFLUX_INLINE float  multiply_add(float a, float b, float c) { return fmaf(a, b, c); }
+QFLUX_INLINE double multiply_add(double a, double b, double c) { return fma(a, b, c); }
+QFLUX_INLINE float  absolute(float a) { return fabsf(a); }
+QFLUX_INLINE double absolute(double a) { return fabs(a); }
+QFLUX_INLINE float  square_root(float a) { return sqrtf(a); }
+QFLUX_INLINE double square_root(double a) { return sqrt(a); }
+
+// Negated, so that a comparison with NaN holds.
+QFLUX_INLINE bool not_less(float a, float b) { return !(a < b); }
+QFLUX_INLINE bool not_less(double a, double b) { return !(a < b); }
+QFLUX_INLINE bool not_less_equal(float a, float b) { return !(a <= b); }
+QFLUX_INLINE bool not_less_equal(double a, double b) { return !(a <= b); }
+QFLUX_INLINE float  select(bool mask, float a, float b) { return mask ? a : b; }
+QFLUX_INLINE double select(bool mask, double a, double b) { return mask ? a : b; }
+// clang-format on
+
+template <class T>
+struct Point {
+  T x, y;
+};
+
+}  // namespace qflux

@@ -1,0 +1,22 @@
+"""Fused kernels for the Quantum Flux network: see `interact`, `evolve` and `scores`."""
+
+__version__ = "0.1.0"
+
+from . import reference
+from .backends import BackendUnavailableError, diagnostics
+from .functional import evolve, interact, scores
+from .options import Evolution, Interaction, InverseGate, Radius, Threshold
+
+__all__ = [
+    "BackendUnavailableError",
+    "Evolution",
+    "Interaction",
+    "InverseGate",
+    "Radius",
+    "Threshold",
+    "diagnostics",
+    "evolve",
+    "interact",
+    "reference",
+    "scores",
+]

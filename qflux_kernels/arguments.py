@@ -1,0 +1,267 @@
+"""Every check of user arguments, once: kernels and reference start from the same canonical form."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from .options import REDUCTIONS, InverseGate, Radius, Score, Threshold, check_choice, check_real
+
+_COMPUTE_DTYPES = {
+    torch.float16: torch.float32,
+    torch.bfloat16: torch.float32,
+    torch.float32: torch.float32,
+    torch.float64: torch.float64,
+}
+
+
+def _check_points(name: str, tensor: object, width: int | None) -> None:
+    if not isinstance(tensor, torch.Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+    if tensor.dtype not in _COMPUTE_DTYPES:
+        raise TypeError(
+            f"{name} must be float16, bfloat16, float32 or float64, got dtype {tensor.dtype}"
+        )
+    last = "D" if width is None else str(width)
+    if tensor.dim() < 2 or (width is not None and tensor.shape[-1] != width):
+        raise ValueError(f"{name} must have shape (..., length, {last}), got {tuple(tensor.shape)}")
+    if width is None and tensor.shape[-1] < 1:
+        raise ValueError(f"{name} must have at least one column, got shape {tuple(tensor.shape)}")
+
+
+def _check_device(name: str, tensor: torch.Tensor, states: torch.Tensor) -> None:
+    if tensor.device != states.device:
+        raise ValueError(f"{name} is on {tensor.device}, but states are on {states.device}")
+
+
+def _expand(name: str, tensor: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+    """Broadcast `tensor` to exactly `shape`, or raise naming it."""
+    excess = tensor.dim() - len(shape)
+    if excess > 0 and all(size == 1 for size in tensor.shape[:excess]):
+        tensor = tensor.reshape(tensor.shape[excess:])
+    try:
+        return tensor.expand(shape)
+    except RuntimeError:
+        raise ValueError(
+            f"{name} must broadcast to {tuple(shape)}, got shape {tuple(tensor.shape)}"
+        ) from None
+
+
+def _per_sequence(
+    name: str, value: float | torch.Tensor, states: torch.Tensor, batch: torch.Size
+) -> float | torch.Tensor:
+    """A float as it came, or a tensor of the batch shape in the dtype of the computation."""
+    if not isinstance(value, torch.Tensor):
+        return float(value)
+    _check_device(name, value, states)
+    return _expand(name, value, batch).to(states.dtype)
+
+
+def _canonical_score(score: object, states: torch.Tensor, batch: torch.Size) -> Score:
+    if isinstance(score, Threshold):
+        return Threshold(
+            _per_sequence("sigma", score.sigma, states, batch), score.stats, score.eps
+        )
+    if isinstance(score, InverseGate):
+        return InverseGate(
+            _per_sequence("alpha", score.alpha, states, batch),
+            score.eps,
+            _per_sequence("min_gate", score.min_gate, states, batch),
+        )
+    raise TypeError(f"score must be a Threshold or an InverseGate, got {type(score).__name__}")
+
+
+def _values_are_known(tensor: torch.Tensor) -> bool:
+    """Whether reading the tensor is free of device synchronisation, tracing and transforms."""
+    return (
+        tensor.device.type == "cpu"
+        and not torch.compiler.is_compiling()
+        and type(tensor) is torch.Tensor
+        and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    )
+
+
+def _canonical_lengths(
+    lengths: object, states: torch.Tensor, batch: torch.Size
+) -> torch.Tensor | None:
+    if lengths is None:
+        return None
+    if not isinstance(lengths, torch.Tensor):
+        raise TypeError(f"lengths must be an integer tensor or None, got {type(lengths).__name__}")
+    if lengths.is_floating_point() or lengths.is_complex() or lengths.dtype == torch.bool:
+        raise TypeError(f"lengths must be an integer tensor, got dtype {lengths.dtype}")
+    _check_device("lengths", lengths, states)
+    length = states.shape[-2]
+    if _values_are_known(lengths) and lengths.numel():
+        low, high = int(lengths.min()), int(lengths.max())
+        if low < 0 or high > length:
+            raise ValueError(f"lengths must lie in [0, {length}], got values in [{low}, {high}]")
+    return _expand("lengths", lengths, batch).to(torch.int64)
+
+
+def _check_flag(name: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r}")
+
+
+def _common_dtype(tensors: dict[str, torch.Tensor], device_type: str) -> torch.dtype:
+    """The dtype the results come back in; autocast may hand over mixed ones, users may not."""
+    dtypes = {tensor.dtype for tensor in tensors.values()}
+    if len(dtypes) == 1:
+        return dtypes.pop()
+    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
+        return torch.float64 if torch.float64 in dtypes else torch.float32
+    found = ", ".join(f"{name} {tensor.dtype}" for name, tensor in tensors.items())
+    raise TypeError(f"states, keys and values must share one dtype outside autocast, got {found}")
+
+
+@dataclass(frozen=True)
+class InteractArguments:
+    """Checked arguments of `interact`: one batch shape, the dtype of the computation."""
+
+    states: torch.Tensor  # (*batch, S, 2)
+    keys: torch.Tensor | None  # (*batch, K, 2); None: the states
+    values: torch.Tensor | None  # (*batch, K, D); None: the keys
+    causal: bool
+    score: Score  # floats, or tensors of the batch shape
+    reduction: str
+    lengths: torch.Tensor | None  # (*batch,) int64
+    result_dtype: torch.dtype
+
+
+def interact_arguments(
+    states: object,
+    keys: object,
+    values: object,
+    causal: object,
+    score: object,
+    reduction: object,
+    lengths: object,
+) -> InteractArguments:
+    """Check the arguments of `interact` and bring them to one batch shape and dtype."""
+    _check_points("states", states, 2)
+    given = {"states": states}
+    for name, tensor, width in (("keys", keys, 2), ("values", values, None)):
+        if tensor is not None:
+            _check_points(name, tensor, width)
+            _check_device(name, tensor, states)
+            given[name] = tensor
+    source = states if keys is None else keys
+    if values is not None and values.shape[-2] != source.shape[-2]:
+        raise ValueError(
+            f"values must have one row for each of the {source.shape[-2]} keys, "
+            f"got shape {tuple(values.shape)}"
+        )
+    if lengths is not None and source.shape[-2] != states.shape[-2]:
+        raise ValueError(
+            f"lengths needs as many keys as states ({states.shape[-2]}), got {source.shape[-2]}"
+        )
+    _check_flag("causal", causal)
+    check_choice("reduction", reduction, REDUCTIONS)
+
+    result_dtype = _common_dtype(given, states.device.type)
+    try:
+        batch = torch.broadcast_shapes(*(tensor.shape[:-2] for tensor in given.values()))
+    except RuntimeError:
+        shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in given.items())
+        raise ValueError(f"batch dimensions must broadcast together, got {shapes}") from None
+    dtype = _COMPUTE_DTYPES[result_dtype]
+    points = {
+        name: tensor.expand(batch + tensor.shape[-2:]).to(dtype) for name, tensor in given.items()
+    }
+    states = points["states"]
+    return InteractArguments(
+        states=states,
+        keys=points.get("keys"),
+        values=points.get("values"),
+        causal=causal,
+        score=_canonical_score(score, states, batch),
+        reduction=reduction,
+        lengths=_canonical_lengths(lengths, states, batch),
+        result_dtype=result_dtype,
+    )
+
+
+@dataclass(frozen=True)
+class EvolveArguments:
+    """Checked arguments of `evolve`; `dt` and `skip` are floats or `(steps or 1, *batch, S)`."""
+
+    states: torch.Tensor  # (*batch, S, 2)
+    dt: float | torch.Tensor
+    skip: float | torch.Tensor  # 0.0: no skip
+    causal: bool
+    score: Score
+    radius: Radius | None
+    reduction: str
+    steps: int
+    lengths: torch.Tensor | None
+    result_dtype: torch.dtype
+
+
+def _per_step(
+    name: str, value: object, states: torch.Tensor, steps: int
+) -> float | torch.Tensor:
+    """A float, or a tensor `(steps or 1, *batch, S)`.
+
+    A tensor with one dimension more than the batch and the tokens has its steps first. A smaller
+    one broadcasts to the tokens if it can, and is otherwise tried with its steps first.
+    """
+    if not isinstance(value, torch.Tensor):
+        check_real(name, value)
+        return float(value)
+    if not value.is_floating_point():
+        raise TypeError(f"{name} must be a floating-point tensor, got dtype {value.dtype}")
+    _check_device(name, value, states)
+    target = states.shape[:-1]
+    value = value.to(states.dtype)
+
+    def broadcasts(shape: torch.Size) -> bool:
+        return len(shape) <= len(target) and all(
+            size == 1 or size == wanted
+            for size, wanted in zip(reversed(shape), reversed(target), strict=False)
+        )
+
+    if broadcasts(value.shape):
+        return value.expand(target).unsqueeze(0)
+    if value.dim() > 0 and value.shape[0] in (1, steps) and broadcasts(value.shape[1:]):
+        middle = (1,) * (len(target) - value.dim() + 1)
+        value = value.reshape(value.shape[:1] + middle + value.shape[1:])
+        return value.expand(value.shape[:1] + target)
+    raise ValueError(
+        f"{name} must broadcast to {tuple(target)}, with a leading dimension of steps = {steps} "
+        f"if it differs between steps, got shape {tuple(value.shape)}"
+    )
+
+
+def evolve_arguments(
+    states: object,
+    dt: object,
+    causal: object,
+    score: object,
+    radius: object,
+    skip: object,
+    reduction: object,
+    steps: object,
+    lengths: object,
+) -> EvolveArguments:
+    """Check the arguments of `evolve` and bring them to one dtype."""
+    if radius is not None and not isinstance(radius, Radius):
+        raise TypeError(f"radius must be a Radius or None, got {type(radius).__name__}")
+    if isinstance(steps, bool) or not isinstance(steps, int):
+        raise TypeError(f"steps must be an integer, got {type(steps).__name__}")
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1, got {steps}")
+    base = interact_arguments(states, None, None, causal, score, reduction, lengths)
+    return EvolveArguments(
+        states=base.states,
+        dt=_per_step("dt", dt, base.states, steps),
+        skip=0.0 if skip is None else _per_step("skip", skip, base.states, steps),
+        causal=base.causal,
+        score=base.score,
+        radius=radius,
+        reduction=base.reduction,
+        steps=steps,
+        lengths=base.lengths,
+        result_dtype=base.result_dtype,
+    )

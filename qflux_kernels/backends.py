@@ -1,0 +1,113 @@
+"""What is there, why not, and which to take."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import platform
+from pathlib import Path
+
+import torch
+
+from .options import ALGORITHMS, BACKENDS, check_choice
+
+
+class BackendUnavailableError(RuntimeError):
+    """The backend or algorithm asked for is not in this build or on this machine."""
+
+
+def _load() -> str | None:
+    """Load the compiled object and attach the ops' fakes; the reason if that fails."""
+    try:
+        importlib.import_module("._C", __package__)
+        from . import autograd
+
+        autograd.register()
+    except Exception as error:  # a broken object can fail in any way, and importing must not
+        here = Path(__file__).resolve().parent
+        found = sorted(path.name for path in here.glob("_C*"))
+        what = f"{found[0]} does not load" if found else "_C.abi3.so is missing"
+        return (
+            f"the compiled kernels of qflux_kernels are not usable: {what} in {here} "
+            f"({type(error).__name__}: {error}). Build them with "
+            "'pip install . --no-build-isolation' (needs a C++17 compiler; nvcc only for CUDA), "
+            "or pass backend='reference', which is plain PyTorch and O(S^2) in memory."
+        )
+    return None
+
+
+LOAD_ERROR = _load()
+
+
+def cuda_architectures() -> list[str]:
+    """The CUDA architectures compiled into the object, such as `["sm_90", "compute_100"]`."""
+    if LOAD_ERROR is not None:
+        return []
+    return _text("cuda_architectures").split()
+
+
+def _text(name: str) -> str:
+    """An op that returns a text as a uint8 tensor: strings leak in the stable ABI before 2.14."""
+    return bytes(getattr(torch.ops.qflux_kernels, name)().tolist()).decode()
+
+
+def choose_backend(backend: str, device: torch.device) -> str:
+    """The backend that serves a call: "reference" or "compiled", or raise saying why neither."""
+    check_choice("backend", backend, BACKENDS)
+    if backend == "reference":
+        return "reference"
+    if backend == "triton":
+        raise BackendUnavailableError(
+            "backend='triton' is not in this version; use 'auto', 'cpu', 'cuda' or 'reference'"
+        )
+    if backend in ("cpu", "cuda") and device.type != backend:
+        raise ValueError(
+            f"backend={backend!r} needs states on a {backend} device, got {device}; "
+            "backend='auto' follows the states"
+        )
+    if backend == "auto" and device.type not in ("cpu", "cuda", "meta"):
+        return "reference"
+    if LOAD_ERROR is not None:
+        raise BackendUnavailableError(LOAD_ERROR)
+    if device.type == "cuda" and not cuda_architectures():
+        raise BackendUnavailableError(
+            "this build of qflux_kernels has no CUDA code: rebuild it where nvcc is found, "
+            "or pass backend='reference'"
+        )
+    return "compiled"
+
+
+def check_algorithm(algorithm: str) -> None:
+    """Raise unless `algorithm` is one this version has; "auto" is "dense" in this version."""
+    check_choice("algorithm", algorithm, ALGORITHMS)
+    if algorithm == "sweep":
+        raise BackendUnavailableError(
+            "algorithm='sweep' is not in this version; use 'auto' or 'dense'"
+        )
+
+
+def diagnostics() -> dict[str, object]:
+    """Which backends were built and run here: plain values, for printing and bug reports."""
+    loaded = LOAD_ERROR is None
+    gpus = []
+    if torch.cuda.is_available():
+        gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    from . import __version__
+
+    return {
+        "qflux_kernels": __version__,
+        "object": importlib.util.find_spec("._C", __package__).origin if loaded else None,
+        "load_error": LOAD_ERROR,
+        "backends": ["reference", *(["cpu"] if loaded else []), *(["cuda"] if cuda_architectures() else [])],
+        "algorithms": ["dense"],
+        "cuda_architectures": cuda_architectures(),
+        "instruction_set": _text("instruction_set") if loaded else None,
+        "threads": torch.get_num_threads(),
+        "cpu_count": os.cpu_count(),
+        "machine": platform.machine(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torch_cuda": torch.version.cuda,
+        "gpus": gpus,
+    }

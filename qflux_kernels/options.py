@@ -1,0 +1,162 @@
+"""The options and results of the operators: what a pair scores, how radii move, what comes back."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+REDUCTIONS = ("sum", "mean")
+STATISTICS = ("prefix", "row")
+ALGORITHMS = ("auto", "dense", "sweep")
+BACKENDS = ("auto", "reference", "cpu", "cuda", "triton")
+
+
+def check_choice(name: str, value: object, allowed: tuple[str, ...]) -> str:
+    """Return `value` if it is one of `allowed`, else raise naming the argument."""
+    if not isinstance(value, str):
+        raise TypeError(f"{name} must be one of {allowed}, got {type(value).__name__}")
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {allowed}, got {value!r}")
+    return value
+
+
+def check_real(
+    name: str, value: object, minimum: float = -math.inf, maximum: float = math.inf
+) -> None:
+    """Raise unless `value` is a real number in [minimum, maximum]; NaN is in no interval."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} must be a real number, got {type(value).__name__}")
+    if not minimum <= value <= maximum:
+        raise ValueError(f"{name} must lie in [{minimum}, {maximum}], got {value!r}")
+
+
+def check_real_or_tensor(name: str, value: object) -> None:
+    """Raise unless `value` is a real number or a real floating-point tensor."""
+    if isinstance(value, torch.Tensor):
+        if not value.is_floating_point():
+            raise TypeError(f"{name} must be a floating-point tensor, got dtype {value.dtype}")
+    else:
+        check_real(name, value)
+
+
+@dataclass(frozen=True)
+class Threshold:
+    """Adaptive threshold score: keep a pair whose rescaled inner product stands out in its row.
+
+    For row i and a visible key j (first seed, section 5)::
+
+        s_ij  = (x_i . x_j + 1) / 2
+        tau_i = mean_i + sigma * sqrt(var_i + eps)
+        w_ij  = s_ij if s_ij >= tau_i else 0
+
+    No gradient flows through the decision, so none reaches `sigma`.
+
+    Args:
+        sigma: selectivity in standard deviations, a float or a tensor that broadcasts to the
+            batch shape of the states (one value per cylinder, say). Default 0.5.
+        stats: window of mean and variance. "prefix" (default): the keys the row may see.
+            "row": every key of the sequence, future ones too; the seed's code to the letter, and
+            the same thing when `causal=False`.
+        eps: added to the variance inside the root, >= 0. Default 1e-6.
+    """
+
+    sigma: float | torch.Tensor = 0.5
+    stats: str = "prefix"
+    eps: float = 1e-6
+
+    def __post_init__(self) -> None:
+        check_real_or_tensor("sigma", self.sigma)
+        check_choice("stats", self.stats, STATISTICS)
+        check_real("eps", self.eps, minimum=0.0)
+
+
+@dataclass(frozen=True)
+class InverseGate:
+    """Direct plus orthogonal similarity under inverse perturbation gating (second seed, part 2).
+
+    For row i and a visible key j::
+
+        S_ij = r_i r_j cos(th_i - th_j) + alpha * r_i r_j sin(th_i - th_j)
+        G_ij = 1 / (eps + |S_ij|)
+        w_ij = S_ij * G_ij if G_ij > min_gate else 0
+
+    No gradient flows through the decision; `alpha` given as a tensor gets its gradient.
+
+    Args:
+        alpha: weight of the orthogonal term, a float or a tensor that broadcasts to the batch
+            shape of the states. Default 0.5.
+        eps: softening of the gate, >= 0. Default 1e-5.
+        min_gate: pairs whose gate is not above it are dropped, float or tensor like `alpha`.
+            Default 0.0, which keeps every pair.
+    """
+
+    alpha: float | torch.Tensor = 0.5
+    eps: float = 1e-5
+    min_gate: float | torch.Tensor = 0.0
+
+    def __post_init__(self) -> None:
+        check_real_or_tensor("alpha", self.alpha)
+        check_real("eps", self.eps, minimum=0.0)
+        check_real_or_tensor("min_gate", self.min_gate)
+
+
+Score = Threshold | InverseGate
+
+
+@dataclass(frozen=True)
+class Radius:
+    """How one evolution step moves radii::
+
+        r'  = max(|x'|, 1e-6)
+        rho = clamp(r' + rate * strength - reversion * (r' - target), min, max)
+
+    Args:
+        min: smallest radius, >= 0. Default 0.1 (first seed).
+        max: largest radius, >= min. Default 2.0.
+        rate: growth per unit of strength. Default 0.01.
+        reversion: pull towards `target` (the second seed's mean reversion). Default 0.0.
+        target: radius that `reversion` pulls towards. Default 1.0.
+    """
+
+    min: float = 0.1
+    max: float = 2.0
+    rate: float = 0.01
+    reversion: float = 0.0
+    target: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_real("min", self.min, minimum=0.0)
+        check_real("max", self.max, minimum=0.0)
+        for name in ("rate", "reversion", "target"):
+            check_real(name, getattr(self, name))
+        if self.max < self.min:
+            raise ValueError(f"max must be at least min = {self.min}, got {self.max!r}")
+
+
+class Interaction(NamedTuple):
+    """What `interact` returns, for states `(..., S, 2)` and values `(..., K, D)`.
+
+    context: `(..., S, D)`, the weighted sum of the visible values.
+    strength: `(..., S)`, the sum of the weights.
+    degree: `(..., S)` int32, how many pairs were kept; no gradient.
+    """
+
+    context: torch.Tensor
+    strength: torch.Tensor
+    degree: torch.Tensor
+
+
+class Evolution(NamedTuple):
+    """What `evolve` returns, for states `(..., S, 2)`.
+
+    states: `(..., S, 2)` after the last step.
+    strength, degree: `(..., S)`, those of the first Heun stage of the last step.
+    """
+
+    states: torch.Tensor
+    strength: torch.Tensor
+    degree: torch.Tensor

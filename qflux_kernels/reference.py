@@ -1,0 +1,223 @@
+"""The operators in plain PyTorch, O(S^2) in time and memory: the truth the kernels are held to.
+
+Nothing here is fused or clever. Non-finite inputs need care all the same: multiplying an
+invisible key by a zero weight would turn its NaN into everybody's, so pairs are computed on
+finite stand-ins and the rows that can see a non-finite input are set to NaN afterwards.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from .arguments import InteractArguments, evolve_arguments, interact_arguments
+from .options import ALGORITHMS, Evolution, Interaction, Radius, Score, Threshold, check_choice
+
+MIN_RADIUS = 1e-6
+
+
+class Pairs(NamedTuple):
+    """Weights of a block of rows against every key."""
+
+    weight: torch.Tensor  # (*batch, R, K), zero where a pair is dropped or invisible
+    kept: torch.Tensor  # (*batch, R, K) bool
+    visible: torch.Tensor  # (*batch or 1s, R, K) bool
+
+
+def _per_pair(value: float | torch.Tensor) -> float | torch.Tensor:
+    return value[..., None, None] if isinstance(value, torch.Tensor) else value
+
+
+def _finite(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The tensor with non-finite points zeroed, and which points those were."""
+    finite = tensor.isfinite().all(-1)
+    return torch.where(finite[..., None], tensor, torch.zeros_like(tensor)), ~finite
+
+
+def _masks(
+    args: InteractArguments, first: int, last: int, num_keys: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which keys rows first..last-1 may see, and which enter their statistics."""
+    device = args.states.device
+    row = torch.arange(first, last, device=device)[:, None]
+    key = torch.arange(num_keys, device=device)[None, :]
+    everything = torch.ones(last - first, num_keys, dtype=torch.bool, device=device)
+    if args.lengths is not None:
+        length = args.lengths[..., None, None]
+        everything = everything & (key < length) & (row < length)
+    visible = everything
+    if args.causal:
+        visible = visible & (key <= row + num_keys - args.states.shape[-2])
+    row_window = isinstance(args.score, Threshold) and args.score.stats == "row"
+    return visible, everything if row_window else visible
+
+
+def weights(args: InteractArguments, first: int = 0, last: int | None = None) -> Pairs:
+    """The pair weights of rows `first` to `last - 1` against all keys, SPEC 2 to the letter."""
+    last = args.states.shape[-2] if last is None else last
+    rows, bad_rows = _finite(args.states[..., first:last, :])
+    keys, bad_keys = _finite(args.states if args.keys is None else args.keys)
+    visible, window = _masks(args, first, last, keys.shape[-2])
+    bad = (bad_rows[..., :, None] | bad_keys[..., None, :]) & window
+    nan, zero = rows.new_tensor(float("nan")), rows.new_zeros(())
+
+    if isinstance(args.score, Threshold):
+        s = (rows @ keys.mT + 1) / 2
+        count = window.sum(-1, keepdim=True).clamp(min=1)
+        mean = torch.where(window, s, zero).sum(-1, keepdim=True) / count
+        variance = torch.where(window, (s - mean) ** 2, zero).sum(-1, keepdim=True) / count
+        tau = mean + _per_pair(args.score.sigma) * torch.sqrt(variance + args.score.eps)
+        tau = torch.where(bad.any(-1, keepdim=True), nan, tau).detach()
+        kept = visible & ~(s < tau)
+        weight = torch.where(tau.isnan(), nan, s)
+    else:
+        rotated = torch.stack((rows[..., 1], -rows[..., 0]), -1)
+        s = (rows + _per_pair(args.score.alpha) * rotated) @ keys.mT
+        gate = 1 / (args.score.eps + s.abs())
+        kept = visible & (bad | ~(gate.detach() <= _per_pair(args.score.min_gate)))
+        weight = torch.where(bad, nan, s * gate)
+    return Pairs(torch.where(kept, weight, zero), kept, visible)
+
+
+def _interact(args: InteractArguments) -> Interaction:
+    with torch.autocast(args.states.device.type, enabled=False):
+        pairs = weights(args)
+        keys = args.states if args.keys is None else args.keys
+        values = keys if args.values is None else args.values
+        finite = torch.where(values.isfinite(), values, torch.zeros_like(values))
+        context = pairs.weight @ finite
+        poisoned = pairs.visible.to(values.dtype) @ (~values.isfinite()).to(values.dtype) > 0
+        context = torch.where(poisoned, context.new_tensor(float("nan")), context)
+        strength = pairs.weight.sum(-1)
+        if args.reduction == "mean":
+            count = pairs.visible.sum(-1).clamp(min=1)
+            context, strength = context / count[..., None], strength / count
+    degree = pairs.kept.sum(-1, dtype=torch.int32)
+    return Interaction(context, strength, degree)
+
+
+def interact(
+    states: torch.Tensor,
+    keys: torch.Tensor | None = None,
+    values: torch.Tensor | None = None,
+    *,
+    causal: bool = True,
+    score: Score = Threshold(),  # noqa: B008 (frozen)
+    reduction: str = "sum",
+    lengths: torch.Tensor | None = None,
+    algorithm: str = "auto",
+    backend: str = "reference",
+) -> Interaction:
+    """`qflux_kernels.interact` in plain PyTorch; `algorithm` has no effect here."""
+    check_choice("algorithm", algorithm, ALGORITHMS)
+    check_choice("backend", backend, ("auto", "reference"))
+    args = interact_arguments(states, keys, values, causal, score, reduction, lengths)
+    context, strength, degree = _interact(args)
+    return Interaction(context.to(args.result_dtype), strength.to(args.result_dtype), degree)
+
+
+def _move_radius(moved: torch.Tensor, strength: torch.Tensor, radius: Radius) -> torch.Tensor:
+    """The moved states with their radii set by the radius rule."""
+    norm = torch.linalg.vector_norm(moved, dim=-1).clamp(min=MIN_RADIUS)
+    target = norm + radius.rate * strength - radius.reversion * (norm - radius.target)
+    return moved * (target.clamp(radius.min, radius.max) / norm)[..., None]
+
+
+def evolve(
+    states: torch.Tensor,
+    dt: float | torch.Tensor,
+    *,
+    causal: bool = True,
+    score: Score = Threshold(),  # noqa: B008 (frozen)
+    radius: Radius | None = Radius(),  # noqa: B008 (frozen)
+    skip: float | torch.Tensor | None = None,
+    reduction: str = "sum",
+    steps: int = 1,
+    lengths: torch.Tensor | None = None,
+    algorithm: str = "auto",
+    backend: str = "reference",
+) -> Evolution:
+    """`qflux_kernels.evolve` in plain PyTorch; `algorithm` has no effect here."""
+    check_choice("algorithm", algorithm, ALGORITHMS)
+    check_choice("backend", backend, ("auto", "reference"))
+    args = evolve_arguments(
+        states, dt, causal, score, radius, skip, reduction, steps, lengths
+    )
+    x = args.states
+    present = None
+    if args.lengths is not None:
+        token = torch.arange(x.shape[-2], device=x.device)
+        present = (token < args.lengths[..., None])[..., None]
+
+    def stage(points: torch.Tensor) -> Interaction:
+        return _interact(
+            InteractArguments(
+                states=points,
+                keys=None,
+                values=None,
+                causal=args.causal,
+                score=args.score,
+                reduction=args.reduction,
+                lengths=args.lengths,
+                result_dtype=points.dtype,
+            )
+        )
+
+    def of_step(value: float | torch.Tensor, step: int) -> float | torch.Tensor:
+        return value[min(step, len(value) - 1), ..., None] if torch.is_tensor(value) else value
+
+    for step in range(args.steps):
+        step_dt, step_skip = of_step(args.dt, step), of_step(args.skip, step)
+        first = stage(x)
+        k1 = step_dt * first.context
+        k2 = step_dt * stage(x + k1).context
+        moved = x + (k1 + k2) / 2
+        if args.radius is not None:
+            moved = _move_radius(moved, first.strength, args.radius)
+        if skip is not None:
+            moved = step_skip * x + (1 - step_skip) * moved
+        x = moved if present is None else torch.where(present, moved, x)
+    dtype = args.result_dtype
+    return Evolution(x.to(dtype), first.strength.to(dtype), first.degree)
+
+
+def scores(
+    states: torch.Tensor,
+    *,
+    causal: bool = True,
+    score: Score = Threshold(),  # noqa: B008 (frozen)
+    layout: str = "dense",
+) -> torch.Tensor:
+    """The weights w_ij as a tensor; see `qflux_kernels.scores`."""
+    check_choice("layout", layout, ("dense", "csr"))
+    args = interact_arguments(states, None, None, causal, score, "sum", None)
+    if layout == "dense":
+        with torch.autocast(args.states.device.type, enabled=False):
+            return weights(args).weight.to(args.result_dtype)
+    return _csr_scores(args)
+
+
+def _csr_scores(args: InteractArguments, block_pairs: int = 1 << 20) -> torch.Tensor:
+    """Kept pairs in blocks of rows, so that no more than `block_pairs` weights stand at once."""
+    length = args.states.shape[-2]
+    if args.states.dim() != 2:
+        raise ValueError(
+            "layout='csr' takes the states of one sequence, shape (S, 2), "
+            f"got {tuple(args.states.shape)}"
+        )
+    block = max(1, block_pairs // max(1, length))
+    columns, entries, counts = [], [], []
+    for first in range(0, length, block):
+        pairs = weights(args, first, min(length, first + block))
+        counts.append(pairs.kept.sum(-1))
+        columns.append(pairs.kept.nonzero()[:, 1])
+        entries.append(pairs.weight[pairs.kept])
+    empty = args.states.new_zeros(0)
+    counts = torch.cat([empty.long(), *counts])
+    return torch.sparse_csr_tensor(
+        torch.cat([counts.new_zeros(1), counts.cumsum(0)]),
+        torch.cat([empty.long(), *columns]),
+        torch.cat([empty, *entries]).to(args.result_dtype),
+        size=(length, length),
+    )

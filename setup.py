@@ -1,0 +1,195 @@
+"""Builds qflux_kernels/_C.abi3.so: one object with CPU and CUDA code for every Python and torch.
+
+Environment: QFLUX_CUDA=1 demands CUDA code, =0 leaves it out, unset follows the toolkit;
+TORCH_CUDA_ARCH_LIST overrides the architectures ("8.0;9.0+PTX"); CUDA_HOME names the toolkit;
+MAX_JOBS bounds the compile jobs. ninja and ccache are used where they are found.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+OBJECT = "qflux_kernels._C"
+DEFAULT_ARCHITECTURES = "8.0;9.0;10.0+PTX"
+TORCH_TARGET = "0x020a000000000000"  # 2.10
+PYTHON_TARGET = "0x030a0000"  # 3.10
+
+DEBUG = os.environ.get("DEBUG", "0") == "1"
+COMMON = ["-std=c++17", "-fPIC", "-fvisibility=hidden", "-DNDEBUG", "-g1" if DEBUG else "-g0"]
+WARNINGS = ["-Wall", "-Wextra", "-Wno-unknown-pragmas"]
+# Neither flag changes a result: no loop here reads errno, and contraction gives fused multiply-add.
+LOOPS = ["-O3", "-fno-math-errno", "-ffp-contract=fast"]
+X86_SETS = {
+    "baseline": [],
+    "avx2": ["-mavx2", "-mfma"],
+    "avx512": [
+        "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma",
+        "-mprefer-vector-width=512",
+    ],
+}  # fmt: skip
+
+
+def is_x86() -> bool:
+    return platform.machine().lower() in ("x86_64", "amd64")
+
+
+def find_nvcc() -> str | None:
+    """The nvcc to use, or None for a build without CUDA; one line says which and why."""
+    wanted = os.environ.get("QFLUX_CUDA", "")
+    if wanted not in ("", "0", "1"):
+        sys.exit(f"QFLUX_CUDA must be 0, 1 or unset, got {wanted!r}")
+    if wanted == "0":
+        print("qflux_kernels: CPU only, as QFLUX_CUDA=0 asks")
+        return None
+    for home in (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"):
+        if home and (Path(home) / "bin" / "nvcc").exists():
+            return str(Path(home) / "bin" / "nvcc")
+    found = shutil.which("nvcc")
+    if found is None and wanted == "1":
+        sys.exit("QFLUX_CUDA=1, but no nvcc is on PATH or in CUDA_HOME")
+    if found is None:
+        print("qflux_kernels: CPU only, no CUDA toolkit found (nvcc on PATH or CUDA_HOME)")
+    return found
+
+
+def cuda_architectures() -> list[tuple[str, str]]:
+    """(-gencode value, name) for each architecture of TORCH_CUDA_ARCH_LIST."""
+    listed = os.environ.get("TORCH_CUDA_ARCH_LIST") or DEFAULT_ARCHITECTURES
+    found = []
+    for entry in re.split(r"[;,\s]+", listed.strip()):
+        match = re.fullmatch(r"(\d+)\.(\d+)([a-z]?)(\+PTX)?", entry)
+        if match is None:
+            sys.exit(f"TORCH_CUDA_ARCH_LIST entries look like 8.0 or 9.0+PTX, got {entry!r}")
+        number = match[1] + match[2] + match[3]
+        found.append((f"arch=compute_{number},code=sm_{number}", f"sm_{number}"))
+        if match[4]:
+            found.append((f"arch=compute_{number},code=compute_{number}", f"compute_{number}"))
+    return found
+
+
+class BuildObject(build_ext):
+    """Compiles each source with its own compiler and flags, then links one object.
+
+    torch's own CUDAExtension refuses a toolkit beside a CPU-only torch, which is what this needs.
+    """
+
+    def build_extension(self, extension: Extension) -> None:
+        import torch
+
+        nvcc = find_nvcc()
+        build = Path(self.build_temp).resolve() / "qflux_kernels"
+        build.mkdir(parents=True, exist_ok=True)
+        target = Path(self.get_ext_fullpath(extension.name)).resolve()
+        target.parent.mkdir(parents=True, exist_ok=True)
+
+        rules = self._rules(Path(torch.__file__).parent, build, nvcc)
+        self._compile(build, rules)
+        self._link(Path(torch.__file__).parent, [rule[1] for rule in rules], target, nvcc)
+
+    def _rules(
+        self, torch_root: Path, build: Path, nvcc: str | None
+    ) -> list[tuple[list[str], Path, Path]]:
+        """(command, object, source) for every translation unit."""
+        ccache = [found] if (found := shutil.which("ccache")) else []
+        cxx = [*ccache, *os.environ.get("CXX", "c++").split(), *COMMON, *WARNINGS]
+        if is_x86():
+            cxx.append("-DQFLUX_X86")
+        binding = [
+            *cxx, "-O2", f"-DTORCH_TARGET_VERSION={TORCH_TARGET}",
+            f"-DPy_LIMITED_API={PYTHON_TARGET}", f"-isystem{torch_root / 'include'}",
+            f"-isystem{torch_root / 'include' / 'torch' / 'csrc' / 'api' / 'include'}",
+            f"-isystem{sysconfig.get_paths()['include']}",
+        ]  # fmt: skip
+        if nvcc:
+            binding += ["-DQFLUX_CUDA", "-DUSE_CUDA"]
+        csrc = ROOT / "csrc"
+        units = [
+            (binding, csrc / "library.cpp", "library"),
+            ([*binding, "-O3"], csrc / "cpu" / "device.cpp", "device"),
+        ]
+        sets = X86_SETS if is_x86() else {"baseline": []}
+        for name, flags in sets.items():
+            units.append(([*cxx, *LOOPS, *flags], csrc / "cpu" / "dense.cpp", f"dense_{name}"))
+        if nvcc:
+            architectures = cuda_architectures()
+            names = " ".join(name for _, name in architectures)
+            device = [
+                *ccache, nvcc, "-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden",
+                f'-DQFLUX_CUDA_ARCHITECTURES="{names}"', "-DNDEBUG",
+            ]  # fmt: skip
+            for gencode, _ in architectures:
+                device += ["-gencode", gencode]
+            units += [(device, path, f"cuda_{path.stem}") for path in sorted((csrc / "cuda").glob("*.cu"))]
+        return [
+            ([*command, "-c", str(source), "-o", str(build / f"{name}.o")], build / f"{name}.o", source)
+            for command, source, name in units
+        ]
+
+    def _compile(self, build: Path, rules: list[tuple[list[str], Path, Path]]) -> None:
+        ninja = shutil.which("ninja")
+        if ninja:
+            self._write_ninja(build, rules)
+            jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
+            self._run([ninja, "-C", str(build), *jobs])
+            return
+        jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
+        with ThreadPoolExecutor(jobs) as pool:
+            list(pool.map(lambda rule: self._run(rule[0]), rules))
+
+    @staticmethod
+    def _write_ninja(build: Path, rules: list[tuple[list[str], Path, Path]]) -> None:
+        def quoted(words: list[str]) -> str:
+            return subprocess.list2cmdline(words).replace("$", "$$")
+
+        lines = ["ninja_required_version = 1.5"]
+        for number, (command, obj, source) in enumerate(rules):
+            depfile = f"{obj}.d"
+            flag = "-MD" if "nvcc" in Path(command[0]).name or any("nvcc" in w for w in command[:2]) else "-MMD"
+            lines += [
+                f"rule unit{number}",
+                f"  command = {quoted([*command, flag, '-MF', depfile])}",
+                f"  depfile = {depfile}",
+                "  deps = gcc",
+                f"build {obj}: unit{number} {source}",
+            ]
+        (build / "build.ninja").write_text("\n".join(lines) + "\n")
+
+    def _link(self, torch_root: Path, objects: list[Path], target: Path, nvcc: str | None) -> None:
+        command = [
+            *os.environ.get("CXX", "c++").split(), "-shared", *map(str, objects), "-o", str(target),
+            f"-L{torch_root / 'lib'}", "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu", "-lc10",
+            "-Wl,--as-needed", "-Wl,-s" if not DEBUG else "-g",
+        ]  # fmt: skip
+        if nvcc:
+            lib = Path(nvcc).resolve().parents[1]
+            for folder in ("lib64", "lib", "targets/x86_64-linux/lib", "targets/sbsa-linux/lib"):
+                command.append(f"-L{lib / folder}")
+            command += ["-lcudart_static", "-ldl", "-lrt", "-lpthread"]
+        self._run(command)
+
+    @staticmethod
+    def _run(command: list[str]) -> None:
+        done = subprocess.run(command, capture_output=True, text=True)
+        sys.stdout.write(done.stdout)
+        sys.stderr.write(done.stderr)
+        if done.returncode:
+            sys.exit(f"qflux_kernels: this command failed:\n{subprocess.list2cmdline(command)}")
+
+
+setup(
+    ext_modules=[Extension(OBJECT, sources=[], py_limited_api=True)],
+    cmdclass={"build_ext": BuildObject},
+    options={"bdist_wheel": {"py_limited_api": "cp310"}},
+)
