@@ -131,9 +131,15 @@ class BuildObject(build_ext):
             ]  # fmt: skip
             for gencode, _ in architectures:
                 device += ["-gencode", gencode]
-            units += [(device, path, f"cuda_{path.stem}") for path in sorted((csrc / "cuda").glob("*.cu"))]
+            units += [
+                (device, path, f"cuda_{path.stem}") for path in sorted((csrc / "cuda").glob("*.cu"))
+            ]
         return [
-            ([*command, "-c", str(source), "-o", str(build / f"{name}.o")], build / f"{name}.o", source)
+            (
+                [*command, "-c", str(source), "-o", str(build / f"{name}.o")],
+                build / f"{name}.o",
+                source,
+            )
             for command, source, name in units
         ]
 
@@ -156,7 +162,11 @@ class BuildObject(build_ext):
         lines = ["ninja_required_version = 1.5"]
         for number, (command, obj, source) in enumerate(rules):
             depfile = f"{obj}.d"
-            flag = "-MD" if "nvcc" in Path(command[0]).name or any("nvcc" in w for w in command[:2]) else "-MMD"
+            flag = (
+                "-MD"
+                if "nvcc" in Path(command[0]).name or any("nvcc" in w for w in command[:2])
+                else "-MMD"
+            )
             lines += [
                 f"rule unit{number}",
                 f"  command = {quoted([*command, flag, '-MF', depfile])}",

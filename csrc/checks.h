@@ -55,8 +55,8 @@ inline void check_states(const Tensor& states) {
                   "qflux_kernels: states must be float32 or float64");
 }
 
-inline void check_per_sequence(const char* name, const OptionalTensor& tensor,
-                               const Tensor& states, bool integers = false) {
+inline void check_per_sequence(const char* name, const OptionalTensor& tensor, const Tensor& states,
+                               bool integers = false) {
   if (!tensor) return;
   check_shape(name, *tensor, {states.size(0)});
   check_beside(name, *tensor, states, integers);

@@ -120,8 +120,8 @@ struct EndOfStepVjp {
       const auto moved = end_of_heun(p, step, b, i);
       const auto evolved = move_radius(moved, strength, p.radius);
       grad_skip = grad.x * (x.x - evolved.x) + grad.y * (x.y - evolved.y);
-      const auto pulled = move_radius_vjp(moved, strength, p.radius,
-                                          {(1 - skip) * grad.x, (1 - skip) * grad.y});
+      const auto pulled =
+          move_radius_vjp(moved, strength, p.radius, {(1 - skip) * grad.x, (1 - skip) * grad.y});
       grad_moved = pulled.moved;
       grad_strength = pulled.strength + (last ? g.p.grad_strength.at(b, i) : T(0));
       grad_x = {skip * grad.x + grad_moved.x, skip * grad.y + grad_moved.y};

@@ -1,6 +1,5 @@
 // The dispatcher ops: schemas, and the way from tensors to params to a device.
 #include <Python.h>
-
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
@@ -17,8 +16,8 @@
 
 #if defined(QFLUX_CUDA)
 // Absent from a CPU-only torch, where no CUDA tensor can reach it.
-extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(
-    int32_t device_index, void** ret_stream);
+extern "C" __attribute__((weak)) AOTITorchError
+aoti_torch_get_current_cuda_stream(int32_t device_index, void** ret_stream);
 #endif
 
 namespace qflux {
@@ -58,8 +57,7 @@ OptionalTensor contiguous(const OptionalTensor& tensor) {
   return torch::stable::contiguous(*tensor);
 }
 
-Tensor empty(const Tensor& like, std::initializer_list<int64_t> shape,
-             ScalarType dtype) {
+Tensor empty(const Tensor& like, std::initializer_list<int64_t> shape, ScalarType dtype) {
   return torch::stable::new_empty(like, std::vector<int64_t>(shape), dtype);
 }
 
@@ -177,8 +175,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> interact(
     Tensor states, OptionalTensor keys, OptionalTensor values, OptionalTensor coefficient,
     double coefficient_value, OptionalTensor min_gate, double min_gate_value,
     OptionalTensor lengths, int64_t score, double eps, bool row_window, bool causal, bool mean) {
-  PairArguments pair{coefficient, coefficient_value, min_gate, min_gate_value, lengths,
-                     score,       eps,               row_window, causal,       mean};
+  PairArguments pair{coefficient, coefficient_value,
+                     min_gate,    min_gate_value,
+                     lengths,     score,
+                     eps,         row_window,
+                     causal,      mean};
   check_keys(states, keys, values, lengths);
   pair.check(states);
   const int64_t batch = states.size(0), rows = states.size(1);
@@ -209,13 +210,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> interact(
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> interact_backward(
-    Tensor grad_context, Tensor grad_strength, Tensor threshold, Tensor states,
-    OptionalTensor keys, OptionalTensor values, OptionalTensor coefficient,
-    double coefficient_value, OptionalTensor min_gate, double min_gate_value,
-    OptionalTensor lengths, int64_t score, double eps, bool row_window, bool causal, bool mean,
-    bool need_rows, bool need_keys) {
-  PairArguments pair{coefficient, coefficient_value, min_gate, min_gate_value, lengths,
-                     score,       eps,               row_window, causal,       mean};
+    Tensor grad_context, Tensor grad_strength, Tensor threshold, Tensor states, OptionalTensor keys,
+    OptionalTensor values, OptionalTensor coefficient, double coefficient_value,
+    OptionalTensor min_gate, double min_gate_value, OptionalTensor lengths, int64_t score,
+    double eps, bool row_window, bool causal, bool mean, bool need_rows, bool need_keys) {
+  PairArguments pair{coefficient, coefficient_value,
+                     min_gate,    min_gate_value,
+                     lengths,     score,
+                     eps,         row_window,
+                     causal,      mean};
   check_keys(states, keys, values, lengths);
   pair.check(states);
   const int64_t batch = states.size(0), rows = states.size(1);
@@ -256,8 +259,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> interact_backward(
 #endif
         });
   });
-  const auto summed = coefficient ? torch::stable::sum(grad_alpha, std::vector<int64_t>{1})
-                                  : nothing(states);
+  const auto summed =
+      coefficient ? torch::stable::sum(grad_alpha, std::vector<int64_t>{1}) : nothing(states);
   return {grad_states, grad_keys, grad_values, summed};
 }
 
@@ -304,11 +307,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> evolve(
     double min_gate_value, OptionalTensor lengths, int64_t score, double eps, bool row_window,
     bool causal, bool mean, int64_t steps, bool has_radius, double radius_min, double radius_max,
     double radius_rate, double radius_reversion, double radius_target, bool save) {
-  PairArguments pair{coefficient, coefficient_value, min_gate, min_gate_value, lengths,
-                     score,       eps,               row_window, causal,       mean};
-  StepArguments step{dt,         dt_value,    skip,       skip_value,       steps,
-                     has_radius, radius_min,  radius_max, radius_rate,      radius_reversion,
-                     radius_target};
+  PairArguments pair{coefficient, coefficient_value,
+                     min_gate,    min_gate_value,
+                     lengths,     score,
+                     eps,         row_window,
+                     causal,      mean};
+  StepArguments step{dt,          dt_value,         skip,         skip_value,
+                     steps,       has_radius,       radius_min,   radius_max,
+                     radius_rate, radius_reversion, radius_target};
   check_states(states);
   pair.check(states);
   step.check(states);
@@ -346,11 +352,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> evolve_backward(
     double eps, bool row_window, bool causal, bool mean, int64_t steps, bool has_radius,
     double radius_min, double radius_max, double radius_rate, double radius_reversion,
     double radius_target) {
-  PairArguments pair{coefficient, coefficient_value, min_gate, min_gate_value, lengths,
-                     score,       eps,               row_window, causal,       mean};
-  StepArguments step{dt,         dt_value,    skip,       skip_value,       steps,
-                     has_radius, radius_min,  radius_max, radius_rate,      radius_reversion,
-                     radius_target};
+  PairArguments pair{coefficient, coefficient_value,
+                     min_gate,    min_gate_value,
+                     lengths,     score,
+                     eps,         row_window,
+                     causal,      mean};
+  StepArguments step{dt,          dt_value,         skip,         skip_value,
+                     steps,       has_radius,       radius_min,   radius_max,
+                     radius_rate, radius_reversion, radius_target};
   check_states(grad_states);
   pair.check(grad_states);
   step.check(grad_states);
@@ -391,8 +400,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> evolve_backward(
 #endif
         });
   });
-  const auto summed = coefficient ? torch::stable::sum(grad_alpha, std::vector<int64_t>{1})
-                                  : nothing(grad_states);
+  const auto summed =
+      coefficient ? torch::stable::sum(grad_alpha, std::vector<int64_t>{1}) : nothing(grad_states);
   return {grad_input, grad_dt, grad_skip, summed};
 }
 
@@ -417,26 +426,29 @@ Tensor cuda_architectures() {
 }  // namespace
 }  // namespace qflux
 
-#define QFLUX_PAIR                                                                            \
-  "Tensor? coefficient, float coefficient_value, Tensor? min_gate, float min_gate_value, "    \
+#define QFLUX_PAIR                                                                         \
+  "Tensor? coefficient, float coefficient_value, Tensor? min_gate, float min_gate_value, " \
   "Tensor? lengths, int score, float eps, bool row_window, bool causal, bool mean"
-#define QFLUX_STEP                                                                            \
-  "int steps, bool has_radius, float radius_min, float radius_max, float radius_rate, "       \
+#define QFLUX_STEP                                                                      \
+  "int steps, bool has_radius, float radius_min, float radius_max, float radius_rate, " \
   "float radius_reversion, float radius_target"
 
 STABLE_TORCH_LIBRARY(qflux_kernels, m) {
   m.def("interact(Tensor states, Tensor? keys, Tensor? values, " QFLUX_PAIR
         ") -> (Tensor context, Tensor strength, Tensor degree, Tensor threshold)");
-  m.def("interact_backward(Tensor grad_context, Tensor grad_strength, Tensor threshold, "
-        "Tensor states, Tensor? keys, Tensor? values, " QFLUX_PAIR
-        ", bool need_rows, bool need_keys) -> (Tensor grad_states, Tensor grad_keys, "
-        "Tensor grad_values, Tensor grad_coefficient)");
-  m.def("evolve(Tensor states, Tensor? dt, float dt_value, Tensor? skip, float skip_value, "
-        QFLUX_PAIR ", " QFLUX_STEP
-        ", bool save) -> (Tensor result, Tensor strength, Tensor degree, Tensor tape)");
-  m.def("evolve_backward(Tensor grad_states, Tensor grad_strength, Tensor tape, Tensor? dt, "
-        "float dt_value, Tensor? skip, float skip_value, " QFLUX_PAIR ", " QFLUX_STEP
-        ") -> (Tensor grad_input, Tensor grad_dt, Tensor grad_skip, Tensor grad_coefficient)");
+  m.def(
+      "interact_backward(Tensor grad_context, Tensor grad_strength, Tensor threshold, "
+      "Tensor states, Tensor? keys, Tensor? values, " QFLUX_PAIR
+      ", bool need_rows, bool need_keys) -> (Tensor grad_states, Tensor grad_keys, "
+      "Tensor grad_values, Tensor grad_coefficient)");
+  m.def(
+      "evolve(Tensor states, Tensor? dt, float dt_value, Tensor? skip, float "
+      "skip_value, " QFLUX_PAIR ", " QFLUX_STEP
+      ", bool save) -> (Tensor result, Tensor strength, Tensor degree, Tensor tape)");
+  m.def(
+      "evolve_backward(Tensor grad_states, Tensor grad_strength, Tensor tape, Tensor? dt, "
+      "float dt_value, Tensor? skip, float skip_value, " QFLUX_PAIR ", " QFLUX_STEP
+      ") -> (Tensor grad_input, Tensor grad_dt, Tensor grad_skip, Tensor grad_coefficient)");
   // Texts as uint8: a str in a schema leaks in the stable ABI before torch 2.14.
   m.def("instruction_set() -> Tensor");
   m.def("cuda_architectures() -> Tensor");
@@ -447,10 +459,10 @@ STABLE_TORCH_LIBRARY_IMPL(qflux_kernels, CompositeExplicitAutograd, m) {
   m.impl("cuda_architectures", TORCH_BOX(&qflux::ops::cuda_architectures));
 }
 
-#define QFLUX_IMPLEMENT(m)                                            \
-  m.impl("interact", TORCH_BOX(&qflux::ops::interact));                    \
-  m.impl("interact_backward", TORCH_BOX(&qflux::ops::interact_backward));  \
-  m.impl("evolve", TORCH_BOX(&qflux::ops::evolve));                        \
+#define QFLUX_IMPLEMENT(m)                                                \
+  m.impl("interact", TORCH_BOX(&qflux::ops::interact));                   \
+  m.impl("interact_backward", TORCH_BOX(&qflux::ops::interact_backward)); \
+  m.impl("evolve", TORCH_BOX(&qflux::ops::evolve));                       \
   m.impl("evolve_backward", TORCH_BOX(&qflux::ops::evolve_backward))
 
 STABLE_TORCH_LIBRARY_IMPL(qflux_kernels, CPU, m) { QFLUX_IMPLEMENT(m); }
@@ -458,7 +470,7 @@ STABLE_TORCH_LIBRARY_IMPL(qflux_kernels, CUDA, m) { QFLUX_IMPLEMENT(m); }
 
 // Importing the module is what loads the object and so registers the ops.
 extern "C" __attribute__((visibility("default"))) PyObject* PyInit__C() {
-  static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr,
-                               nullptr, nullptr, nullptr, nullptr};
+  static PyModuleDef module = {
+      PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
   return PyModule_Create(&module);
 }

@@ -110,9 +110,9 @@ struct InteractBackwardParams {
 
 // What a step leaves on the tape for each token, as planes [steps][plane][batch][padded length].
 enum TapePlane : int64_t {
-  kTapeState = 0,        // x, y
-  kTapeMiddle = 2,       // x + k1
-  kTapeContext = 4,      // context(x)
+  kTapeState = 0,          // x, y
+  kTapeMiddle = 2,         // x + k1
+  kTapeContext = 4,        // context(x)
   kTapeMiddleContext = 6,  // context(x + k1)
   kTapeStrength = 8,
   kTapeThreshold = 9,

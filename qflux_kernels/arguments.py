@@ -60,9 +60,7 @@ def _per_sequence(
 
 def _canonical_score(score: object, states: torch.Tensor, batch: torch.Size) -> Score:
     if isinstance(score, Threshold):
-        return Threshold(
-            _per_sequence("sigma", score.sigma, states, batch), score.stats, score.eps
-        )
+        return Threshold(_per_sequence("sigma", score.sigma, states, batch), score.stats, score.eps)
     if isinstance(score, InverseGate):
         return InverseGate(
             _per_sequence("alpha", score.alpha, states, batch),
@@ -199,9 +197,7 @@ class EvolveArguments:
     result_dtype: torch.dtype
 
 
-def _per_step(
-    name: str, value: object, states: torch.Tensor, steps: int
-) -> float | torch.Tensor:
+def _per_step(name: str, value: object, states: torch.Tensor, steps: int) -> float | torch.Tensor:
     """A float, or a tensor `(steps or 1, *batch, S)`.
 
     A tensor with one dimension more than the batch and the tokens has its steps first. A smaller

@@ -6,6 +6,7 @@ The dispatcher ops `qflux_kernels::*` are declared in `csrc/library.cpp`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -41,37 +42,94 @@ class StepOptions(NamedTuple):
 Coefficient = tuple[torch.Tensor | None, float]
 
 
-def _fold(
-    tensor: torch.Tensor | None, bdim: int | None, size: int, at: int = 0
-) -> torch.Tensor | None:
-    """Merge a vmapped dimension into the batch dimension `at`, repeating what is not batched."""
-    if tensor is None:
-        return None
-    if bdim is None:
+def _refuse_second_derivative(ctx, *_):
+    raise RuntimeError(
+        "qflux_kernels has no second derivatives; "
+        "backend='reference' computes them in plain PyTorch"
+    )
+
+
+class _Vmapped(NamedTuple):
+    """Where the batch dimension of each argument and result of an op is; None: it has none."""
+
+    arguments: tuple[int | None, ...]
+    results: tuple[int, ...]
+
+
+# In schema order; the scalar options that follow have no batch dimension.
+_BATCH_DIMENSIONS = {
+    "interact": _Vmapped((0, 0, 0, 0, None, 0, None, 0), (0, 0, 0, 0)),
+    "interact_backward": _Vmapped((0, 0, 0, 0, 0, 0, 0, None, 0, None, 0), (0, 0, 0, 0)),
+    "evolve": _Vmapped((0, 1, None, 1, None, 0, None, 0, None, 0), (0, 0, 0, 2)),
+    "evolve_backward": _Vmapped((0, 0, 0, 2, 1, None, 1, None, 0, None, 0, None, 0), (0, 1, 1, 0)),
+}
+
+
+def _fold(tensor: torch.Tensor, mapped: int | None, size: int, at: int) -> torch.Tensor:
+    """Merge a vmapped dimension into the batch dimension `at`, repeating what is not mapped."""
+    if mapped is None:
         tensor = tensor.unsqueeze(at).expand(*tensor.shape[:at], size, *tensor.shape[at:])
     else:
-        tensor = tensor.movedim(bdim, at)
+        tensor = tensor.movedim(mapped, at)
     return tensor.flatten(at, at + 1)
 
 
-class _InteractFunction(torch.autograd.Function):
+def _vmap(function: type, op: str, size: int, in_dims: tuple, arguments: tuple) -> tuple:
+    """Run `function` once with the vmapped dimension folded into the batch."""
+    where = _BATCH_DIMENSIONS[op]
+    folded = [
+        _fold(argument, mapped, size, at) if at is not None and argument is not None else argument
+        for argument, mapped, at in zip(arguments, in_dims, where.arguments, strict=False)
+    ]
+    outputs = function.apply(*folded, *arguments[len(folded) :])
+    unfolded = tuple(
+        # An op returns an empty vector for a gradient that it was not asked for.
+        output.unflatten(at, (size, -1)) if output.dim() > at and output.shape != (0,) else output
+        for output, at in zip(outputs, where.results, strict=True)
+    )
+    dims = tuple(
+        at if after.dim() > before.dim() else None
+        for before, after, at in zip(outputs, unfolded, where.results, strict=True)
+    )
+    return unfolded, dims
+
+
+def _call(function: type) -> Callable:
+    """How a backward calls its op. Dynamo traces no function inside a backward, and refuses
+    second derivatives itself."""
+    return function.forward if torch.compiler.is_compiling() else function.apply
+
+
+class _InteractBackward(torch.autograd.Function):
     @staticmethod
-    def forward(
-        states, keys, values, coefficient, coefficient_value, min_gate, min_gate_value, lengths,
-        *options,
-    ):  # fmt: skip
-        return torch.ops.qflux_kernels.interact(
-            states, keys, values, coefficient, coefficient_value, min_gate, min_gate_value,
-            lengths, *options,
-        )  # fmt: skip
+    def forward(*arguments):
+        return torch.ops.qflux_kernels.interact_backward(*arguments)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        tensors, ctx.scalars = inputs[:4] + inputs[5:8:2], (inputs[4], inputs[6], *inputs[8:])
+        pass
+
+    backward = staticmethod(_refuse_second_derivative)
+
+    @staticmethod
+    def vmap(info, in_dims, *arguments):
+        return _vmap(_InteractBackward, "interact_backward", info.batch_size, in_dims, arguments)
+
+
+class _Interact(torch.autograd.Function):
+    @staticmethod
+    def forward(*arguments):
+        return torch.ops.qflux_kernels.interact(*arguments)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        states, keys, values, coefficient, coefficient_value, min_gate, min_gate_value, lengths = (
+            inputs[:8]
+        )
         _, _, degree, threshold = output
         ctx.mark_non_differentiable(degree, threshold)
-        ctx.set_materialize_grads(True)
-        ctx.save_for_backward(*tensors, threshold)
+        ctx.save_for_backward(states, keys, values, coefficient, min_gate, lengths, threshold)
+        ctx.scalars = (coefficient_value, min_gate_value, *inputs[8:])
 
     @staticmethod
     def backward(ctx, grad_context, grad_strength, _degree, _threshold):
@@ -80,75 +138,64 @@ class _InteractFunction(torch.autograd.Function):
         needs = ctx.needs_input_grad
         need_rows = needs[0] or needs[3]
         need_keys = needs[1] or needs[2] or (needs[0] and keys is None)
-        grads = torch.ops.qflux_kernels.interact_backward(
+        grads = _call(_InteractBackward)(
             grad_context, grad_strength, threshold, states, keys, values, coefficient,
             coefficient_value, min_gate, min_gate_value, lengths, *options, need_rows, need_keys,
         )  # fmt: skip
-        given = (True, keys is not None, values is not None, coefficient is not None)
-        wanted = [
-            grad if need and present else None
-            for grad, need, present in zip(grads, needs[:4], given, strict=True)
-        ]
+        wanted = [grad if need else None for grad, need in zip(grads, needs[:4], strict=True)]
         return (*wanted, *(None,) * (len(needs) - 4))
 
     @staticmethod
-    def vmap(info, in_dims, states, keys, values, coefficient, coefficient_value, min_gate,
-             min_gate_value, lengths, *options):  # fmt: skip
-        size = info.batch_size
-        batched = (
-            _fold(states, in_dims[0], size), _fold(keys, in_dims[1], size),
-            _fold(values, in_dims[2], size), _fold(coefficient, in_dims[3], size),
-            coefficient_value, _fold(min_gate, in_dims[5], size), min_gate_value,
-            _fold(lengths, in_dims[7], size),
-        )  # fmt: skip
-        outputs = _InteractFunction.apply(*batched, *options)
-        return tuple(output.unflatten(0, (size, -1)) for output in outputs), (0,) * len(outputs)
+    def vmap(info, in_dims, *arguments):
+        return _vmap(_Interact, "interact", info.batch_size, in_dims, arguments)
 
 
-class _EvolveFunction(torch.autograd.Function):
+class _EvolveBackward(torch.autograd.Function):
     @staticmethod
-    def forward(
-        states, dt, dt_value, skip, skip_value, coefficient, coefficient_value, min_gate,
-        min_gate_value, lengths, *options,
-    ):  # fmt: skip
-        return torch.ops.qflux_kernels.evolve(
-            states, dt, dt_value, skip, skip_value, coefficient, coefficient_value, min_gate,
-            min_gate_value, lengths, *options,
-        )  # fmt: skip
+    def forward(grad_states, grad_strength, states, *arguments):
+        return torch.ops.qflux_kernels.evolve_backward(grad_states, grad_strength, *arguments)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
+        pass
+
+    backward = staticmethod(_refuse_second_derivative)
+
+    @staticmethod
+    def vmap(info, in_dims, *arguments):
+        return _vmap(_EvolveBackward, "evolve_backward", info.batch_size, in_dims, arguments)
+
+
+class _Evolve(torch.autograd.Function):
+    @staticmethod
+    def forward(*arguments):
+        return torch.ops.qflux_kernels.evolve(*arguments)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        states, dt, dt_value, skip, skip_value, coefficient, coefficient_value = inputs[:7]
+        min_gate, min_gate_value, lengths, *options, _save = inputs[7:]
         _, _, degree, tape = output
         ctx.mark_non_differentiable(degree, tape)
-        ctx.set_materialize_grads(True)
-        ctx.scalars = (inputs[2], inputs[4], inputs[6], inputs[8], *inputs[10:-1])
-        ctx.save_for_backward(inputs[1], inputs[3], inputs[5], inputs[7], inputs[9], tape)
+        ctx.save_for_backward(states, dt, skip, coefficient, min_gate, lengths, tape)
+        ctx.scalars = (dt_value, skip_value, coefficient_value, min_gate_value, *options)
 
     @staticmethod
     def backward(ctx, grad_states, grad_strength, _degree, _tape):
-        dt, skip, coefficient, min_gate, lengths, tape = ctx.saved_tensors
+        states, dt, skip, coefficient, min_gate, lengths, tape = ctx.saved_tensors
         dt_value, skip_value, coefficient_value, min_gate_value, *options = ctx.scalars
         needs = ctx.needs_input_grad
-        grads = torch.ops.qflux_kernels.evolve_backward(
-            grad_states, grad_strength, tape, dt, dt_value, skip, skip_value, coefficient,
+        # The states are on the tape; they come along so that second derivatives are refused.
+        grads = _call(_EvolveBackward)(
+            grad_states, grad_strength, states, tape, dt, dt_value, skip, skip_value, coefficient,
             coefficient_value, min_gate, min_gate_value, lengths, *options,
         )  # fmt: skip
-        positions = {0: grads[0], 1: grads[1], 3: grads[2], 5: grads[3]}
-        return tuple(positions.get(i) if need else None for i, need in enumerate(needs))
+        of_input = {0: grads[0], 1: grads[1], 3: grads[2], 5: grads[3]}
+        return tuple(of_input.get(i) if need else None for i, need in enumerate(needs))
 
     @staticmethod
-    def vmap(info, in_dims, states, dt, dt_value, skip, skip_value, coefficient,
-             coefficient_value, min_gate, min_gate_value, lengths, *options):  # fmt: skip
-        size = info.batch_size
-        batched = (
-            _fold(states, in_dims[0], size), _fold(dt, in_dims[1], size, at=1), dt_value,
-            _fold(skip, in_dims[3], size, at=1), skip_value,
-            _fold(coefficient, in_dims[5], size), coefficient_value,
-            _fold(min_gate, in_dims[7], size), min_gate_value, _fold(lengths, in_dims[9], size),
-        )  # fmt: skip
-        *outputs, tape = _EvolveFunction.apply(*batched, *options)
-        outputs = [output.unflatten(0, (size, -1)) for output in outputs]
-        return (*outputs, tape.unflatten(2, (size, -1))), (0, 0, 0, 2)
+    def vmap(info, in_dims, *arguments):
+        return _vmap(_Evolve, "evolve", info.batch_size, in_dims, arguments)
 
 
 def interact(
@@ -161,7 +208,7 @@ def interact(
     options: PairOptions,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Context `(B, S, D)`, strength `(B, S)` and degree `(B, S)`."""
-    context, strength, degree, _ = _InteractFunction.apply(
+    context, strength, degree, _ = _Interact.apply(
         states, keys, values, *coefficient, *min_gate, lengths, *options
     )
     return context, strength, degree
@@ -179,8 +226,10 @@ def evolve(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """States `(B, S, 2)`, strength `(B, S)` and degree `(B, S)` after `step.steps` steps."""
     differentiable = (states, dt[0], skip[0], coefficient[0])
-    save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in differentiable)
-    out, strength, degree, _ = _EvolveFunction.apply(
+    save = torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in differentiable
+    )
+    out, strength, degree, _ = _Evolve.apply(
         states, *dt, *skip, *coefficient, *min_gate, lengths, *options, *step, save
     )
     return out, strength, degree
@@ -232,14 +281,8 @@ def _evolve_backward_fake(
     return tape.new_empty(grad_states.shape), like(dt), like(skip), like(coefficient)
 
 
-def _refuse_second_derivative(ctx, *_):
-    raise RuntimeError(
-        "qflux_kernels has no second derivatives; backend='reference' computes them in plain PyTorch"
-    )
-
-
 def register() -> None:
-    """Attach fake kernels and the refusal of second derivatives to the loaded ops."""
+    """Attach the fake kernels to the loaded ops."""
     fakes = {
         "interact": _interact_fake,
         "interact_backward": _interact_backward_fake,
@@ -248,5 +291,3 @@ def register() -> None:
     }
     for name, fake in fakes.items():
         torch.library.register_fake(f"qflux_kernels::{name}", fake)
-    for name in ("interact_backward", "evolve_backward"):
-        torch.library.register_autograd(f"qflux_kernels::{name}", _refuse_second_derivative)

@@ -99,7 +99,11 @@ def diagnostics() -> dict[str, object]:
         "qflux_kernels": __version__,
         "object": importlib.util.find_spec("._C", __package__).origin if loaded else None,
         "load_error": LOAD_ERROR,
-        "backends": ["reference", *(["cpu"] if loaded else []), *(["cuda"] if cuda_architectures() else [])],
+        "backends": [
+            "reference",
+            *(["cpu"] if loaded else []),
+            *(["cuda"] if cuda_architectures() else []),
+        ],
         "algorithms": ["dense"],
         "cuda_architectures": cuda_architectures(),
         "instruction_set": _text("instruction_set") if loaded else None,

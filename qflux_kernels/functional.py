@@ -154,9 +154,7 @@ def evolve(
     Source: first seed, sections 5 and 7; second seed, "State Evolution".
     """
     check_algorithm(algorithm)
-    args = evolve_arguments(
-        states, dt, causal, score, radius, skip, reduction, steps, lengths
-    )
+    args = evolve_arguments(states, dt, causal, score, radius, skip, reduction, steps, lengths)
     if choose_backend(backend, args.states.device) == "reference":
         return reference.evolve(
             states, dt, causal=causal, score=score, radius=radius, skip=skip,

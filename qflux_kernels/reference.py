@@ -141,9 +141,7 @@ def evolve(
     """`qflux_kernels.evolve` in plain PyTorch; `algorithm` has no effect here."""
     check_choice("algorithm", algorithm, ALGORITHMS)
     check_choice("backend", backend, ("auto", "reference"))
-    args = evolve_arguments(
-        states, dt, causal, score, radius, skip, reduction, steps, lengths
-    )
+    args = evolve_arguments(states, dt, causal, score, radius, skip, reduction, steps, lengths)
     x = args.states
     present = None
     if args.lengths is not None:

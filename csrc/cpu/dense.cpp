@@ -177,26 +177,27 @@ void forward_keys(const Sequence<T>& s, int64_t first, int64_t last, const Forwa
         cx[r] = cy[r] = strength[r] = V(T(0));
         kept_count[r] = typename V::Bits{};
       }
-      for_each_vector(group, tile, tile + kKeyTile, [&](int64_t j, const Mask<T>* visible) QFLUX_INLINE_LAMBDA {
-        const V key_x = load(s.key_x + j), key_y = load(s.key_y + j);
-        for (int r = 0; r < kGroup; ++r) {
-          const V kx = visible_only(visible, r, key_x), ky = visible_only(visible, r, key_y);
-          const V p = inner_product(qx[r], qy[r], kx, ky, bias);
-          auto kept = pair[r].kept(p);
-          if (visible) kept = both(kept, visible[r]);
-          if constexpr (kSkipsDropped<Pair>) {
-            cx[r] = multiply_add_where(kept, p, kx, cx[r]);
-            cy[r] = multiply_add_where(kept, p, ky, cy[r]);
-            strength[r] = add_where(kept, p, strength[r]);
-          } else {
-            const V w = pair[r].weight(p, kept);
-            cx[r] = multiply_add(w, kx, cx[r]);
-            cy[r] = multiply_add(w, ky, cy[r]);
-            strength[r] = strength[r] + w;
-          }
-          if constexpr (kDegree) count(kept, kept_count[r]);
-        }
-      });
+      for_each_vector(
+          group, tile, tile + kKeyTile, [&](int64_t j, const Mask<T>* visible) QFLUX_INLINE_LAMBDA {
+            const V key_x = load(s.key_x + j), key_y = load(s.key_y + j);
+            for (int r = 0; r < kGroup; ++r) {
+              const V kx = visible_only(visible, r, key_x), ky = visible_only(visible, r, key_y);
+              const V p = inner_product(qx[r], qy[r], kx, ky, bias);
+              auto kept = pair[r].kept(p);
+              if (visible) kept = both(kept, visible[r]);
+              if constexpr (kSkipsDropped<Pair>) {
+                cx[r] = multiply_add_where(kept, p, kx, cx[r]);
+                cy[r] = multiply_add_where(kept, p, ky, cy[r]);
+                strength[r] = add_where(kept, p, strength[r]);
+              } else {
+                const V w = pair[r].weight(p, kept);
+                cx[r] = multiply_add(w, kx, cx[r]);
+                cy[r] = multiply_add(w, ky, cy[r]);
+                strength[r] = strength[r] + w;
+              }
+              if constexpr (kDegree) count(kept, kept_count[r]);
+            }
+          });
       for (int r = 0; r < kGroup && row + r < last; ++r) {
         Total<T>* total = totals[row + r - first];
         total[0].add(sum(cx[r]));
@@ -348,17 +349,17 @@ void dot_columns(const Group<T>& group, int64_t tile, const T* own, int64_t own_
                  const T* columns, int64_t stride, int64_t depth, const Start& start,
                  TileRows<T>& product) {
   using V = Vector<T>;
-  for_each_vector(group, tile, tile + kGeneralTile,
-                  [&](int64_t j, const Mask<T>*) QFLUX_INLINE_LAMBDA {
-                    V acc[kGroup];
-                    for (int r = 0; r < kGroup; ++r) acc[r] = start(r, j);
-                    for (int64_t c = 0; c < depth; ++c) {
-                      const V value = load(columns + c * stride + j);
-                      for (int r = 0; r < kGroup; ++r)
-                        acc[r] = multiply_add(V(own[c * own_stride + group.owner[r]]), value, acc[r]);
-                    }
-                    for (int r = 0; r < kGroup; ++r) store(product[r] + (j - tile), acc[r]);
-                  });
+  for_each_vector(
+      group, tile, tile + kGeneralTile, [&](int64_t j, const Mask<T>*) QFLUX_INLINE_LAMBDA {
+        V acc[kGroup];
+        for (int r = 0; r < kGroup; ++r) acc[r] = start(r, j);
+        for (int64_t c = 0; c < depth; ++c) {
+          const V value = load(columns + c * stride + j);
+          for (int r = 0; r < kGroup; ++r)
+            acc[r] = multiply_add(V(own[c * own_stride + group.owner[r]]), value, acc[r]);
+        }
+        for (int r = 0; r < kGroup; ++r) store(product[r] + (j - tile), acc[r]);
+      });
 }
 
 template <class T>
@@ -434,8 +435,9 @@ void backward_rows_values(const Sequence<T>& s, int64_t first, int64_t last,
     const int owners = last - row < kGroup ? static_cast<int>(last - row) : kGroup;
     Total<T> totals[2 * kGroup];
     for (int64_t tile = 0; tile < group.highest(); tile += kGeneralTile) {
-      dot_columns(group, tile, s.grad, s.row_stride, s.values, s.key_stride, s.depth,
-                  [&](int r, int64_t) { return V(s.grad_strength[group.owner[r]]); }, upstream);
+      dot_columns(
+          group, tile, s.grad, s.row_stride, s.values, s.key_stride, s.depth,
+          [&](int r, int64_t) { return V(s.grad_strength[group.owner[r]]); }, upstream);
       V ax[kGroup], ay[kGroup];
       for (int r = 0; r < kGroup; ++r) ax[r] = ay[r] = V(T(0));
       for_each_vector(group, tile, tile + kGeneralTile,
@@ -444,8 +446,7 @@ void backward_rows_values(const Sequence<T>& s, int64_t first, int64_t last,
                         for (int r = 0; r < kGroup; ++r) {
                           const int64_t i = group.owner[r];
                           const Pair pair = MakePair<Pair, T>::make(s, V(s.limit[i]));
-                          const V p =
-                              inner_product(V(s.query_x[i]), V(s.query_y[i]), kx, ky, bias);
+                          const V p = inner_product(V(s.query_x[i]), V(s.query_y[i]), kx, ky, bias);
                           auto kept = pair.kept(p);
                           if (visible) kept = both(kept, visible[r]);
                           const V d = select(
@@ -476,8 +477,9 @@ void backward_keys_values(const Sequence<T>& s, int64_t first, int64_t last,
     Total<T> totals[2 * kGroup];
     for (int64_t tile = group.lowest() / kGeneralTile * kGeneralTile; tile < group.highest();
          tile += kGeneralTile) {
-      dot_columns(group, tile, s.values, s.key_stride, s.grad, s.row_stride, s.depth,
-                  [&](int, int64_t i) { return load(s.grad_strength + i); }, upstream);
+      dot_columns(
+          group, tile, s.values, s.key_stride, s.grad, s.row_stride, s.depth,
+          [&](int, int64_t i) { return load(s.grad_strength + i); }, upstream);
       V ax[kGroup], ay[kGroup];
       for (int r = 0; r < kGroup; ++r) ax[r] = ay[r] = V(T(0));
       for_each_vector(group, tile, tile + kGeneralTile,

@@ -21,11 +21,11 @@ struct Sequence {
   int64_t depth;  // columns of the values; the fast path (values == nullptr) has 2
   Score score;
   T eps, min_gate;
-  const T *query_x, *query_y;   // [row_stride]
-  const T* limit;               // [row_stride]: tau; zero for the inverse gate
-  const T *key_x, *key_y;       // [key_stride]
-  const T* values = nullptr;    // [depth][key_stride]; null: the keys
-  const T* grad = nullptr;      // [depth][row_stride]: of the context, reduction applied
+  const T *query_x, *query_y;        // [row_stride]
+  const T* limit;                    // [row_stride]: tau; zero for the inverse gate
+  const T *key_x, *key_y;            // [key_stride]
+  const T* values = nullptr;         // [depth][key_stride]; null: the keys
+  const T* grad = nullptr;           // [depth][row_stride]: of the context, reduction applied
   const T* grad_strength = nullptr;  // [row_stride]
   int64_t row_stride, key_stride;
 };

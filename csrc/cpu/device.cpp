@@ -194,8 +194,8 @@ void row_thresholds(const Staging<T>& staging, const Moments* before, int64_t b,
       inside.add(x[n] - shift_x, y[n] - shift_y);
     }
     // A window that ends with a tile still counts as that tile's.
-    Moments window = before[n % kMomentsTile == 0 && n > start ? n / kMomentsTile - 1
-                                                               : n / kMomentsTile];
+    Moments window =
+        before[n % kMomentsTile == 0 && n > start ? n / kMomentsTile - 1 : n / kMomentsTile];
     window.add(inside);
     windows[i - first] = window;
     const Point<T> state = load_point(p.states, b, i);
@@ -225,8 +225,7 @@ void stage_forward(const Staging<T>& staging) {
   if (statistics) {
     for_each_block(p.batch, key_tiles, false, grain, [&](int64_t b, int64_t tile) {
       const auto [first, last] = tile_range(tile, p.visibility(b).key_end);
-      if (first < last)
-        before[b * (key_tiles + 1) + tile + 1] = moments(staging, b, first, last);
+      if (first < last) before[b * (key_tiles + 1) + tile + 1] = moments(staging, b, first, last);
     });
     for (int64_t b = 0; b < p.batch; ++b)
       for (int64_t tile = 1; tile <= key_tiles; ++tile)
@@ -350,31 +349,31 @@ void Device::interact_backward(const InteractBackwardParams<T>& params) {
         });
 
   if (params.grad_keys || params.grad_values)
-    for_each_block(
-        p.batch, blocks(p.keys, kBlock), p.causal, grain_for(kBlock * p.rows),
-        [&](int64_t b, int64_t block) {
-          const Sequence<T> sequence = staging.sequence(b);
-          const auto range = owners(block, p.keys, sequence.visibility.key_end);
-          T point[2 * kBlock] = {};
-          const std::unique_ptr<T[]> values(
-              new T[p.values ? static_cast<size_t>(kBlock * depth) : 0]());
-          if (range.first < range.last)
-            kernels<T>().backward_keys(sequence, range.first, range.last, {point, values.get()});
-          for (int64_t j = range.first; j < range.end; ++j) {
-            const int64_t n = j - range.first;
-            if (params.grad_keys) {
-              Point<T> grad{point[2 * n], point[2 * n + 1]};
-              if (params.keys_are_states) {
-                const Point<T> old = load_point(as_const(params.grad_keys), b, j);
-                grad = {old.x + grad.x, old.y + grad.y};
-              }
-              store_point(params.grad_keys, b, j, grad);
-            }
-            if (params.grad_values)
-              for (int64_t c = 0; c < depth; ++c)
-                params.grad_values.at(b, j, c) = values[n * depth + c];
-          }
-        });
+    for_each_block(p.batch, blocks(p.keys, kBlock), p.causal, grain_for(kBlock * p.rows),
+                   [&](int64_t b, int64_t block) {
+                     const Sequence<T> sequence = staging.sequence(b);
+                     const auto range = owners(block, p.keys, sequence.visibility.key_end);
+                     T point[2 * kBlock] = {};
+                     const std::unique_ptr<T[]> values(
+                         new T[p.values ? static_cast<size_t>(kBlock * depth) : 0]());
+                     if (range.first < range.last)
+                       kernels<T>().backward_keys(sequence, range.first, range.last,
+                                                  {point, values.get()});
+                     for (int64_t j = range.first; j < range.end; ++j) {
+                       const int64_t n = j - range.first;
+                       if (params.grad_keys) {
+                         Point<T> grad{point[2 * n], point[2 * n + 1]};
+                         if (params.keys_are_states) {
+                           const Point<T> old = load_point(as_const(params.grad_keys), b, j);
+                           grad = {old.x + grad.x, old.y + grad.y};
+                         }
+                         store_point(params.grad_keys, b, j, grad);
+                       }
+                       if (params.grad_values)
+                         for (int64_t c = 0; c < depth; ++c)
+                           params.grad_values.at(b, j, c) = values[n * depth + c];
+                     }
+                   });
 }
 
 template void Device::interact(const InteractParams<float>&);
