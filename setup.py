@@ -177,8 +177,10 @@ class BuildObject(build_ext):
         (build / "build.ninja").write_text("\n".join(lines) + "\n")
 
     def _link(self, torch_root: Path, objects: list[Path], target: Path, nvcc: str | None) -> None:
+        # A process that has the old object mapped keeps it: the new one takes its name, not its file.
+        fresh = target.with_suffix(".new")
         command = [
-            *os.environ.get("CXX", "c++").split(), "-shared", *map(str, objects), "-o", str(target),
+            *os.environ.get("CXX", "c++").split(), "-shared", *map(str, objects), "-o", str(fresh),
             f"-L{torch_root / 'lib'}", "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu", "-lc10",
             "-Wl,--as-needed", "-Wl,-s" if not DEBUG else "-g",
         ]  # fmt: skip
@@ -188,6 +190,7 @@ class BuildObject(build_ext):
                 command.append(f"-L{lib / folder}")
             command += ["-lcudart_static", "-ldl", "-lrt", "-lpthread"]
         self._run(command)
+        os.replace(fresh, target)
 
     @staticmethod
     def _run(command: list[str]) -> None:

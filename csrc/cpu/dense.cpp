@@ -1,9 +1,10 @@
-// Every pair of a sequence, forward and backward: a group of owners in registers against a vector
-// of the others. The forward and the row pass own rows and stream keys; the key pass owns keys and
-// streams rows. Sums run in vectors of T inside a tile and continue in `Total` across tiles.
+// Every pair of a sequence, forward and backward. Each lane of a vector owns a row (or, in the key
+// pass, a key), keeps its sums in registers and meets the others one by one, broadcast: no sum is
+// ever taken across lanes, and what a lane adds up depends on nothing but its owner.
 #include "dense.h"
 
 #include <memory>
+#include <type_traits>
 
 #include "../math/score.h"
 #include "../math/statistics.h"
@@ -14,93 +15,149 @@ namespace {
 
 #define QFLUX_INLINE_LAMBDA __attribute__((always_inline))
 
-constexpr int64_t kKeyTile = 2048;     // keys of the fast path, two planes: 16 KB of L1
-constexpr int64_t kRowTile = 1024;     // rows of its key pass, six planes: 24 KB
-constexpr int64_t kGeneralTile = 512;  // of the general path, whose weights are staged in L1 too
-constexpr int kGroup = 4;              // owners in registers
-constexpr int kColumns = 4;            // value columns accumulated together
+// Two vectors of owners share each broadcast and hide the latency of the sums; more would not fit
+// the sixteen registers of AVX2.
+constexpr int kVectors = 2;
+// Others whose sums are taken in T from zero: their rounding stays below that of a score, and
+// passing them on to the totals costs a few percent.
+constexpr int64_t kTile = 256;
+// The general path stages a tile's weights: 128 others x 2 vectors x 64 bytes are 16 KB of L1.
+constexpr int64_t kGeneralTile = 128;
+// Value columns accumulated together.
+constexpr int kColumns = 4;
 
-// Continues a tile's sums so that the error does not grow with the number of tiles.
+static_assert(kPadding % (kVectors * Vector<float>::kWidth) == 0, "a group may overhang a plane");
+static_assert(kBlock % (kVectors * Vector<float>::kWidth) == 0, "a block is made of whole groups");
+
+int64_t lesser(int64_t a, int64_t b) { return a < b ? a : b; }
+int64_t greater(int64_t a, int64_t b) { return a > b ? a : b; }
+
+// One sum of each lane, continued from tile to tile so that the error does not grow with their
+// number: in float64 for float, compensated for double.
 template <class T>
 struct Total;
 template <>
 struct Total<float> {
-  double value = 0;
-  void add(float part) { value += part; }
-  float get() const { return static_cast<float>(value); }
+  static constexpr int kWidth = Vector<float>::kWidth;
+  double value[kWidth] = {};
+
+  void add(Vector<float> part) {
+    float lane[kWidth];
+    store(lane, part);
+    for (int l = 0; l < kWidth; ++l) value[l] += lane[l];
+  }
+  float get(int lane) const { return static_cast<float>(value[lane]); }
 };
 template <>
 struct Total<double> {
-  double value = 0, error = 0;
-  void add(double part) {  // Knuth's two-sum
-    const double sum = value + part;
-    const double shadow = sum - value;
-    error += (value - (sum - shadow)) + (part - shadow);
-    value = sum;
+  static constexpr int kWidth = Vector<double>::kWidth;
+  double value[kWidth] = {}, error[kWidth] = {};
+
+  void add(Vector<double> part) {  // Knuth's two-sum
+    double lane[kWidth];
+    store(lane, part);
+    for (int l = 0; l < kWidth; ++l) {
+      const double sum = value[l] + lane[l];
+      const double shadow = sum - value[l];
+      error[l] += (value[l] - (sum - shadow)) + (lane[l] - shadow);
+      value[l] = sum;
+    }
   }
   // An overflow makes the error term NaN; the sum itself is then the answer.
-  double get() const { return error == error ? value + error : value; }
+  double get(int lane) const {
+    return error[lane] == error[lane] ? value[lane] + error[lane] : value[lane];
+  }
+};
+
+// The owners of one pass: vectors of consecutive ones, and the others that each vector meets.
+template <class T>
+struct Group {
+  static constexpr int kWidth = Vector<T>::kWidth;
+  static constexpr int kOwners = kVectors * kWidth;
+
+  int64_t first, last;  // owners first .. last - 1; lanes from last on are padding
+  int64_t begin[kVectors], end[kVectors];
+  int64_t common_begin, common_end;  // met by every owner
+  int64_t shift;                     // keys - rows
+
+  int64_t start(int r) const { return first + r * kWidth; }
+  int64_t lowest() const { return lesser(begin[0], common_begin); }
+  int64_t highest() const { return greater(end[kVectors - 1], common_end); }
 };
 
 template <class T>
-struct Group {
-  int64_t owner[kGroup];
-  int64_t begin[kGroup], end[kGroup];  // the others each owner meets
-
-  int64_t lowest() const {
-    int64_t n = begin[0];
-    for (int r = 1; r < kGroup; ++r) n = begin[r] < n ? begin[r] : n;
-    return n;
-  }
-  int64_t highest() const {
-    int64_t n = end[0];
-    for (int r = 1; r < kGroup; ++r) n = end[r] > n ? end[r] : n;
-    return n;
-  }
-  // The range that every owner meets, in whole vectors; empty if begin >= end.
-  int64_t common_begin() const {
-    constexpr int64_t width = Vector<T>::kWidth;
-    int64_t n = begin[0];
-    for (int r = 1; r < kGroup; ++r) n = begin[r] > n ? begin[r] : n;
-    return (n + width - 1) / width * width;
-  }
-  int64_t common_end() const {
-    constexpr int64_t width = Vector<T>::kWidth;
-    int64_t n = end[0];
-    for (int r = 1; r < kGroup; ++r) n = end[r] < n ? end[r] : n;
-    return n / width * width;
-  }
-};
-
-// Calls body(j, masks or nullptr) for the vectors of others in [tile_begin, tile_end).
-template <class T, class Body>
-QFLUX_INLINE void for_each_vector(const Group<T>& group, int64_t tile_begin, int64_t tile_end,
-                                  const Body& body) {
-  constexpr int64_t width = Vector<T>::kWidth;
-  const auto masked = [&](int64_t from, int64_t to) {
-    for (int64_t j = from; j < to; j += width) {
-      Mask<T> visible[kGroup];
-      for (int r = 0; r < kGroup; ++r)
-        visible[r] = lanes_between<T>(group.begin[r] - j, group.end[r] - j);
-      body(j, visible);
-    }
-  };
-  const auto clamp = [&](int64_t n) {
-    return n < tile_begin ? tile_begin : n > tile_end ? tile_end : n;
-  };
-  const int64_t lowest = clamp(group.lowest() / width * width);
-  const int64_t highest = clamp((group.highest() + width - 1) / width * width);
-  const int64_t common_begin = group.common_begin(), common_end = group.common_end();
-  if (common_begin >= common_end) return masked(lowest, highest);
-  const int64_t begin = clamp(common_begin), end = clamp(common_end);
-  masked(lowest, begin);
-  for (int64_t j = begin; j < end; j += width) body(j, nullptr);
-  masked(end, highest);
+Group<T> row_group(const Sequence<T>& s, int64_t row, int64_t last) {
+  Group<T> group{};
+  group.first = row;
+  group.last = lesser(row + Group<T>::kOwners, last);
+  group.shift = s.visibility.shift;
+  group.common_end = s.visibility.visible_keys(row);
+  for (int r = 0; r < kVectors; ++r)
+    group.end[r] =
+        group.start(r) < group.last
+            ? s.visibility.visible_keys(lesser(group.start(r) + Group<T>::kWidth, group.last) - 1)
+            : group.common_end;
+  return group;
 }
 
 template <class T>
-QFLUX_INLINE Vector<T> visible_only(const Mask<T>* visible, int r, Vector<T> v) {
-  return visible ? select(visible[r], v, Vector<T>(T(0))) : v;
+Group<T> key_group(const Sequence<T>& s, int64_t key, int64_t last) {
+  Group<T> group{};
+  const int64_t row_end = s.visibility.row_end;
+  group.first = key;
+  group.last = lesser(key + Group<T>::kOwners, last);
+  group.shift = s.visibility.shift;
+  group.common_begin = lesser(s.visibility.first_row(group.last - 1), row_end);
+  group.common_end = row_end;
+  for (int r = 0; r < kVectors; ++r) {
+    group.begin[r] = group.start(r) < group.last
+                         ? lesser(s.visibility.first_row(group.start(r)), group.common_begin)
+                         : group.common_begin;
+    group.end[r] = row_end;
+  }
+  return group;
+}
+
+// Calls body(r) for each vector of a group. The index is a type, so that arrays over it live in
+// registers even where the compiler would not unroll a loop.
+template <class Body>
+QFLUX_INLINE void each_vector(const Body& body) {
+  body(std::integral_constant<int, 0>());
+  body(std::integral_constant<int, 1>());
+  static_assert(kVectors == 2, "one call for each vector");
+}
+
+// Calls body(r, j, visible) for the keys j of a tile that vector r of rows meets: first those that
+// every owner sees, then the edge of the causal triangle, where `visible` tells the lanes.
+template <class T, class Body>
+QFLUX_INLINE void each_key(const Group<T>& group, int64_t tile, int64_t tile_end,
+                           const Body& body) {
+  const int64_t main_end = lesser(tile_end, group.common_end);
+  for (int64_t j = tile; j < main_end; ++j)
+    each_vector([&](auto r) QFLUX_INLINE_LAMBDA { body(r, j, nullptr); });
+  each_vector([&](auto r) QFLUX_INLINE_LAMBDA {
+    const int64_t end = lesser(tile_end, group.end[r]);
+    for (int64_t j = greater(tile, group.common_end); j < end; ++j) {
+      const Mask<T> visible = lanes_between<T>(j - group.shift - group.start(r), Group<T>::kWidth);
+      body(r, j, &visible);
+    }
+  });
+}
+
+// The same for the rows i that vector r of keys meets: first the edge, then the rest.
+template <class T, class Body>
+QFLUX_INLINE void each_row(const Group<T>& group, int64_t tile, int64_t tile_end,
+                           const Body& body) {
+  each_vector([&](auto r) QFLUX_INLINE_LAMBDA {
+    const int64_t end = lesser(tile_end, group.common_begin);
+    for (int64_t i = greater(tile, group.begin[r]); i < end; ++i) {
+      const Mask<T> visible = lanes_between<T>(0, i + group.shift - group.start(r) + 1);
+      body(r, i, &visible);
+    }
+  });
+  const int64_t main_end = lesser(tile_end, group.common_end);
+  for (int64_t i = greater(tile, group.common_begin); i < main_end; ++i)
+    each_vector([&](auto r) QFLUX_INLINE_LAMBDA { body(r, i, nullptr); });
 }
 
 template <class Pair, class T>
@@ -118,100 +175,103 @@ struct MakePair<GatePair<Vector<T>>, T> {
   }
 };
 
-// Only a weight that is finite wherever it is dropped may be left out of a sum instead of being
-// added as zero; it saves the vector units a select.
+// acc + w * x on the visible lanes: what a lane may not see must not reach it even as 0 * NaN.
+template <class T>
+QFLUX_INLINE Vector<T> add_visible(const Mask<T>* visible, Vector<T> w, Vector<T> x,
+                                   Vector<T> acc) {
+  const Vector<T> sum = multiply_add(w, x, acc);
+  return visible ? select(*visible, sum, acc) : sum;
+}
+
+// acc + w * x on the kept lanes.
+template <class T>
+QFLUX_INLINE Vector<T> add_kept(const Mask<T>* visible, Mask<T> kept, Vector<T> w, Vector<T> x,
+                                Vector<T> acc) {
+  return visible ? select(kept, multiply_add(w, x, acc), acc) : multiply_add_where(kept, w, x, acc);
+}
+
+template <class T>
+QFLUX_INLINE Mask<T> kept_and_visible(Mask<T> kept, const Mask<T>* visible) {
+  return visible ? both(kept, *visible) : kept;
+}
+
+// A dropped pair of the threshold is finite and may be left out of a sum instead of entering it as
+// zero, which saves the select; a dropped pair of the gate may be infinite and has to show.
 template <class Pair>
-constexpr bool kSkipsDropped = false;
+constexpr bool kLeavesOutDropped = false;
 template <class V>
-constexpr bool kSkipsDropped<ThresholdPair<V>> = true;
+constexpr bool kLeavesOutDropped<ThresholdPair<V>> = true;
 
 template <class T>
-Group<T> row_group(const Sequence<T>& s, int64_t row, int64_t last) {
-  Group<T> group;
-  for (int r = 0; r < kGroup; ++r) {
-    group.owner[r] = row + r < last ? row + r : last - 1;
-    group.begin[r] = 0;
-    group.end[r] = s.visibility.visible_keys(group.owner[r]);
-  }
-  return group;
+void add_counts(const typename Vector<T>::Bits& counter, int32_t* counts) {
+  for (int l = 0; l < Vector<T>::kWidth; ++l) counts[l] += static_cast<int32_t>(counter[l]);
 }
 
+// Writes sum `which` of the owners in `group` to out[owner - first of the block][which].
 template <class T>
-Group<T> key_group(const Sequence<T>& s, int64_t key, int64_t last) {
-  Group<T> group;
-  for (int r = 0; r < kGroup; ++r) {
-    group.owner[r] = key + r < last ? key + r : last - 1;
-    group.begin[r] = s.visibility.first_row(group.owner[r]);
-    group.end[r] = s.visibility.row_end;
-    if (group.begin[r] > group.end[r]) group.begin[r] = group.end[r];
+void take(const Group<T>& group, int64_t block_first, const Total<T>* totals, int64_t which,
+          int64_t width, T* out) {
+  for (int64_t i = group.first; i < group.last; ++i) {
+    const int64_t n = i - group.first;
+    out[(i - block_first) * width + which] =
+        totals[n / Group<T>::kWidth].get(static_cast<int>(n % Group<T>::kWidth));
   }
-  return group;
-}
-
-template <class T>
-int32_t lanes_total(const typename Vector<T>::Bits& counter) {
-  int64_t n = 0;
-  for (int lane = 0; lane < Vector<T>::kWidth; ++lane) n += counter[lane];
-  return static_cast<int32_t>(n);
 }
 
 // Fast path: values are the keys.
 template <class Pair, bool kDegree, class T>
 void forward_keys(const Sequence<T>& s, int64_t first, int64_t last, const ForwardBlock<T>& out) {
   using V = Vector<T>;
-  Total<T> totals[kBlock][3];
-  int32_t degrees[kBlock] = {};
+  constexpr int kWidth = V::kWidth;
   const V bias(static_cast<T>(Pair::kBias));
-  const int64_t end = s.visibility.visible_keys(last - 1);
-  for (int64_t tile = 0; tile < end; tile += kKeyTile) {
-    for (int64_t row = first; row < last; row += kGroup) {
-      const Group<T> group = row_group(s, row, last);
-      V qx[kGroup], qy[kGroup], cx[kGroup], cy[kGroup], strength[kGroup];
-      Pair pair[kGroup];
-      typename V::Bits kept_count[kGroup];
-      for (int r = 0; r < kGroup; ++r) {
-        const int64_t i = group.owner[r];
-        qx[r] = V(s.query_x[i]);
-        qy[r] = V(s.query_y[i]);
-        pair[r] = MakePair<Pair, T>::make(s, V(s.limit[i]));
+  for (int64_t row = first; row < last; row += Group<T>::kOwners) {
+    const Group<T> group = row_group(s, row, last);
+    V qx[kVectors], qy[kVectors];
+    Pair pair[kVectors];
+    each_vector([&](auto r) QFLUX_INLINE_LAMBDA {
+      qx[r] = load(s.query_x + group.start(r));
+      qy[r] = load(s.query_y + group.start(r));
+      pair[r] = MakePair<Pair, T>::make(s, load(s.limit + group.start(r)));
+    });
+    Total<T> totals[3][kVectors];
+    int32_t degrees[kVectors * kWidth] = {};
+    for (int64_t tile = 0; tile < group.highest(); tile += kTile) {
+      V cx[kVectors], cy[kVectors], strength[kVectors];
+      typename V::Bits degree[kVectors];
+      each_vector([&](auto r) QFLUX_INLINE_LAMBDA {
         cx[r] = cy[r] = strength[r] = V(T(0));
-        kept_count[r] = typename V::Bits{};
-      }
-      for_each_vector(
-          group, tile, tile + kKeyTile, [&](int64_t j, const Mask<T>* visible) QFLUX_INLINE_LAMBDA {
-            const V key_x = load(s.key_x + j), key_y = load(s.key_y + j);
-            for (int r = 0; r < kGroup; ++r) {
-              const V kx = visible_only(visible, r, key_x), ky = visible_only(visible, r, key_y);
-              const V p = inner_product(qx[r], qy[r], kx, ky, bias);
-              auto kept = pair[r].kept(p);
-              if (visible) kept = both(kept, visible[r]);
-              if constexpr (kSkipsDropped<Pair>) {
-                cx[r] = multiply_add_where(kept, p, kx, cx[r]);
-                cy[r] = multiply_add_where(kept, p, ky, cy[r]);
-                strength[r] = add_where(kept, p, strength[r]);
-              } else {
-                const V w = pair[r].weight(p, kept);
-                cx[r] = multiply_add(w, kx, cx[r]);
-                cy[r] = multiply_add(w, ky, cy[r]);
-                strength[r] = strength[r] + w;
-              }
-              if constexpr (kDegree) count(kept, kept_count[r]);
-            }
-          });
-      for (int r = 0; r < kGroup && row + r < last; ++r) {
-        Total<T>* total = totals[row + r - first];
-        total[0].add(sum(cx[r]));
-        total[1].add(sum(cy[r]));
-        total[2].add(sum(strength[r]));
-        if constexpr (kDegree) degrees[row + r - first] += lanes_total<T>(kept_count[r]);
-      }
+        degree[r] = typename V::Bits{};
+      });
+      each_key(group, tile, tile + kTile,
+               [&](auto r, int64_t j, const Mask<T>* visible) QFLUX_INLINE_LAMBDA {
+                 const V kx(s.key_x[j]), ky(s.key_y[j]);
+                 const V p = inner_product(qx[r], qy[r], kx, ky, bias);
+                 const Mask<T> kept = kept_and_visible(pair[r].kept(p), visible);
+                 if constexpr (kLeavesOutDropped<Pair>) {
+                   cx[r] = add_kept(visible, kept, p, kx, cx[r]);
+                   cy[r] = add_kept(visible, kept, p, ky, cy[r]);
+                   strength[r] = add_where(kept, p, strength[r]);
+                 } else {
+                   const V w = pair[r].weight(p, kept);
+                   cx[r] = add_visible(visible, w, kx, cx[r]);
+                   cy[r] = add_visible(visible, w, ky, cy[r]);
+                   strength[r] = add_visible(visible, w, V(T(1)), strength[r]);
+                 }
+                 if constexpr (kDegree) count(kept, degree[r]);
+               });
+      each_vector([&](auto r) QFLUX_INLINE_LAMBDA {
+        totals[0][r].add(cx[r]);
+        totals[1][r].add(cy[r]);
+        totals[2][r].add(strength[r]);
+        if constexpr (kDegree) add_counts<T>(degree[r], degrees + r * kWidth);
+      });
     }
-  }
-  for (int64_t i = 0; i < last - first; ++i) {
-    out.context[2 * i] = totals[i][0].get();
-    out.context[2 * i + 1] = totals[i][1].get();
-    out.strength[i] = totals[i][2].get();
-    if constexpr (kDegree) out.degree[i] = degrees[i];
+    take(group, first, totals[0], 0, 2, out.context);
+    take(group, first, totals[1], 1, 2, out.context);
+    take(group, first, totals[2], 0, 1, out.strength);
+    if constexpr (kDegree)
+      for (int64_t i = group.first; i < group.last; ++i)
+        out.degree[i - first] = degrees[i - group.first];
   }
 }
 
@@ -220,48 +280,41 @@ template <class Pair, class T>
 void backward_rows_keys(const Sequence<T>& s, int64_t first, int64_t last,
                         const BackwardBlock<T>& out) {
   using V = Vector<T>;
-  Total<T> totals[kBlock][2];
   const V bias(static_cast<T>(Pair::kBias));
-  const T *grad_x = s.grad, *grad_y = s.grad + s.row_stride;
-  const int64_t end = s.visibility.visible_keys(last - 1);
-  for (int64_t tile = 0; tile < end; tile += kKeyTile) {
-    for (int64_t row = first; row < last; row += kGroup) {
-      const Group<T> group = row_group(s, row, last);
-      V qx[kGroup], qy[kGroup], gx[kGroup], gy[kGroup], gs[kGroup], ax[kGroup], ay[kGroup];
-      Pair pair[kGroup];
-      for (int r = 0; r < kGroup; ++r) {
-        const int64_t i = group.owner[r];
-        qx[r] = V(s.query_x[i]);
-        qy[r] = V(s.query_y[i]);
-        gx[r] = V(grad_x[i]);
-        gy[r] = V(grad_y[i]);
-        gs[r] = V(s.grad_strength[i]);
-        pair[r] = MakePair<Pair, T>::make(s, V(s.limit[i]));
-        ax[r] = ay[r] = V(T(0));
-      }
-      for_each_vector(group, tile, tile + kKeyTile,
-                      [&](int64_t j, const Mask<T>* visible) QFLUX_INLINE_LAMBDA {
-                        const V key_x = load(s.key_x + j), key_y = load(s.key_y + j);
-                        for (int r = 0; r < kGroup; ++r) {
-                          const V kx = visible_only(visible, r, key_x);
-                          const V ky = visible_only(visible, r, key_y);
-                          const V p = inner_product(qx[r], qy[r], kx, ky, bias);
-                          auto kept = pair[r].kept(p);
-                          if (visible) kept = both(kept, visible[r]);
-                          const V u = inner_product(gx[r], gy[r], kx, ky, gs[r]);
-                          const V d = pair[r].derivative(p, u);
-                          ax[r] = multiply_add_where(kept, d, kx, ax[r]);
-                          ay[r] = multiply_add_where(kept, d, ky, ay[r]);
-                        }
-                      });
-      for (int r = 0; r < kGroup && row + r < last; ++r) {
-        totals[row + r - first][0].add(sum(ax[r]));
-        totals[row + r - first][1].add(sum(ay[r]));
-      }
+  for (int64_t row = first; row < last; row += Group<T>::kOwners) {
+    const Group<T> group = row_group(s, row, last);
+    V qx[kVectors], qy[kVectors], gx[kVectors], gy[kVectors], gs[kVectors];
+    Pair pair[kVectors];
+    each_vector([&](auto r) QFLUX_INLINE_LAMBDA {
+      const int64_t start = group.start(r);
+      qx[r] = load(s.query_x + start);
+      qy[r] = load(s.query_y + start);
+      gx[r] = load(s.grad + start);
+      gy[r] = load(s.grad + s.row_stride + start);
+      gs[r] = load(s.grad_strength + start);
+      pair[r] = MakePair<Pair, T>::make(s, load(s.limit + start));
+    });
+    Total<T> totals[2][kVectors];
+    for (int64_t tile = 0; tile < group.highest(); tile += kTile) {
+      V ax[kVectors], ay[kVectors];
+      each_vector([&](auto r) QFLUX_INLINE_LAMBDA { ax[r] = ay[r] = V(T(0)); });
+      each_key(group, tile, tile + kTile,
+               [&](auto r, int64_t j, const Mask<T>* visible) QFLUX_INLINE_LAMBDA {
+                 const V kx(s.key_x[j]), ky(s.key_y[j]);
+                 const V p = inner_product(qx[r], qy[r], kx, ky, bias);
+                 const Mask<T> kept = kept_and_visible(pair[r].kept(p), visible);
+                 const V d = pair[r].derivative(p, inner_product(gx[r], gy[r], kx, ky, gs[r]));
+                 ax[r] = add_kept(visible, kept, d, kx, ax[r]);
+                 ay[r] = add_kept(visible, kept, d, ky, ay[r]);
+               });
+      each_vector([&](auto r) QFLUX_INLINE_LAMBDA {
+        totals[0][r].add(ax[r]);
+        totals[1][r].add(ay[r]);
+      });
     }
+    take(group, first, totals[0], 0, 2, out.point);
+    take(group, first, totals[1], 1, 2, out.point);
   }
-  for (int64_t i = 0; i < last - first; ++i)
-    for (int c = 0; c < 2; ++c) out.point[2 * i + c] = totals[i][c].get();
 }
 
 // The fast path's gradients of the keys, as keys and as values at once.
@@ -269,109 +322,111 @@ template <class Pair, class T>
 void backward_keys_keys(const Sequence<T>& s, int64_t first, int64_t last,
                         const BackwardBlock<T>& out) {
   using V = Vector<T>;
-  Total<T> totals[kBlock][2];
   const V bias(static_cast<T>(Pair::kBias));
   const T *grad_x = s.grad, *grad_y = s.grad + s.row_stride;
-  const int64_t begin = s.visibility.first_row(first), end = s.visibility.row_end;
-  for (int64_t tile = begin / kRowTile * kRowTile; tile < end; tile += kRowTile) {
-    for (int64_t key = first; key < last; key += kGroup) {
-      const Group<T> group = key_group(s, key, last);
-      V kx[kGroup], ky[kGroup], ax[kGroup], ay[kGroup];
-      for (int r = 0; r < kGroup; ++r) {
-        kx[r] = V(s.key_x[group.owner[r]]);
-        ky[r] = V(s.key_y[group.owner[r]]);
-        ax[r] = ay[r] = V(T(0));
-      }
-      for_each_vector(group, tile, tile + kRowTile,
-                      [&](int64_t i, const Mask<T>* visible) QFLUX_INLINE_LAMBDA {
-                        const V qx = load(s.query_x + i), qy = load(s.query_y + i);
-                        const V gx = load(grad_x + i), gy = load(grad_y + i);
-                        const V gs = load(s.grad_strength + i);
-                        const Pair pair = MakePair<Pair, T>::make(s, load(s.limit + i));
-                        for (int r = 0; r < kGroup; ++r) {
-                          const V p = inner_product(qx, qy, kx[r], ky[r], bias);
-                          auto kept = pair.kept(p);
-                          if (visible) kept = both(kept, visible[r]);
-                          const V u = inner_product(gx, gy, kx[r], ky[r], gs);
-                          const V d = pair.derivative(p, u);
-                          const V w = pair.weight(p);
-                          ax[r] = multiply_add_where(kept, d, qx, ax[r]);
-                          ay[r] = multiply_add_where(kept, d, qy, ay[r]);
-                          ax[r] = multiply_add_where(kept, w, gx, ax[r]);
-                          ay[r] = multiply_add_where(kept, w, gy, ay[r]);
-                        }
-                      });
-      for (int r = 0; r < kGroup && key + r < last; ++r) {
-        totals[key + r - first][0].add(sum(ax[r]));
-        totals[key + r - first][1].add(sum(ay[r]));
-      }
-    }
-  }
-  for (int64_t j = 0; j < last - first; ++j)
-    for (int c = 0; c < 2; ++c) out.point[2 * j + c] = totals[j][c].get();
-}
-
-// Numbers of a group's pairs with one tile of others, staged between the two loops over them.
-template <class T>
-using TileRows = T[kGroup][kGeneralTile];
-
-// totals[r][c] += sum over the tile of weight[r][j] * (column c at j), for the first `owners`.
-template <class T>
-void add_columns(const Group<T>& group, int64_t tile, const TileRows<T>& weight, const T* columns,
-                 int64_t stride, int64_t depth, int owners, Total<T>* totals) {
-  using V = Vector<T>;
-  for (int64_t column = 0; column < depth; column += kColumns) {
-    const int width = depth - column < kColumns ? static_cast<int>(depth - column) : kColumns;
-    const T* plane[kColumns];
-    for (int c = 0; c < kColumns; ++c) plane[c] = columns + (column + (c < width ? c : 0)) * stride;
-    V acc[kGroup][kColumns];
-    for (auto& row : acc)
-      for (V& a : row) a = V(T(0));
-    for_each_vector(group, tile, tile + kGeneralTile,
-                    [&](int64_t j, const Mask<T>* visible) QFLUX_INLINE_LAMBDA {
-                      V value[kColumns];
-                      for (int c = 0; c < kColumns; ++c) value[c] = load(plane[c] + j);
-                      for (int r = 0; r < kGroup; ++r) {
-                        const V w = load(weight[r] + (j - tile));
-                        for (int c = 0; c < kColumns; ++c)
-                          acc[r][c] =
-                              multiply_add(w, visible_only(visible, r, value[c]), acc[r][c]);
-                      }
-                    });
-    for (int r = 0; r < owners; ++r)
-      for (int c = 0; c < width; ++c) totals[r * depth + column + c].add(sum(acc[r][c]));
-  }
-}
-
-// product[r][j] = start + sum over c of (own column c of owner r) * (column c at j).
-template <class T, class Start>
-void dot_columns(const Group<T>& group, int64_t tile, const T* own, int64_t own_stride,
-                 const T* columns, int64_t stride, int64_t depth, const Start& start,
-                 TileRows<T>& product) {
-  using V = Vector<T>;
-  for_each_vector(
-      group, tile, tile + kGeneralTile, [&](int64_t j, const Mask<T>*) QFLUX_INLINE_LAMBDA {
-        V acc[kGroup];
-        for (int r = 0; r < kGroup; ++r) acc[r] = start(r, j);
-        for (int64_t c = 0; c < depth; ++c) {
-          const V value = load(columns + c * stride + j);
-          for (int r = 0; r < kGroup; ++r)
-            acc[r] = multiply_add(V(own[c * own_stride + group.owner[r]]), value, acc[r]);
-        }
-        for (int r = 0; r < kGroup; ++r) store(product[r] + (j - tile), acc[r]);
+  for (int64_t key = first; key < last; key += Group<T>::kOwners) {
+    const Group<T> group = key_group(s, key, last);
+    V kx[kVectors], ky[kVectors];
+    each_vector([&](auto r) QFLUX_INLINE_LAMBDA {
+      kx[r] = load(s.key_x + group.start(r));
+      ky[r] = load(s.key_y + group.start(r));
+    });
+    Total<T> totals[2][kVectors];
+    for (int64_t tile = group.lowest() / kTile * kTile; tile < group.highest(); tile += kTile) {
+      V ax[kVectors], ay[kVectors];
+      each_vector([&](auto r) QFLUX_INLINE_LAMBDA { ax[r] = ay[r] = V(T(0)); });
+      each_row(group, tile, tile + kTile,
+               [&](auto r, int64_t i, const Mask<T>* visible) QFLUX_INLINE_LAMBDA {
+                 const V qx(s.query_x[i]), qy(s.query_y[i]), gx(grad_x[i]), gy(grad_y[i]);
+                 const Pair pair = MakePair<Pair, T>::make(s, V(s.limit[i]));
+                 const V p = inner_product(qx, qy, kx[r], ky[r], bias);
+                 const Mask<T> kept = kept_and_visible(pair.kept(p), visible);
+                 const V u = inner_product(gx, gy, kx[r], ky[r], V(s.grad_strength[i]));
+                 const V d = pair.derivative(p, u), w = pair.weight(p);
+                 ax[r] = add_kept(visible, kept, d, qx, ax[r]);
+                 ay[r] = add_kept(visible, kept, d, qy, ay[r]);
+                 ax[r] = add_kept(visible, kept, w, gx, ax[r]);
+                 ay[r] = add_kept(visible, kept, w, gy, ay[r]);
+               });
+      each_vector([&](auto r) QFLUX_INLINE_LAMBDA {
+        totals[0][r].add(ax[r]);
+        totals[1][r].add(ay[r]);
       });
+    }
+    take(group, first, totals[0], 0, 2, out.point);
+    take(group, first, totals[1], 1, 2, out.point);
+  }
+}
+
+// Numbers of a group's pairs with one tile of others, staged between the loops over them.
+template <class T>
+using Staged = T[kGeneralTile][kVectors][Vector<T>::kWidth];
+
+// totals[column][r] += sum over a tile of weight * (the other's column), for columns of `records`.
+template <class T, class Each>
+void add_columns(const Each& each, int64_t tile, const Staged<T>& weight, const T* records,
+                 int64_t stride, int64_t depth, Total<T>* totals) {
+  using V = Vector<T>;
+  const auto chunk = [&](int64_t column, auto width) QFLUX_INLINE_LAMBDA {
+    constexpr int kWide = decltype(width)::value;
+    V acc[kVectors][kWide];
+    each_vector([&](auto r) QFLUX_INLINE_LAMBDA {
+      for (int c = 0; c < kWide; ++c) acc[r][c] = V(T(0));
+    });
+    each([&](auto r, int64_t j, const Mask<T>* visible) QFLUX_INLINE_LAMBDA {
+      const V w = load(weight[j - tile][r]);
+#pragma GCC unroll 4
+      for (int c = 0; c < kWide; ++c)
+        acc[r][c] = add_visible(visible, w, V(records[j * stride + column + c]), acc[r][c]);
+    });
+    each_vector([&](auto r) QFLUX_INLINE_LAMBDA {
+      for (int c = 0; c < kWide; ++c) totals[(column + c) * kVectors + r].add(acc[r][c]);
+    });
+  };
+  int64_t column = 0;
+  for (; column + kColumns <= depth; column += kColumns)
+    chunk(column, std::integral_constant<int, kColumns>());
+  for (; column < depth; ++column) chunk(column, std::integral_constant<int, 1>());
+}
+
+// product = start(r, j) + sum over columns of (owner's column) * (the other's column).
+template <class T, class Each, class Start>
+void dot_columns(const Each& each, int64_t tile, const Group<T>& group, const T* planes,
+                 int64_t plane_stride, const T* records, int64_t stride, int64_t depth,
+                 const Start& start, Staged<T>& product) {
+  using V = Vector<T>;
+  const auto chunk = [&](int64_t column, auto width) QFLUX_INLINE_LAMBDA {
+    constexpr int kWide = decltype(width)::value;
+    V own[kVectors][kWide];
+    each_vector([&](auto r) QFLUX_INLINE_LAMBDA {
+      for (int c = 0; c < kWide; ++c)
+        own[r][c] = load(planes + (column + c) * plane_stride + group.start(r));
+    });
+    each([&](auto r, int64_t j, const Mask<T>*) QFLUX_INLINE_LAMBDA {
+      V sum = column == 0 ? start(r, j) : load(product[j - tile][r]);
+#pragma GCC unroll 4
+      for (int c = 0; c < kWide; ++c)
+        sum = multiply_add(own[r][c], V(records[j * stride + column + c]), sum);
+      store(product[j - tile][r], sum);
+    });
+  };
+  int64_t column = 0;
+  for (; column + kColumns <= depth; column += kColumns)
+    chunk(column, std::integral_constant<int, kColumns>());
+  for (; column < depth; ++column) chunk(column, std::integral_constant<int, 1>());
 }
 
 template <class T>
 std::unique_ptr<Total<T>[]> new_totals(int64_t depth) {
-  return std::unique_ptr<Total<T>[]>(new Total<T>[static_cast<size_t>(kGroup * depth)]);
+  return std::unique_ptr<Total<T>[]>(new Total<T>[static_cast<size_t>(kVectors * depth)]);
 }
 
 template <class T>
-void take_totals(Total<T>* totals, int64_t count, T* out) {
-  for (int64_t n = 0; n < count; ++n) {
-    out[n] = totals[n].get();
-    totals[n] = Total<T>{};
+void take_columns(const Group<T>& group, int64_t block_first, Total<T>* totals, int64_t depth,
+                  T* out) {
+  for (int64_t c = 0; c < depth; ++c) {
+    take(group, block_first, totals + c * kVectors, c, depth, out);
+    each_vector([&](auto r) QFLUX_INLINE_LAMBDA { totals[c * kVectors + r] = Total<T>{}; });
   }
 }
 
@@ -379,48 +434,50 @@ void take_totals(Total<T>* totals, int64_t count, T* out) {
 template <class Pair, class T>
 void forward_values(const Sequence<T>& s, int64_t first, int64_t last, const ForwardBlock<T>& out) {
   using V = Vector<T>;
-  alignas(64) TileRows<T> weight;
-  const auto totals = new_totals<T>(s.depth);
+  constexpr int kWidth = V::kWidth;
+  alignas(64) Staged<T> weight;
+  const auto contexts = new_totals<T>(s.depth);
   const V bias(static_cast<T>(Pair::kBias));
-  for (int64_t row = first; row < last; row += kGroup) {
+  for (int64_t row = first; row < last; row += Group<T>::kOwners) {
     const Group<T> group = row_group(s, row, last);
-    const int owners = last - row < kGroup ? static_cast<int>(last - row) : kGroup;
-    Total<T> strengths[kGroup];
-    int32_t degrees[kGroup] = {};
+    V qx[kVectors], qy[kVectors];
+    Pair pair[kVectors];
+    each_vector([&](auto r) QFLUX_INLINE_LAMBDA {
+      qx[r] = load(s.query_x + group.start(r));
+      qy[r] = load(s.query_y + group.start(r));
+      pair[r] = MakePair<Pair, T>::make(s, load(s.limit + group.start(r)));
+    });
+    Total<T> strengths[kVectors];
+    int32_t degrees[kVectors * kWidth] = {};
     for (int64_t tile = 0; tile < group.highest(); tile += kGeneralTile) {
-      V strength[kGroup];
-      typename V::Bits kept_count[kGroup];
-      for (int r = 0; r < kGroup; ++r) {
+      const auto each = [&](const auto& body) QFLUX_INLINE_LAMBDA {
+        each_key(group, tile, tile + kGeneralTile, body);
+      };
+      V strength[kVectors];
+      typename V::Bits degree[kVectors];
+      each_vector([&](auto r) QFLUX_INLINE_LAMBDA {
         strength[r] = V(T(0));
-        kept_count[r] = typename V::Bits{};
-      }
-      for_each_vector(group, tile, tile + kGeneralTile,
-                      [&](int64_t j, const Mask<T>* visible) QFLUX_INLINE_LAMBDA {
-                        const V key_x = load(s.key_x + j), key_y = load(s.key_y + j);
-                        for (int r = 0; r < kGroup; ++r) {
-                          const int64_t i = group.owner[r];
-                          const Pair pair = MakePair<Pair, T>::make(s, V(s.limit[i]));
-                          const V p = inner_product(V(s.query_x[i]), V(s.query_y[i]),
-                                                    visible_only(visible, r, key_x),
-                                                    visible_only(visible, r, key_y), bias);
-                          auto kept = pair.kept(p);
-                          if (visible) kept = both(kept, visible[r]);
-                          const V w = pair.weight(p, kept);
-                          strength[r] = strength[r] + w;
-                          count(kept, kept_count[r]);
-                          store(weight[r] + (j - tile), w);
-                        }
-                      });
-      for (int r = 0; r < owners; ++r) {
-        strengths[r].add(sum(strength[r]));
-        degrees[r] += lanes_total<T>(kept_count[r]);
-      }
-      add_columns(group, tile, weight, s.values, s.key_stride, s.depth, owners, totals.get());
+        degree[r] = typename V::Bits{};
+      });
+      each([&](auto r, int64_t j, const Mask<T>* visible) QFLUX_INLINE_LAMBDA {
+        const V p = inner_product(qx[r], qy[r], V(s.key_x[j]), V(s.key_y[j]), bias);
+        const Mask<T> kept = kept_and_visible(pair[r].kept(p), visible);
+        const V w = pair[r].weight(p, kept);
+        store(weight[j - tile][r], w);
+        strength[r] = add_visible(visible, w, V(T(1)), strength[r]);
+        count(kept, degree[r]);
+      });
+      each_vector([&](auto r) QFLUX_INLINE_LAMBDA {
+        strengths[r].add(strength[r]);
+        add_counts<T>(degree[r], degrees + r * kWidth);
+      });
+      add_columns<T>(each, tile, weight, s.values, s.value_stride, s.depth, contexts.get());
     }
-    take_totals(totals.get(), owners * s.depth, out.context + (row - first) * s.depth);
-    take_totals(strengths, owners, out.strength + (row - first));
+    take_columns(group, first, contexts.get(), s.depth, out.context);
+    take(group, first, strengths, 0, 1, out.strength);
     if (out.degree)
-      for (int r = 0; r < owners; ++r) out.degree[row - first + r] = degrees[r];
+      for (int64_t i = group.first; i < group.last; ++i)
+        out.degree[i - first] = degrees[i - group.first];
   }
 }
 
@@ -428,39 +485,43 @@ template <class Pair, class T>
 void backward_rows_values(const Sequence<T>& s, int64_t first, int64_t last,
                           const BackwardBlock<T>& out) {
   using V = Vector<T>;
-  alignas(64) TileRows<T> upstream;
+  alignas(64) Staged<T> upstream;
   const V bias(static_cast<T>(Pair::kBias));
-  for (int64_t row = first; row < last; row += kGroup) {
+  for (int64_t row = first; row < last; row += Group<T>::kOwners) {
     const Group<T> group = row_group(s, row, last);
-    const int owners = last - row < kGroup ? static_cast<int>(last - row) : kGroup;
-    Total<T> totals[2 * kGroup];
+    V qx[kVectors], qy[kVectors], gs[kVectors];
+    Pair pair[kVectors];
+    each_vector([&](auto r) QFLUX_INLINE_LAMBDA {
+      qx[r] = load(s.query_x + group.start(r));
+      qy[r] = load(s.query_y + group.start(r));
+      gs[r] = load(s.grad_strength + group.start(r));
+      pair[r] = MakePair<Pair, T>::make(s, load(s.limit + group.start(r)));
+    });
+    Total<T> totals[2][kVectors];
     for (int64_t tile = 0; tile < group.highest(); tile += kGeneralTile) {
-      dot_columns(
-          group, tile, s.grad, s.row_stride, s.values, s.key_stride, s.depth,
-          [&](int r, int64_t) { return V(s.grad_strength[group.owner[r]]); }, upstream);
-      V ax[kGroup], ay[kGroup];
-      for (int r = 0; r < kGroup; ++r) ax[r] = ay[r] = V(T(0));
-      for_each_vector(group, tile, tile + kGeneralTile,
-                      [&](int64_t j, const Mask<T>* visible) QFLUX_INLINE_LAMBDA {
-                        const V kx = load(s.key_x + j), ky = load(s.key_y + j);
-                        for (int r = 0; r < kGroup; ++r) {
-                          const int64_t i = group.owner[r];
-                          const Pair pair = MakePair<Pair, T>::make(s, V(s.limit[i]));
-                          const V p = inner_product(V(s.query_x[i]), V(s.query_y[i]), kx, ky, bias);
-                          auto kept = pair.kept(p);
-                          if (visible) kept = both(kept, visible[r]);
-                          const V d = select(
-                              kept, pair.derivative(p, load(upstream[r] + (j - tile))), V(T(0)));
-                          ax[r] = multiply_add(d, visible_only(visible, r, kx), ax[r]);
-                          ay[r] = multiply_add(d, visible_only(visible, r, ky), ay[r]);
-                        }
-                      });
-      for (int r = 0; r < owners; ++r) {
-        totals[2 * r].add(sum(ax[r]));
-        totals[2 * r + 1].add(sum(ay[r]));
-      }
+      const auto each = [&](const auto& body) QFLUX_INLINE_LAMBDA {
+        each_key(group, tile, tile + kGeneralTile, body);
+      };
+      dot_columns<T>(
+          each, tile, group, s.grad, s.row_stride, s.values, s.value_stride, s.depth,
+          [&](int r, int64_t) QFLUX_INLINE_LAMBDA { return gs[r]; }, upstream);
+      V ax[kVectors], ay[kVectors];
+      each_vector([&](auto r) QFLUX_INLINE_LAMBDA { ax[r] = ay[r] = V(T(0)); });
+      each([&](auto r, int64_t j, const Mask<T>* visible) QFLUX_INLINE_LAMBDA {
+        const V kx(s.key_x[j]), ky(s.key_y[j]);
+        const V p = inner_product(qx[r], qy[r], kx, ky, bias);
+        const Mask<T> kept = kept_and_visible(pair[r].kept(p), visible);
+        const V d = pair[r].derivative(p, load(upstream[j - tile][r]));
+        ax[r] = select(kept, multiply_add(d, kx, ax[r]), ax[r]);
+        ay[r] = select(kept, multiply_add(d, ky, ay[r]), ay[r]);
+      });
+      each_vector([&](auto r) QFLUX_INLINE_LAMBDA {
+        totals[0][r].add(ax[r]);
+        totals[1][r].add(ay[r]);
+      });
     }
-    take_totals(totals, 2 * owners, out.point + 2 * (row - first));
+    take(group, first, totals[0], 0, 2, out.point);
+    take(group, first, totals[1], 1, 2, out.point);
   }
 }
 
@@ -468,44 +529,46 @@ template <class Pair, class T>
 void backward_keys_values(const Sequence<T>& s, int64_t first, int64_t last,
                           const BackwardBlock<T>& out) {
   using V = Vector<T>;
-  alignas(64) TileRows<T> upstream, weight;
-  const auto value_totals = new_totals<T>(s.depth);
+  alignas(64) Staged<T> upstream, weight;
+  const auto values = new_totals<T>(s.depth);
   const V bias(static_cast<T>(Pair::kBias));
-  for (int64_t key = first; key < last; key += kGroup) {
+  for (int64_t key = first; key < last; key += Group<T>::kOwners) {
     const Group<T> group = key_group(s, key, last);
-    const int owners = last - key < kGroup ? static_cast<int>(last - key) : kGroup;
-    Total<T> totals[2 * kGroup];
+    V kx[kVectors], ky[kVectors];
+    each_vector([&](auto r) QFLUX_INLINE_LAMBDA {
+      kx[r] = load(s.key_x + group.start(r));
+      ky[r] = load(s.key_y + group.start(r));
+    });
+    Total<T> totals[2][kVectors];
     for (int64_t tile = group.lowest() / kGeneralTile * kGeneralTile; tile < group.highest();
          tile += kGeneralTile) {
-      dot_columns(
-          group, tile, s.values, s.key_stride, s.grad, s.row_stride, s.depth,
-          [&](int, int64_t i) { return load(s.grad_strength + i); }, upstream);
-      V ax[kGroup], ay[kGroup];
-      for (int r = 0; r < kGroup; ++r) ax[r] = ay[r] = V(T(0));
-      for_each_vector(group, tile, tile + kGeneralTile,
-                      [&](int64_t i, const Mask<T>* visible) QFLUX_INLINE_LAMBDA {
-                        const V qx = load(s.query_x + i), qy = load(s.query_y + i);
-                        const Pair pair = MakePair<Pair, T>::make(s, load(s.limit + i));
-                        for (int r = 0; r < kGroup; ++r) {
-                          const int64_t j = group.owner[r];
-                          const V p = inner_product(qx, qy, V(s.key_x[j]), V(s.key_y[j]), bias);
-                          auto kept = pair.kept(p);
-                          if (visible) kept = both(kept, visible[r]);
-                          const V d = select(
-                              kept, pair.derivative(p, load(upstream[r] + (i - tile))), V(T(0)));
-                          ax[r] = multiply_add(d, visible_only(visible, r, qx), ax[r]);
-                          ay[r] = multiply_add(d, visible_only(visible, r, qy), ay[r]);
-                          store(weight[r] + (i - tile), select(kept, pair.weight(p), V(T(0))));
-                        }
-                      });
-      for (int r = 0; r < owners; ++r) {
-        totals[2 * r].add(sum(ax[r]));
-        totals[2 * r + 1].add(sum(ay[r]));
-      }
-      add_columns(group, tile, weight, s.grad, s.row_stride, s.depth, owners, value_totals.get());
+      const auto each = [&](const auto& body) QFLUX_INLINE_LAMBDA {
+        each_row(group, tile, tile + kGeneralTile, body);
+      };
+      dot_columns<T>(
+          each, tile, group, s.value_planes, s.key_stride, s.grad_records, s.depth, s.depth,
+          [&](int, int64_t i) QFLUX_INLINE_LAMBDA { return V(s.grad_strength[i]); }, upstream);
+      V ax[kVectors], ay[kVectors];
+      each_vector([&](auto r) QFLUX_INLINE_LAMBDA { ax[r] = ay[r] = V(T(0)); });
+      each([&](auto r, int64_t i, const Mask<T>* visible) QFLUX_INLINE_LAMBDA {
+        const V qx(s.query_x[i]), qy(s.query_y[i]);
+        const Pair pair = MakePair<Pair, T>::make(s, V(s.limit[i]));
+        const V p = inner_product(qx, qy, kx[r], ky[r], bias);
+        const Mask<T> kept = kept_and_visible(pair.kept(p), visible);
+        const V d = pair.derivative(p, load(upstream[i - tile][r]));
+        ax[r] = select(kept, multiply_add(d, qx, ax[r]), ax[r]);
+        ay[r] = select(kept, multiply_add(d, qy, ay[r]), ay[r]);
+        store(weight[i - tile][r], select(kept, pair.weight(p), V(T(0))));
+      });
+      each_vector([&](auto r) QFLUX_INLINE_LAMBDA {
+        totals[0][r].add(ax[r]);
+        totals[1][r].add(ay[r]);
+      });
+      add_columns<T>(each, tile, weight, s.grad_records, s.depth, s.depth, values.get());
     }
-    take_totals(totals, 2 * owners, out.point + 2 * (key - first));
-    take_totals(value_totals.get(), owners * s.depth, out.values + (key - first) * s.depth);
+    take(group, first, totals[0], 0, 2, out.point);
+    take(group, first, totals[1], 1, 2, out.point);
+    take_columns(group, first, values.get(), s.depth, out.values);
   }
 }
 

@@ -6,27 +6,32 @@
 
 namespace qflux::cpu {
 
-// Planes are padded to this many elements, a whole number of vectors on every instruction set.
-constexpr int64_t kPadding = 16;
+// Planes are padded to this many elements, a whole group of owners on every instruction set.
+constexpr int64_t kPadding = 32;
 // Rows (or keys, in the key pass) that one thread owns at a time.
-constexpr int64_t kBlock = 32;
+constexpr int64_t kBlock = 64;
 // Keys of a window whose moments are summed from zero; fixed, so that results never depend on the
 // number of threads.
 constexpr int64_t kMomentsTile = 512;
 
-// One sequence in the layout the loops want: a plane for each component, zero-padded.
+// One sequence in the layouts the loops want: a plane for each component, zero-padded, for the side
+// that owns, and a record for each token where many columns are broadcast.
 template <class T>
 struct Sequence {
   Visibility visibility;
   int64_t depth;  // columns of the values; the fast path (values == nullptr) has 2
   Score score;
   T eps, min_gate;
-  const T *query_x, *query_y;        // [row_stride]
-  const T* limit;                    // [row_stride]: tau; zero for the inverse gate
-  const T *key_x, *key_y;            // [key_stride]
-  const T* values = nullptr;         // [depth][key_stride]; null: the keys
+  const T *query_x, *query_y;  // [row_stride]
+  const T* limit;              // [row_stride]: tau; zero for the inverse gate
+  const T *key_x, *key_y;      // [key_stride]
+  const T* values = nullptr;   // [keys][value_stride] records of `depth`; null: the keys
+  int64_t value_stride;
+  // Backward only.
   const T* grad = nullptr;           // [depth][row_stride]: of the context, reduction applied
   const T* grad_strength = nullptr;  // [row_stride]
+  const T* grad_records = nullptr;   // [rows][depth]: the same as grad; general path only
+  const T* value_planes = nullptr;   // [depth][key_stride]; general path only
   int64_t row_stride, key_stride;
 };
 

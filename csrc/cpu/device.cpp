@@ -78,24 +78,32 @@ int64_t grain_for(int64_t pairs_per_block) {
   return pairs_per_block >= kPairs ? 1 : kPairs / (pairs_per_block < 1 ? 1 : pairs_per_block);
 }
 
+// The planes and records of every sequence of a call.
 template <class T>
 class Staging {
  public:
-  explicit Staging(const PairParams<T>& params, bool backward)
+  Staging(const PairParams<T>& params, bool backward)
       : p(params),
         depth(params.values ? params.depth : 2),
         row_stride(round_up(params.rows, kPadding)),
         key_stride(round_up(params.keys, kPadding)),
         row_planes(3 + (backward ? depth + 1 : 0)),
-        key_planes(2 + (params.values ? depth : 0)),
-        rows_(new T[size(row_planes * row_stride)]),
-        keys_(new T[size(key_planes * key_stride)]) {}
+        key_planes(2 + (backward && params.values ? depth : 0)),
+        value_records(params.values && params.values.component != 1 ? depth : 0),
+        grad_records(backward && params.values ? depth : 0),
+        rows_(allocate(row_planes * row_stride)),
+        keys_(allocate(key_planes * key_stride)),
+        values_(allocate(value_records * params.keys)),
+        grads_(allocate(grad_records * params.rows)) {}
 
   T* row_plane(int64_t b, int64_t plane) const {
     return rows_.get() + (b * row_planes + plane) * row_stride;
   }
   T* key_plane(int64_t b, int64_t plane) const {
     return keys_.get() + (b * key_planes + plane) * key_stride;
+  }
+  T* grad_record(int64_t b, int64_t row) const {
+    return grads_.get() + (b * p.rows + row) * grad_records;
   }
 
   Sequence<T> sequence(int64_t b) const {
@@ -110,20 +118,21 @@ class Staging {
     s.limit = row_plane(b, 2);
     s.key_x = key_plane(b, 0);
     s.key_y = key_plane(b, 1);
-    if (p.values) s.values = key_plane(b, 2);
+    if (p.values) {
+      s.values = value_records ? value_record(b, 0) : p.values.data + b * p.values.batch;
+      s.value_stride = value_records ? depth : p.values.token;
+    }
     if (row_planes > 3) {
       s.grad = row_plane(b, 3);
       s.grad_strength = row_plane(b, 3 + depth);
     }
+    if (grad_records) {
+      s.grad_records = grad_record(b, 0);
+      s.value_planes = key_plane(b, 2);
+    }
     s.row_stride = row_stride;
     s.key_stride = key_stride;
     return s;
-  }
-
-  Point<T> query(int64_t b, int64_t i) const {
-    const Point<T> x = load_point(p.states, b, i);
-    return p.score == Score::kThreshold ? ThresholdPair<T>::query(x, T(0))
-                                        : GatePair<T>::query(x, p.coefficient[b]);
   }
 
   void stage_keys(int64_t b, int64_t first, int64_t last) const {
@@ -137,6 +146,9 @@ class Staging {
       T* plane = key_plane(b, c);
       for (int64_t j = first; j < last; ++j) plane[j] = p.values.at(b, j, c - 2);
     }
+    if (value_records)
+      for (int64_t j = first; j < last; ++j)
+        for (int64_t c = 0; c < depth; ++c) value_record(b, j)[c] = p.values.at(b, j, c);
     if (last == p.keys)
       for (int64_t c = 0; c < key_planes; ++c)
         std::fill(key_plane(b, c) + last, key_plane(b, c) + key_stride, T(0));
@@ -145,7 +157,9 @@ class Staging {
   void stage_queries(int64_t b, int64_t first, int64_t last) const {
     T *x = row_plane(b, 0), *y = row_plane(b, 1);
     for (int64_t i = first; i < last; ++i) {
-      const Point<T> q = query(b, i);
+      const Point<T> state = load_point(p.states, b, i);
+      const Point<T> q = p.score == Score::kThreshold ? ThresholdPair<T>::query(state, T(0))
+                                                      : GatePair<T>::query(state, p.coefficient[b]);
       x[i] = q.x;
       y[i] = q.y;
     }
@@ -155,12 +169,17 @@ class Staging {
   }
 
   const PairParams<T>& p;
-  const int64_t depth, row_stride, key_stride, row_planes, key_planes;
+  const int64_t depth, row_stride, key_stride, row_planes, key_planes, value_records, grad_records;
 
  private:
-  size_t size(int64_t per_sequence) const { return static_cast<size_t>(p.batch * per_sequence); }
+  std::unique_ptr<T[]> allocate(int64_t per_sequence) const {
+    return std::unique_ptr<T[]>(new T[static_cast<size_t>(p.batch * per_sequence)]);
+  }
+  T* value_record(int64_t b, int64_t key) const {
+    return values_.get() + (b * p.keys + key) * depth;
+  }
 
-  std::unique_ptr<T[]> rows_, keys_;
+  std::unique_ptr<T[]> rows_, keys_, values_, grads_;
 };
 
 // Sums over keys [first, last) relative to the sequence's first key.
@@ -258,8 +277,11 @@ void stage_backward(const Staging<T>& staging, const InteractBackwardParams<T>& 
     for (int64_t i = first; i < last; ++i) {
       const T scale = p.reduction_scale(visibility.visible_keys(i));
       limit[i] = backward.threshold.at(b, i);
-      for (int64_t c = 0; c < staging.depth; ++c)
-        staging.row_plane(b, 3 + c)[i] = scale * backward.grad_context.at(b, i, c);
+      for (int64_t c = 0; c < staging.depth; ++c) {
+        const T grad = scale * backward.grad_context.at(b, i, c);
+        staging.row_plane(b, 3 + c)[i] = grad;
+        if (staging.grad_records) staging.grad_record(b, i)[c] = grad;
+      }
       strength[i] = backward.grad_strength ? scale * backward.grad_strength.at(b, i) : T(0);
     }
   });

@@ -69,15 +69,6 @@ template <class T> QFLUX_INLINE Vector<T> operator*(Vector<T> a, Vector<T> b) { 
 template <class T> QFLUX_INLINE Vector<T> operator/(Vector<T> a, Vector<T> b) { return a.raw / b.raw; }
 // clang-format on
 
-template <class T>
-QFLUX_INLINE T sum(Vector<T> v) {
-  T lane[Vector<T>::kWidth];
-  store(lane, v);
-  for (int half = Vector<T>::kWidth / 2; half > 0; half /= 2)
-    for (int i = 0; i < half; ++i) lane[i] += lane[i + half];
-  return lane[0];
-}
-
 #if defined(__AVX512F__)
 
 template <class T>
