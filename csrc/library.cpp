@@ -61,6 +61,10 @@ Tensor empty(const Tensor& like, std::initializer_list<int64_t> shape, ScalarTyp
   return torch::stable::new_empty(like, std::vector<int64_t>(shape), dtype);
 }
 
+Tensor zeros(const Tensor& like, std::initializer_list<int64_t> shape, ScalarType dtype) {
+  return torch::stable::new_zeros(like, std::vector<int64_t>(shape), dtype);
+}
+
 Tensor zeros_like(const Tensor& like) {
   std::vector<int64_t> shape;
   for (int64_t d = 0; d < like.dim(); ++d) shape.push_back(like.size(d));
@@ -152,6 +156,10 @@ struct PairArguments {
   }
 };
 
+bool any_pairs(const Tensor& states, const OptionalTensor& keys, const OptionalTensor& values) {
+  return states.numel() > 0 && (!keys || keys->numel() > 0) && (!values || values->numel() > 0);
+}
+
 void check_keys(const Tensor& states, const OptionalTensor& keys, const OptionalTensor& values,
                 const OptionalTensor& lengths) {
   check_states(states);
@@ -184,10 +192,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> interact(
   pair.check(states);
   const int64_t batch = states.size(0), rows = states.size(1);
   const ScalarType dtype = states.scalar_type();
-  const Tensor context = empty(states, {batch, rows, values ? values->size(2) : 2}, dtype);
-  const Tensor strength = empty(states, {batch, rows}, dtype);
-  const Tensor degree = empty(states, {batch, rows}, ScalarType::Int);
-  const Tensor threshold = empty(states, {batch, rows}, dtype);
+  // Kernels never see an empty tensor: its null pointer would read as an argument left out.
+  const bool pairs = any_pairs(states, keys, values);
+  const auto output = pairs ? empty : zeros;
+  const Tensor context = output(states, {batch, rows, values ? values->size(2) : 2}, dtype);
+  const Tensor strength = output(states, {batch, rows}, dtype);
+  const Tensor degree = output(states, {batch, rows}, ScalarType::Int);
+  const Tensor threshold = output(states, {batch, rows}, dtype);
+  if (!pairs) return {context, strength, degree, threshold};
   with_dtype(states, [&](auto zero) {
     using T = decltype(zero);
     InteractParams<T> params{};
@@ -233,8 +245,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> interact_backward(
   const Tensor grad_keys = keys ? zeros_like(*keys) : nothing(states);
   const Tensor grad_values = values ? zeros_like(*values) : nothing(states);
   const Tensor grad_alpha =
-      coefficient ? torch::stable::new_zeros(states, std::vector<int64_t>{batch, rows})
-                  : nothing(states);
+      coefficient ? zeros(states, {batch, rows}, states.scalar_type()) : nothing(states);
+  if (!any_pairs(states, keys, values))
+    return {grad_states, grad_keys, grad_values,
+            coefficient ? zeros_like(*coefficient) : nothing(states)};
   with_dtype(states, [&](auto zero) {
     using T = decltype(zero);
     InteractBackwardParams<T> params{};
@@ -324,7 +338,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> evolve(
   const Tensor strength = empty(states, {batch, rows}, dtype);
   const Tensor degree = empty(states, {batch, rows}, ScalarType::Int);
   const Tensor tape = empty(states, {save ? steps : 1, kTapePlanes, batch, padded(rows)}, dtype);
-  if (save) torch::stable::zero_(const_cast<Tensor&>(tape));
+  if (states.numel() == 0)
+    return {out, strength, degree,
+            empty(states, {save ? steps : 0, kTapePlanes, batch, padded(rows)}, dtype)};
   with_dtype(states, [&](auto zero) {
     using T = decltype(zero);
     auto params = step.params<T>(pair.params<T>(states, std::nullopt, std::nullopt), tape, save);
@@ -373,9 +389,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> evolve_backward(
   const Tensor grad_input = empty(grad_states, {batch, rows, 2}, grad_states.scalar_type());
   const Tensor grad_dt = step.dt ? zeros_like(*step.dt) : nothing(grad_states);
   const Tensor grad_skip = step.skip ? zeros_like(*step.skip) : nothing(grad_states);
-  const Tensor grad_alpha =
-      coefficient ? torch::stable::new_zeros(grad_states, std::vector<int64_t>{batch, rows})
-                  : nothing(grad_states);
+  const Tensor grad_alpha = coefficient
+                                ? zeros(grad_states, {batch, rows}, grad_states.scalar_type())
+                                : nothing(grad_states);
+  if (grad_states.numel() == 0)
+    return {grad_input, grad_dt, grad_skip,
+            coefficient ? zeros_like(*coefficient) : nothing(grad_states)};
   const Tensor scratch =
       empty(grad_states, {kScratchPlanes, batch, padded(rows)}, grad_states.scalar_type());
   with_dtype(grad_states, [&](auto zero) {

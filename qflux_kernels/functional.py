@@ -56,7 +56,7 @@ def interact(
 
     with the weights of `Threshold` or `InverseGate`. The pairs are never stored: memory is O(S).
     float32 and float64 are computed in their own precision; sums over more than one tile of keys
-    (2048 on CPU) continue in float64 for float32 and compensated for float64, so that the error
+    (128 on CPU) continue in float64 for float32 and compensated for float64, so that the error
     does not grow with S. float16 and bfloat16 are computed in float32 and returned as they came.
     Two runs on the same inputs are bitwise equal.
 

@@ -19,10 +19,9 @@ namespace {
 // the sixteen registers of AVX2.
 constexpr int kVectors = 2;
 // Others whose sums are taken in T from zero: their rounding stays below that of a score, and
-// passing them on to the totals costs a few percent.
-constexpr int64_t kTile = 256;
-// The general path stages a tile's weights: 128 others x 2 vectors x 64 bytes are 16 KB of L1.
-constexpr int64_t kGeneralTile = 128;
+// passing them on to the totals costs a few percent. The general path stages a tile's weights too:
+// 128 others x 2 vectors x 64 bytes are 16 KB of L1.
+constexpr int64_t kTile = 128;
 // Value columns accumulated together.
 constexpr int kColumns = 4;
 
@@ -82,7 +81,7 @@ struct Group {
 
   int64_t start(int r) const { return first + r * kWidth; }
   int64_t lowest() const { return lesser(begin[0], common_begin); }
-  int64_t highest() const { return greater(end[kVectors - 1], common_end); }
+  int64_t highest() const { return greater(end[0], end[kVectors - 1]); }
 };
 
 template <class T>
@@ -360,7 +359,7 @@ void backward_keys_keys(const Sequence<T>& s, int64_t first, int64_t last,
 
 // Numbers of a group's pairs with one tile of others, staged between the loops over them.
 template <class T>
-using Staged = T[kGeneralTile][kVectors][Vector<T>::kWidth];
+using Staged = T[kTile][kVectors][Vector<T>::kWidth];
 
 // totals[column][r] += sum over a tile of weight * (the other's column), for columns of `records`.
 template <class T, class Each>
@@ -449,10 +448,9 @@ void forward_values(const Sequence<T>& s, int64_t first, int64_t last, const For
     });
     Total<T> strengths[kVectors];
     int32_t degrees[kVectors * kWidth] = {};
-    for (int64_t tile = 0; tile < group.highest(); tile += kGeneralTile) {
-      const auto each = [&](const auto& body) QFLUX_INLINE_LAMBDA {
-        each_key(group, tile, tile + kGeneralTile, body);
-      };
+    for (int64_t tile = 0; tile < group.highest(); tile += kTile) {
+      const auto each = [&](const auto& body)
+                            QFLUX_INLINE_LAMBDA { each_key(group, tile, tile + kTile, body); };
       V strength[kVectors];
       typename V::Bits degree[kVectors];
       each_vector([&](auto r) QFLUX_INLINE_LAMBDA {
@@ -498,10 +496,9 @@ void backward_rows_values(const Sequence<T>& s, int64_t first, int64_t last,
       pair[r] = MakePair<Pair, T>::make(s, load(s.limit + group.start(r)));
     });
     Total<T> totals[2][kVectors];
-    for (int64_t tile = 0; tile < group.highest(); tile += kGeneralTile) {
-      const auto each = [&](const auto& body) QFLUX_INLINE_LAMBDA {
-        each_key(group, tile, tile + kGeneralTile, body);
-      };
+    for (int64_t tile = 0; tile < group.highest(); tile += kTile) {
+      const auto each = [&](const auto& body)
+                            QFLUX_INLINE_LAMBDA { each_key(group, tile, tile + kTile, body); };
       dot_columns<T>(
           each, tile, group, s.grad, s.row_stride, s.values, s.value_stride, s.depth,
           [&](int r, int64_t) QFLUX_INLINE_LAMBDA { return gs[r]; }, upstream);
@@ -540,11 +537,9 @@ void backward_keys_values(const Sequence<T>& s, int64_t first, int64_t last,
       ky[r] = load(s.key_y + group.start(r));
     });
     Total<T> totals[2][kVectors];
-    for (int64_t tile = group.lowest() / kGeneralTile * kGeneralTile; tile < group.highest();
-         tile += kGeneralTile) {
-      const auto each = [&](const auto& body) QFLUX_INLINE_LAMBDA {
-        each_row(group, tile, tile + kGeneralTile, body);
-      };
+    for (int64_t tile = group.lowest() / kTile * kTile; tile < group.highest(); tile += kTile) {
+      const auto each = [&](const auto& body)
+                            QFLUX_INLINE_LAMBDA { each_row(group, tile, tile + kTile, body); };
       dot_columns<T>(
           each, tile, group, s.value_planes, s.key_stride, s.grad_records, s.depth, s.depth,
           [&](int, int64_t i) QFLUX_INLINE_LAMBDA { return V(s.grad_strength[i]); }, upstream);

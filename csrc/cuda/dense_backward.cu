@@ -10,16 +10,15 @@ namespace {
 // Gradients of one row's context and strength, reduction applied.
 template <class T, int kColumns>
 __device__ __forceinline__ void load_gradients(const InteractBackwardParams<T>& params, int64_t b,
-                                               int64_t row, const Visibility& visibility,
-                                               int64_t column, int64_t columns, T* grad,
-                                               T& grad_strength) {
+                                               int row, const Visibility& visibility, int column,
+                                               int columns, T* grad, T& grad_strength) {
   const T scale = params.pair.reduction_scale(visibility.visible_keys(row));
 #pragma unroll
   for (int c = 0; c < kColumns; ++c)
     grad[c] = column + c < columns ? scale * params.grad_context.at(b, row, column + c) : T(0);
   // The gradient of a weight is a sum over all columns; the strength counts once.
-  grad_strength = column == 0 && params.grad_strength ? scale * params.grad_strength.at(b, row)
-                                                      : T(0);
+  grad_strength =
+      column == 0 && params.grad_strength ? scale * params.grad_strength.at(b, row) : T(0);
 }
 
 template <int kColumns, class T>
@@ -29,65 +28,62 @@ __device__ __forceinline__ T dot(const T* a, const T* b, T start) {
   return start;
 }
 
-template <class T, template <class> class PairOf, bool kOwnValues>
+template <class T, template <class> class Kind, bool kOwnValues>
 struct Backward {
   using Scalar = T;
-  using Pair = PairOf<T>;
+  using Pair = Kind<T>;
   using Params = InteractBackwardParams<T>;
   static constexpr int kColumns = Traits<T, kOwnValues>::kColumns;
   static constexpr bool kLoopsColumns = kOwnValues;
 
   const Params& params;
   int64_t b;
-  Visibility visibility;
+  PairOf<Pair> pair;
 
   __device__ __forceinline__ Backward(const Params& p, int64_t sequence)
-      : params(p), b(sequence), visibility(p.pair.visibility(sequence)) {}
+      : params(p), b(sequence), pair(p.pair, sequence) {}
+  __device__ __forceinline__ Visibility visibility() const { return params.pair.visibility(b); }
 
   QFLUX_INLINE static int64_t columns(const Params& p) {
     return kOwnValues ? p.pair.depth : kColumns;
   }
-  __device__ __forceinline__ Pair pair(T limit) const {
-    return MakePair<Pair>::make(params.pair, b, limit);
-  }
-  __device__ __forceinline__ T limit(int64_t row) const {
+  __device__ __forceinline__ T limit(int row) const {
     return kHasThreshold<Pair> ? params.threshold.at(b, row) : T(0);
   }
-  __device__ __forceinline__ T value(int64_t key, int64_t column) const {
+  __device__ __forceinline__ T value(int key, int column) const {
     return column < params.pair.depth ? params.pair.values.at(b, key, column) : T(0);
   }
 };
 
-template <class T, template <class> class PairOf, bool kOwnValues>
-struct RowPass : Backward<T, PairOf, kOwnValues> {
-  using Base = Backward<T, PairOf, kOwnValues>;
-  using Pair = PairOf<T>;
+template <class T, template <class> class Kind, bool kOwnValues>
+struct RowPass : Backward<T, Kind, kOwnValues> {
+  using Base = Backward<T, Kind, kOwnValues>;
+  using Pair = Kind<T>;
   using Params = InteractBackwardParams<T>;
   using Sizes = TileTraits<T, kOwnValues, kOwnValues ? 2 + Base::kColumns : 2>;
   static constexpr int kColumnSums = 0, kSums = 2;
-  using Base::b, Base::kColumns, Base::params, Base::visibility;
+  using Base::b, Base::kColumns, Base::pair, Base::params, Base::visibility;
 
   struct Owner {
     Point<T> query;
-    Pair pair;
-    T grad[kColumns], grad_strength;
+    T limit, grad_strength, grad[kColumns];
   };
 
   __device__ __forceinline__ RowPass(const Params& p, int64_t sequence) : Base(p, sequence) {}
   QFLUX_INLINE static int64_t owners(const Params& p) { return p.pair.rows; }
+  QFLUX_INLINE static int64_t others(const Params& p) { return p.pair.keys; }
 
-  __device__ __forceinline__ int64_t valid() const { return visibility.row_end; }
-  __device__ __forceinline__ Range range(int64_t row) const {
-    return {0, visibility.visible_keys(row)};
+  __device__ __forceinline__ int valid() const { return static_cast<int>(visibility().row_end); }
+  __device__ __forceinline__ Range range(int row) const {
+    return {0, static_cast<int>(visibility().visible_keys(row))};
   }
-  __device__ __forceinline__ Owner load(int64_t row, int64_t column) const {
-    Owner owner{query<Pair>(params.pair, b, row), this->pair(this->limit(row)), {}, T(0)};
-    load_gradients<T, kColumns>(params, b, row, visibility, column, this->columns(params),
+  __device__ __forceinline__ Owner load(int row, int column) const {
+    Owner owner{query<Pair>(params.pair, b, row), this->limit(row), T(0), {}};
+    load_gradients<T, kColumns>(params, b, row, visibility(), column, this->columns(params),
                                 owner.grad, owner.grad_strength);
     return owner;
   }
-  __device__ __forceinline__ void fetch(int64_t key, int64_t column,
-                                        T (&record)[Sizes::kWidth]) const {
+  __device__ __forceinline__ void fetch(int key, int column, T (&record)[Sizes::kWidth]) const {
     const Point<T> point = load_point(params.pair.key_points, b, key);
     record[0] = point.x;
     record[1] = point.y;
@@ -97,24 +93,25 @@ struct RowPass : Backward<T, PairOf, kOwnValues> {
     }
   }
   __device__ __forceinline__ void accumulate(const Owner& row, const T (&record)[Sizes::kWidth],
-                                             T (&sums)[kSums]) const {
+                                             bool visible, T (&sums)[kSums]) const {
     const T p =
         inner_product(row.query.x, row.query.y, record[0], record[1], static_cast<T>(Pair::kBias));
-    const T grad_weight =
-        dot<kColumns>(row.grad, record + (kOwnValues ? 2 : 0), row.grad_strength);
-    if (!row.pair.kept(p)) return;
-    const T grad = row.pair.derivative(p, grad_weight);
+    const T grad_weight = dot<kColumns>(row.grad, record + (kOwnValues ? 2 : 0), row.grad_strength);
+    const Pair scored = pair(row.limit);
+    if (!(visible & scored.kept(p))) return;
+    const T grad = scored.derivative(p, grad_weight);
     sums[0] = multiply_add(grad, record[0], sums[0]);
     sums[1] = multiply_add(grad, record[1], sums[1]);
   }
-  __device__ __forceinline__ void store(int64_t row, int64_t /*column*/, bool last,
+  __device__ __forceinline__ void store(int row, int /*column*/, bool last,
                                         const T (&sums)[kSums]) const {
     if (!last) return;
-    const bool inside = row < visibility.row_end;
+    const bool inside = row < visibility().row_end;
     const Point<T> grad{inside ? sums[0] : T(0), inside ? sums[1] : T(0)};
     if constexpr (!kHasThreshold<Pair>) {
       if (params.grad_alpha && inside)
-        params.grad_alpha.at(b, row) += Pair::alpha_vjp(grad, load_point(params.pair.states, b, row));
+        params.grad_alpha.at(b, row) +=
+            Pair::alpha_vjp(grad, load_point(params.pair.states, b, row));
     }
     if (!params.grad_states) return;
     Point<T> pulled = Pair::query_vjp(grad, params.pair.coefficient[b]);
@@ -126,12 +123,12 @@ struct RowPass : Backward<T, PairOf, kOwnValues> {
   }
 };
 
-template <class T, template <class> class PairOf, bool kOwnValues>
-struct KeyPass : Backward<T, PairOf, kOwnValues> {
-  using Base = Backward<T, PairOf, kOwnValues>;
-  using Pair = PairOf<T>;
+template <class T, template <class> class Kind, bool kOwnValues>
+struct KeyPass : Backward<T, Kind, kOwnValues> {
+  using Base = Backward<T, Kind, kOwnValues>;
+  using Pair = Kind<T>;
   using Params = InteractBackwardParams<T>;
-  using Base::b, Base::kColumns, Base::params, Base::visibility;
+  using Base::b, Base::kColumns, Base::pair, Base::params, Base::visibility;
   // A row's query, limit and gradient of the strength, then of the context.
   using Sizes = TileTraits<T, kOwnValues, 4 + Base::kColumns>;
   static constexpr int kColumnSums = kOwnValues ? kColumns : 0, kSums = kColumnSums + 2;
@@ -143,12 +140,14 @@ struct KeyPass : Backward<T, PairOf, kOwnValues> {
 
   __device__ __forceinline__ KeyPass(const Params& p, int64_t sequence) : Base(p, sequence) {}
   QFLUX_INLINE static int64_t owners(const Params& p) { return p.pair.keys; }
+  QFLUX_INLINE static int64_t others(const Params& p) { return p.pair.rows; }
 
-  __device__ __forceinline__ int64_t valid() const { return visibility.key_end; }
-  __device__ __forceinline__ Range range(int64_t key) const {
-    return {visibility.first_row(key), visibility.row_end};
+  __device__ __forceinline__ int valid() const { return static_cast<int>(visibility().key_end); }
+  __device__ __forceinline__ Range range(int key) const {
+    const Visibility v = visibility();
+    return {static_cast<int>(v.first_row(key)), static_cast<int>(v.row_end)};
   }
-  __device__ __forceinline__ Owner load(int64_t key, int64_t column) const {
+  __device__ __forceinline__ Owner load(int key, int column) const {
     const Point<T> point = load_point(params.pair.key_points, b, key);
     Owner owner{{point.x, point.y}, {}};
     if constexpr (kOwnValues) {
@@ -157,24 +156,22 @@ struct KeyPass : Backward<T, PairOf, kOwnValues> {
     }
     return owner;
   }
-  __device__ __forceinline__ void fetch(int64_t row, int64_t column,
-                                        T (&record)[Sizes::kWidth]) const {
+  __device__ __forceinline__ void fetch(int row, int column, T (&record)[Sizes::kWidth]) const {
     const Point<T> q = query<Pair>(params.pair, b, row);
     record[0] = q.x;
     record[1] = q.y;
     record[2] = this->limit(row);
-    load_gradients<T, kColumns>(params, b, row, visibility, column, this->columns(params),
+    load_gradients<T, kColumns>(params, b, row, visibility(), column, this->columns(params),
                                 record + 4, record[3]);
   }
   __device__ __forceinline__ void accumulate(const Owner& key, const T (&record)[Sizes::kWidth],
-                                             T (&sums)[kSums]) const {
-    const T p =
-        inner_product(record[0], record[1], key.point[0], key.point[1], static_cast<T>(Pair::kBias));
-    const Pair pair = this->pair(record[2]);
-    const T grad_weight =
-        dot<kColumns>(record + 4, kOwnValues ? key.value : key.point, record[3]);
-    if (!pair.kept(p)) return;
-    const T grad = pair.derivative(p, grad_weight), w = pair.weight(p);
+                                             bool visible, T (&sums)[kSums]) const {
+    const T p = inner_product(record[0], record[1], key.point[0], key.point[1],
+                              static_cast<T>(Pair::kBias));
+    const Pair scored = pair(record[2]);
+    const T grad_weight = dot<kColumns>(record + 4, kOwnValues ? key.value : key.point, record[3]);
+    if (!(visible & scored.kept(p))) return;
+    const T grad = scored.derivative(p, grad_weight), w = scored.weight(p);
     T& x = sums[kColumnSums];
     T& y = sums[kColumnSums + 1];
     x = multiply_add(grad, record[0], x);
@@ -187,9 +184,9 @@ struct KeyPass : Backward<T, PairOf, kOwnValues> {
       y = multiply_add(w, record[5], y);
     }
   }
-  __device__ __forceinline__ void store(int64_t key, int64_t column, bool last,
+  __device__ __forceinline__ void store(int key, int column, bool last,
                                         const T (&sums)[kSums]) const {
-    const bool inside = key < visibility.key_end;
+    const bool inside = key < visibility().key_end;
     if constexpr (kOwnValues) {
 #pragma unroll
       for (int c = 0; c < kColumns; ++c)
@@ -206,15 +203,15 @@ struct KeyPass : Backward<T, PairOf, kOwnValues> {
   }
 };
 
-template <class T, template <class> class Pair, bool kOwnValues>
+template <class T, template <class> class Kind, bool kOwnValues>
 const char* launch_passes(const InteractBackwardParams<T>& params, void* stream) {
   const PairParams<T>& pair = params.pair;
   const bool row_pass = (params.grad_states || params.grad_alpha) && pair.rows > 0;
   const bool key_pass = (params.grad_keys || params.grad_values) && pair.keys > 0;
   const char* error = nullptr;
-  if (row_pass) error = launch_gather<RowPass<T, Pair, kOwnValues>>(params, pair.causal, stream);
+  if (row_pass) error = launch_gather<RowPass<T, Kind, kOwnValues>>(params, pair.causal, stream);
   if (key_pass && error == nullptr)
-    error = launch_gather<KeyPass<T, Pair, kOwnValues>>(params, false, stream);
+    error = launch_gather<KeyPass<T, Kind, kOwnValues>>(params, false, stream);
   return error;
 }
 

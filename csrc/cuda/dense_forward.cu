@@ -8,10 +8,10 @@ namespace {
 
 // `kRowSums`: strength and degree are wanted. The second stage of a step wants neither, and they
 // are two of a pair's seven instructions.
-template <class T, template <class> class PairOf, bool kOwnValues, bool kRowSums>
+template <class T, template <class> class Kind, bool kOwnValues, bool kRowSums>
 struct Forward {
   using Scalar = T;
-  using Pair = PairOf<T>;
+  using Pair = Kind<T>;
   using Params = InteractParams<T>;
   using Sizes = TileTraits<T, kOwnValues, kOwnValues ? 2 + Traits<T, true>::kColumns : 2>;
   static constexpr int kColumnSums = Sizes::kColumns;
@@ -20,29 +20,30 @@ struct Forward {
 
   struct Owner {
     Point<T> query;
-    Pair pair;
+    T limit;
   };
 
   const Params& params;
   int64_t b;
-  Visibility visibility;
+  PairOf<Pair> pair;
 
   __device__ __forceinline__ Forward(const Params& p, int64_t sequence)
-      : params(p), b(sequence), visibility(p.pair.visibility(sequence)) {}
+      : params(p), b(sequence), pair(p.pair, sequence) {}
+  __device__ __forceinline__ Visibility visibility() const { return params.pair.visibility(b); }
 
   QFLUX_INLINE static int64_t owners(const Params& p) { return p.pair.rows; }
+  QFLUX_INLINE static int64_t others(const Params& p) { return p.pair.keys; }
   QFLUX_INLINE static int64_t columns(const Params& p) { return kOwnValues ? p.pair.depth : 2; }
 
-  __device__ __forceinline__ int64_t valid() const { return visibility.row_end; }
-  __device__ __forceinline__ Range range(int64_t row) const {
-    return {0, visibility.visible_keys(row)};
+  __device__ __forceinline__ int valid() const { return static_cast<int>(visibility().row_end); }
+  __device__ __forceinline__ Range range(int row) const {
+    return {0, static_cast<int>(visibility().visible_keys(row))};
   }
-  __device__ __forceinline__ Owner load(int64_t row, int64_t /*column*/) const {
+  __device__ __forceinline__ Owner load(int row, int /*column*/) const {
     const T limit = kHasThreshold<Pair> ? params.threshold.at(b, row) : T(0);
-    return {query<Pair>(params.pair, b, row), MakePair<Pair>::make(params.pair, b, limit)};
+    return {query<Pair>(params.pair, b, row), limit};
   }
-  __device__ __forceinline__ void fetch(int64_t key, int64_t column,
-                                        T (&record)[Sizes::kWidth]) const {
+  __device__ __forceinline__ void fetch(int key, int column, T (&record)[Sizes::kWidth]) const {
     const Point<T> point = load_point(params.pair.key_points, b, key);
     record[0] = point.x;
     record[1] = point.y;
@@ -54,26 +55,26 @@ struct Forward {
     }
   }
   __device__ __forceinline__ void accumulate(const Owner& row, const T (&record)[Sizes::kWidth],
-                                             T (&sums)[kSums]) const {
+                                             bool visible, T (&sums)[kSums]) const {
     constexpr int kValue = kOwnValues ? 2 : 0;
     const T p =
         inner_product(row.query.x, row.query.y, record[0], record[1], static_cast<T>(Pair::kBias));
-    const bool kept = row.pair.kept(p);
-    // A dropped key is finite under a threshold and may be left out, but a value of its own may
-    // not be, and must show.
-    if (kHasThreshold<Pair> && !kOwnValues && !kept) return;
-    const T w = row.pair.weight(p, kept);
+    const Pair scored = pair(row.limit);
+    const bool kept = scored.kept(p);
+    // What is dropped is left out of the sum only if it is finite for certain: a key below a
+    // threshold is, a value of its own need not be and must show.
+    if (!(visible & (kept | !kHasThreshold<Pair> | kOwnValues))) return;
+    const T w = scored.weight(p, kept);
 #pragma unroll
-    for (int c = 0; c < kColumnSums; ++c)
-      sums[c] = multiply_add(w, record[kValue + c], sums[c]);
+    for (int c = 0; c < kColumnSums; ++c) sums[c] = multiply_add(w, record[kValue + c], sums[c]);
     if constexpr (kRowSums) {
       sums[kColumnSums] += w;
       if (kept) sums[kColumnSums + 1] += 1;
     }
   }
-  __device__ __forceinline__ void store(int64_t row, int64_t column, bool /*last*/,
+  __device__ __forceinline__ void store(int row, int column, bool /*last*/,
                                         const T (&sums)[kSums]) const {
-    const int64_t visible = visibility.visible_keys(row);
+    const int64_t visible = visibility().visible_keys(row);
     T scale = params.pair.reduction_scale(visible);
     if constexpr (kHasThreshold<Pair>) {
       // No comparison with an undefined threshold means anything.
@@ -88,7 +89,8 @@ struct Forward {
     if constexpr (kRowSums) {
       if (params.strength)
         params.strength.at(b, row) = visible > 0 ? scale * sums[kColumnSums] : T(0);
-      if (params.degree) params.degree.at(b, row) = static_cast<int32_t>(sums[kColumnSums + 1]);
+      if (params.degree)
+        params.degree.at(b, row) = visible > 0 ? static_cast<int32_t>(sums[kColumnSums + 1]) : 0;
     }
     if (!kHasThreshold<Pair> && params.threshold) params.threshold.at(b, row) = T(0);
   }

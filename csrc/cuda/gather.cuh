@@ -3,17 +3,15 @@
 // and stream keys; the key pass owns keys and streams rows. Each sum is written by the one thread
 // that owns it and taken in a fixed order, so no atomics and the same bits on every run.
 //
-// A `Pass` says what is summed:
-//   Scalar, Params, Sizes (TileTraits), Owner
-//   kColumnSums, kSums     sums of one chunk of value columns come first, sums over all columns last
-//   kLoopsColumns          one block walks all columns, instead of one block for each chunk of them
-//   owners(params), columns(params)
-//   valid()                owners inside the sequence; the ones behind are padding
-//   range(owner)           others it meets; both ends never decrease from one owner to the next
-//   load(owner, column)    its registers
-//   fetch(other, column, record)
-//   accumulate(owner, record, sums)
-//   store(owner, column, last, sums)
+// A `Pass` says what is summed, by
+//  - Scalar, Pair, Params, Sizes (a TileTraits), Owner;
+//  - kColumnSums and kSums: the sums of one chunk of value columns, then those over all columns;
+//  - kLoopsColumns: a block walks all columns, instead of one block for each chunk of them;
+//  - owners(params), others(params), columns(params);
+//  - valid(): owners inside the sequence, the ones behind are padding;
+//  - range(owner): others it meets; neither end decreases from one owner to the next;
+//  - load(owner, column) into registers, fetch(other, column, record) into shared memory;
+//  - accumulate(owner, record, visible, sums) and store(owner, column, last, sums).
 #pragma once
 
 #include "pairs.cuh"
@@ -21,13 +19,15 @@
 
 namespace qflux::cuda {
 
+// Positions in a sequence; launch_gather refuses sequences that 32 bits cannot count.
 struct Range {
-  int64_t begin, end;
+  int begin, end;
 };
 
 // How the blocks of a launch divide the work among themselves.
 struct Schedule {
-  int64_t batch, owner_blocks, column_blocks;
+  int64_t batch;
+  int owner_blocks, column_blocks;
   bool reversed;  // the last owners first: under a causal mask they meet the most
   int split;      // warps of a block that share the same owners, each with its part of the others
 };
@@ -37,39 +37,40 @@ struct alignas(16) Buffer {
   Numbers at[kSize];
 };
 
-__device__ __forceinline__ int64_t lesser(int64_t a, int64_t b) { return a < b ? a : b; }
-__device__ __forceinline__ int64_t greater(int64_t a, int64_t b) { return a > b ? a : b; }
+__device__ __forceinline__ int lesser(int a, int b) { return a < b ? a : b; }
+__device__ __forceinline__ int greater(int a, int b) { return a > b ? a : b; }
 
 // Others that any owner in [first, last) meets, and others that all of them meet.
 template <class Pass>
-__device__ __forceinline__ Range met_by_any(const Pass& pass, int64_t first, int64_t last) {
+__device__ __forceinline__ Range met_by_any(const Pass& pass, int first, int last) {
   if (first >= last) return {0, 0};
   return {pass.range(first).begin, pass.range(last - 1).end};
 }
 template <class Pass>
-__device__ __forceinline__ Range met_by_all(const Pass& pass, int64_t first, int64_t last) {
+__device__ __forceinline__ Range met_by_all(const Pass& pass, int first, int last) {
   if (first >= last) return {0, 0};
   return {pass.range(last - 1).begin, pass.range(first).end};
 }
 
-// Adds the records from <= j < to of a tile; `begin` and `end` bound what each owner meets.
+// Adds the others from <= j < to of a tile that starts at `start`.
 template <bool kMasked, class Pass, int kOwners, int kSums>
-__device__ __forceinline__ void add_records(const Pass& pass,
-                                            const typename Pass::Owner (&owner)[kOwners],
-                                            const typename Pass::Scalar* tile, int from, int to,
-                                            const int (&begin)[kOwners], const int (&end)[kOwners],
-                                            typename Pass::Scalar (&sums)[kOwners][kSums]) {
-  constexpr int kWidth = Pass::Sizes::kWidth;
-#pragma unroll(kMasked ? 1 : Pass::Sizes::kUnroll)
-  for (int j = from; j < to; j += 2) {
-    typename Pass::Scalar record[2][kWidth];
-    read_two<kWidth>(tile + j * kWidth, record);
+__device__ __forceinline__ void add_others(const Pass& pass,
+                                           const typename Pass::Owner (&owner)[kOwners],
+                                           const Range (&met)[kOwners],
+                                           const typename Pass::Scalar* tile, int start, int from,
+                                           int to, typename Pass::Scalar (&sums)[kOwners][kSums]) {
+  constexpr int kWidth = Pass::Sizes::kWidth, kAtOnce = Pass::Sizes::kAtOnce;
+  [[maybe_unused]] constexpr int kUnroll = kUnrollOf<typename Pass::Pair, typename Pass::Sizes>;
+#pragma unroll(kMasked ? 1 : kUnroll)
+  for (int j = from; j < to; j += kAtOnce) {
+    typename Pass::Scalar record[kAtOnce][kWidth];
+    read_records(tile + (j - start) * kWidth, record);
 #pragma unroll
-    for (int n = 0; n < 2; ++n)
+    for (int n = 0; n < kAtOnce; ++n)
 #pragma unroll
       for (int r = 0; r < kOwners; ++r)
-        if (!kMasked || (j + n >= begin[r] && j + n < end[r]))
-          pass.accumulate(owner[r], record[n], sums[r]);
+        pass.accumulate(owner[r], record[n],
+                        !kMasked || ((j + n >= met[r].begin) & (j + n < met[r].end)), sums[r]);
   }
 }
 
@@ -93,14 +94,13 @@ __device__ __forceinline__ void merge_slices(int split, int slice, int group, T*
     if (slice == 0) {
 #pragma unroll
       for (int n = 0; n < kOwners * kSums; ++n)
-        total[n / kSums][n % kSums].add(
-            Total<T>{mine[2 * n * peers], mine[(2 * n + 1) * peers]});
+        total[n / kSums][n % kSums].add(Total<T>{mine[2 * n * peers], mine[(2 * n + 1) * peers]});
     }
   }
 }
 
 template <class Pass>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, Pass::Sizes::kBlocksPerSm)
     gather(typename Pass::Params params, Schedule schedule) {
   using T = typename Pass::Scalar;
   using Sizes = typename Pass::Sizes;
@@ -113,57 +113,54 @@ __global__ void __launch_bounds__(kThreads)
 
   const int lane = threadIdx.x % kWarp, split = schedule.split;
   const int slice = threadIdx.x / kWarp % split, group = threadIdx.x / kWarp / split;
-  const int64_t per_block = kThreads / split * kOwners;
-  const int64_t columns = Pass::columns(params);
+  const int per_block = kThreads / split * kOwners;
   const int64_t works = schedule.batch * schedule.owner_blocks * schedule.column_blocks;
 
   for (int64_t work = blockIdx.x; work < works; work += gridDim.x) {
     // Owner blocks change slowest, so that the heaviest of all sequences start first.
-    const int64_t b = work % schedule.batch, rest = work / schedule.batch;
-    const int64_t order = rest / schedule.column_blocks;
-    const int64_t block = schedule.reversed ? schedule.owner_blocks - 1 - order : order;
+    const int64_t rest = work / schedule.batch;
+    const int order = static_cast<int>(rest / schedule.column_blocks);
+    const int block = schedule.reversed ? schedule.owner_blocks - 1 - order : order;
+    const int64_t b = work % schedule.batch;
     const Pass pass(params, b);
-    const int64_t valid = pass.valid(), block_first = block * per_block;
-    const int64_t first = block_first + group * (kWarp * kOwners);
-    const int64_t last = lesser(first + kWarp * kOwners, valid);
+    const int valid = pass.valid(), block_first = block * per_block;
+    const int first = block_first + group * (kWarp * kOwners);
+    const int last = lesser(first + kWarp * kOwners, valid);
     const Range all = met_by_any(pass, block_first, lesser(block_first + per_block, valid));
     const Range any = met_by_any(pass, first, last), common = met_by_all(pass, first, last);
 
     Total<T> total[kOwners][kSums] = {};
-    int64_t column = rest % schedule.column_blocks * Sizes::kColumns;
-    const int64_t column_end = Pass::kLoopsColumns ? columns : column + 1;
-    for (; column < column_end; column += Sizes::kColumns) {
+    int column = static_cast<int>(rest % schedule.column_blocks) * Sizes::kColumns;
+    const int column_end =
+        Pass::kLoopsColumns ? static_cast<int>(Pass::columns(params)) : column + 1;
+    do {
       typename Pass::Owner owner[kOwners] = {};
-      int64_t index[kOwners];
+      Range met[kOwners] = {};
 #pragma unroll
       for (int r = 0; r < kOwners; ++r) {
         // Owners past the end repeat the last one, and are not stored.
-        index[r] = lesser(first + lane + r * kWarp, valid - 1);
-        if (valid > 0) owner[r] = pass.load(index[r], column);
+        const int n = lesser(opaque(first) + lane + r * kWarp, valid - 1);
+        if (valid == 0) break;
+        owner[r] = pass.load(n, column);
+        met[r] = pass.range(n);
       }
-      for (int64_t start = all.begin; start < all.end; start += kTile) {
-        const int count = static_cast<int>(lesser(kTile, all.end - start));
+      for (int start = all.begin; start < all.end; start += kTile) {
+        const int count = lesser(kTile, all.end - start);
         __syncthreads();
         stage<kWidth>(tile.at, count,
                       [&](int n, T(&record)[kWidth]) { pass.fetch(start + n, column, record); });
         __syncthreads();
-        for (int chunk = slice * kChunk; chunk < count; chunk += split * kChunk) {
-          const int64_t from = start + chunk, to = lesser(from + kChunk, start + count);
-          if (to <= any.begin || from >= any.end) continue;
+        for (int chunk = start + slice * kChunk; chunk < start + count; chunk += split * kChunk) {
+          const int chunk_end = lesser(chunk + kChunk, start + count);
+          if (chunk_end <= any.begin || chunk >= any.end) continue;
           T sums[kOwners][kSums] = {};
-          int begin[kOwners], end[kOwners];
-          if (from >= common.begin && from + kChunk <= common.end) {
-            add_records<false>(pass, owner, tile.at, chunk, chunk + kChunk, begin, end, sums);
+          if (chunk >= common.begin && chunk + kChunk <= common.end) {
+            add_others<false>(pass, owner, met, tile.at, start, chunk, chunk + kChunk, sums);
           } else {
-#pragma unroll
-            for (int r = 0; r < kOwners; ++r) {
-              const Range met = pass.range(index[r]);
-              begin[r] = static_cast<int>(greater(met.begin - start, 0));
-              end[r] = static_cast<int>(lesser(greater(met.end - start, 0), count));
-            }
-            const int skipped = static_cast<int>(greater(any.begin, from) - start);
-            add_records<true>(pass, owner, tile.at, skipped - skipped % 2,
-                              static_cast<int>(lesser(any.end, to) - start), begin, end, sums);
+            const int skipped = greater(any.begin - chunk, 0);
+            add_others<true>(pass, owner, met, tile.at, start,
+                             chunk + skipped - skipped % Sizes::kAtOnce, lesser(chunk_end, any.end),
+                             sums);
           }
 #pragma unroll
           for (int n = 0; n < kOwners * kSums; ++n)
@@ -172,35 +169,40 @@ __global__ void __launch_bounds__(kThreads)
       }
       if (split > 1) merge_slices(split, slice, group, tile.at, total);
       const bool is_last = column + Sizes::kColumns >= column_end;
+      const Pass writer(params, opaque(b));
 #pragma unroll
       for (int r = 0; r < kOwners; ++r) {
-        const int64_t n = first + lane + r * kWarp;
+        const int n = first + lane + r * kWarp;
         T sums[kSums];
 #pragma unroll
         for (int c = 0; c < kSums; ++c) sums[c] = total[r][c].get();
-        if (slice == 0 && n < Pass::owners(params)) pass.store(n, column, is_last, sums);
+        if (slice == 0 && n < Pass::owners(params)) writer.store(n, column, is_last, sums);
 #pragma unroll
         for (int c = 0; c < Pass::kColumnSums; ++c) total[r][c] = {};
       }
-    }
+      column += Sizes::kColumns;
+    } while (Pass::kLoopsColumns && column < column_end);
   }
 }
 
 template <class Pass>
 const char* launch_gather(const typename Pass::Params& params, bool reversed, void* stream) {
   using Sizes = typename Pass::Sizes;
-  const int64_t owners = Pass::owners(params), columns = Pass::columns(params);
-  const auto blocks = [](int64_t n, int64_t size) { return (n + size - 1) / size; };
-  Schedule schedule{params.pair.batch, 0, 1, reversed, 1};
+  const PairParams<typename Pass::Scalar>& pair = params.pair;
+  if (pair.rows > kMaxLength || pair.keys > kMaxLength || Pass::columns(params) > kMaxLength)
+    return "the dense CUDA kernels take up to 2^30 rows, keys and value columns";
+  const int owners = static_cast<int>(Pass::owners(params));
+  const int columns = static_cast<int>(Pass::columns(params));
+  const auto blocks = [](int n, int size) { return (n + size - 1) / size; };
+  Schedule schedule{pair.batch, 0, 1, reversed, 1};
   if (!Pass::kLoopsColumns) schedule.column_blocks = blocks(columns, Sizes::kColumns);
   const int64_t copies = schedule.batch * schedule.column_blocks;
-  const auto owner_blocks = [&](int split) {
-    return blocks(owners, kThreads / split * Sizes::kOwners);
-  };
-  while (schedule.split < kWarps && owners > kThreads / schedule.split * Sizes::kOwners / 2 &&
-         owner_blocks(schedule.split) * copies < kEnoughBlocks)
+  const auto per_block = [&] { return kThreads / schedule.split * Sizes::kOwners; };
+  // A split pays where each slice finds chunks of its own.
+  while (schedule.split < kWarps && Pass::others(params) > schedule.split * Sizes::kChunk &&
+         blocks(owners, per_block()) * copies < kEnoughBlocks)
     schedule.split *= 2;
-  schedule.owner_blocks = owner_blocks(schedule.split);
+  schedule.owner_blocks = blocks(owners, per_block());
   return launch(gather<Pass>, schedule.owner_blocks * copies, kThreads, stream, params, schedule);
 }
 

@@ -7,25 +7,31 @@
 
 namespace qflux::cuda {
 
+// Makes pairs of one sequence from what they do not share: the row's threshold.
 template <class Pair>
-struct MakePair;
+struct PairOf;
 template <class T>
-struct MakePair<ThresholdPair<T>> {
-  static __device__ __forceinline__ ThresholdPair<T> make(const PairParams<T>&, int64_t, T limit) {
-    return {limit};
-  }
+struct PairOf<ThresholdPair<T>> {
+  __device__ __forceinline__ PairOf(const PairParams<T>&, int64_t) {}
+  __device__ __forceinline__ ThresholdPair<T> operator()(T limit) const { return {limit}; }
 };
 template <class T>
-struct MakePair<GatePair<T>> {
-  static __device__ __forceinline__ GatePair<T> make(const PairParams<T>& p, int64_t b, T) {
-    return {static_cast<T>(p.eps), p.min_gate[b]};
-  }
+struct PairOf<GatePair<T>> {
+  T eps, min_gate;
+
+  __device__ __forceinline__ PairOf(const PairParams<T>& p, int64_t b)
+      : eps(static_cast<T>(p.eps)), min_gate(p.min_gate[b]) {}
+  __device__ __forceinline__ GatePair<T> operator()(T) const { return {eps, min_gate}; }
 };
 
 template <class Pair>
 constexpr bool kHasThreshold = false;
 template <class T>
 constexpr bool kHasThreshold<ThresholdPair<T>> = true;
+
+// A gate's division is work enough for one iteration; unrolled, its registers would spill.
+template <class Pair, class Sizes>
+constexpr int kUnrollOf = kHasThreshold<Pair> ? Sizes::kUnroll : 1;
 
 template <class Pair, class T>
 __device__ __forceinline__ Point<T> query(const PairParams<T>& p, int64_t b, int64_t row) {

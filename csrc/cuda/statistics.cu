@@ -3,16 +3,16 @@
 // A block owns a segment of rows. It sums the moments of all keys in front of the segment afresh
 // and scans those inside, so that no block waits for another and nothing has to be stored. The
 // keys read twice are few beside the pairs: one for each kSegment rows.
-#include "statistics.h"
-
 #include "../math/statistics.h"
 #include "runtime.cuh"
+#include "statistics.h"
 #include "traits.h"
 
 namespace qflux::cuda {
 namespace {
 
 constexpr int kScanThreads = 256;
+constexpr int kScanBlocksPerSm = 2;
 constexpr int kScanWarps = kScanThreads / kWarp;
 constexpr int kRowsPerThread = 4;
 constexpr int64_t kSegment = kScanThreads * kRowsPerThread;
@@ -65,7 +65,7 @@ __device__ __forceinline__ void add_key(Moments& sums, const PairParams<T>& p, i
 }
 
 template <class T>
-__global__ void __launch_bounds__(kScanThreads)
+__global__ void __launch_bounds__(kScanThreads, kScanBlocksPerSm)
     threshold_segments(PairParams<T> p, View<T> out, int64_t segments) {
   QFLUX_SHARED(WarpSums, shared);
   for (int64_t work = blockIdx.x; work < p.batch * segments; work += gridDim.x) {

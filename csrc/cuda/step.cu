@@ -1,6 +1,5 @@
 // Heun-Euler steps: the sequence of evolve.h, all of it enqueued on one stream.
 #include "../evolve.h"
-
 #include "launch.h"
 #include "runtime.cuh"
 

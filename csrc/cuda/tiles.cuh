@@ -22,23 +22,25 @@ __device__ __forceinline__ void unpack(float4 from, float* to) {
 }
 __device__ __forceinline__ void unpack(double2 from, double* to) { to[0] = from.x, to[1] = from.y; }
 
-// Two records at a 16-byte boundary; all threads of a warp read the same ones.
-template <int kWidth, class T>
-__device__ __forceinline__ void read_two(const T* from, T (&to)[2][kWidth]) {
+// Records from a 16-byte boundary on; all threads of a warp read the same ones.
+template <int kCount, int kWidth, class T>
+__device__ __forceinline__ void read_records(const T* from, T (&to)[kCount][kWidth]) {
   using Type = typename Wide<T>::Type;
   constexpr int kPart = sizeof(Type) / sizeof(T);
-  T flat[2 * kWidth];
+  T flat[kCount * kWidth];
 #pragma unroll
-  for (int n = 0; n < 2 * kWidth / kPart; ++n)
+  for (int n = 0; n < kCount * kWidth / kPart; ++n)
     unpack(reinterpret_cast<const Type*>(from)[n], flat + n * kPart);
 #pragma unroll
-  for (int n = 0; n < 2 * kWidth; ++n) to[n / kWidth][n % kWidth] = flat[n];
+  for (int n = 0; n < kCount * kWidth; ++n) to[n / kWidth][n % kWidth] = flat[n];
 }
 
-// Fills records 0 .. count - 1 by fetch(n, record), and one of zeros after an odd count, because
-// records are read in twos.
+// Fills records 0 .. count - 1 by fetch(n, record), and one of zeros after an odd count for the
+// tiles that are read in twos.
 template <int kWidth, class T, class Fetch>
 __device__ __forceinline__ void stage(T* tile, int count, const Fetch& fetch) {
+  // Unrolled, the addresses in flight would cost the registers of the pair loop.
+#pragma unroll 1
   for (int n = threadIdx.x; n < count + count % 2; n += kThreads) {
     T record[kWidth] = {};
     if (n < count) fetch(n, record);

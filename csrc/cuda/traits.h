@@ -13,43 +13,52 @@ constexpr int kThreads = kWarp * kWarps;
 // about two blocks for each SM of a large GPU.
 constexpr int64_t kEnoughBlocks = 264;
 
+// Positions are 32-bit inside a kernel, which saves registers; addresses are 64-bit everywhere.
+constexpr int64_t kMaxLength = int64_t{1} << 30;
+
 constexpr int kSharedBytes = 48 * 1024;  // static shared memory of every architecture
 
 // `kOwnValues`: values are not the keys, and are taken `kColumns` at a time.
+// `kBlocksPerSm` blocks of four warps fit the registers of an SM: enough warps for a loop whose
+// iterations hold many independent operations.
 template <class T, bool kOwnValues>
 struct Traits;
 
 // Four owners share one 16-byte read of two keys, so that reads take an eighth of the issue slots
-// or less; sums over 256 others keep float32 errors far below the rounding of the totals.
+// or less. `kUnroll` iterations share the loop's own seven instructions.
 template <>
 struct Traits<float, false> {
-  static constexpr int kOwners = 4, kColumns = 2, kChunk = 256, kUnroll = 4;
+  static constexpr int kOwners = 4, kColumns = 2, kUnroll = 4, kBlocksPerSm = 4;
 };
 // A double fills two registers and its pipe is half as wide: two owners hide as much.
 template <>
 struct Traits<double, false> {
-  static constexpr int kOwners = 2, kColumns = 2, kChunk = 256, kUnroll = 4;
+  static constexpr int kOwners = 2, kColumns = 2, kUnroll = 4, kBlocksPerSm = 4;
 };
 // Eight columns make the recomputed weight a third of a pair's work; with their totals they leave
-// registers for two owners. The chunk halves as the tile's records grow.
+// registers for two owners.
 template <>
 struct Traits<float, true> {
-  static constexpr int kOwners = 2, kColumns = 8, kChunk = 128, kUnroll = 1;
+  static constexpr int kOwners = 2, kColumns = 8, kUnroll = 1, kBlocksPerSm = 3;
 };
 template <>
 struct Traits<double, true> {
-  static constexpr int kOwners = 1, kColumns = 4, kChunk = 128, kUnroll = 1;
+  static constexpr int kOwners = 1, kColumns = 4, kUnroll = 1, kBlocksPerSm = 3;
 };
 
-// Others in shared memory at once, in records of `width` numbers: a chunk for each warp of a split.
+// Others in shared memory, in records of `width` numbers.
 template <class T, bool kOwnValues, int width>
 struct TileTraits : Traits<T, kOwnValues> {
-  using Base = Traits<T, kOwnValues>;
   static constexpr int kWidth = width;
-  static constexpr int kTile = kWarps * Base::kChunk;
+  // Records are read in 16-byte parts, two at once where one is not made of whole parts.
+  static constexpr int kAtOnce = width * sizeof(T) % 16 == 0 ? 1 : 2;
+  // Others whose sums are taken in T from zero: few enough that their rounding stays far below what
+  // a score's own rounding does, enough to make the compensated totals a few percent of the work.
+  static constexpr int kChunk = width == 2 ? 256 : 128;
+  static constexpr int kTile = kWarps * kChunk;  // a chunk for each warp of a split
 
-  static_assert(2 * width * sizeof(T) % 16 == 0, "two records are read in 16-byte parts");
-  static_assert(Base::kChunk % 2 == 0, "records are read in twos");
+  static_assert(kAtOnce * width * sizeof(T) % 16 == 0, "records are read in 16-byte parts");
+  static_assert(kChunk % kAtOnce == 0, "a chunk is read whole");
   static_assert(kTile * width * sizeof(T) <= kSharedBytes, "a tile must fit");
 };
 

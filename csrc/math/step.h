@@ -22,9 +22,14 @@ QFLUX_INLINE T min_radius() {
   return T(1e-6);
 }
 
+// Scaled, so that squares neither overflow nor vanish.
 template <class T>
 QFLUX_INLINE T norm(Point<T> p) {
-  return square_root(p.x * p.x + p.y * p.y);
+  const T ax = absolute(p.x), ay = absolute(p.y);
+  const T scale = ax > ay ? ax : ay;
+  if (scale == T(0)) return scale;
+  const T x = p.x / scale, y = p.y / scale;
+  return scale * square_root(x * x + y * y);
 }
 
 // r' + rate * strength - reversion * (r' - target), before the clamp.

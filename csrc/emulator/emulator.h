@@ -1,0 +1,212 @@
+// The part of CUDA that the kernels use, on the CPU, for tests: each thread of a block is a fibre
+// that runs until it waits for others. Blocks run one after another, everything in one thread of
+// the CPU, so a launch has returned when its kernel is done.
+//
+// Shared memory is poisoned before every block and guarded on both sides. The order in which the
+// threads of a block take turns can be chosen: what differs between two orders lacks a barrier.
+#pragma once
+
+#include <ucontext.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <random>
+#include <vector>
+
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+#define QFLUX_SHARED(type, name)                            \
+  static ::qflux::emulator::SharedVariable<type> name##_of; \
+  type& name = name##_of.enter()
+
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
+struct alignas(16) double2 {
+  double x, y;
+};
+
+namespace qflux::emulator {
+
+constexpr int kWarp = 32;
+constexpr int kMaxThreads = 1024;
+constexpr size_t kStack = 256 * 1024;
+
+struct Index {
+  unsigned x;
+};
+
+enum class State { kReady, kBarrier, kShuffle, kDone };
+
+// How the threads of a block take turns.
+enum class Order : int { kForward, kReversed, kShuffled };
+
+struct Fibre {
+  ucontext_t context;
+  std::unique_ptr<char[]> stack;
+  State state;
+  int shuffles;          // of this thread so far
+  double lane_value[2];  // of its last two shuffles: a neighbour may be one ahead
+};
+
+class Guarded {
+ public:
+  virtual ~Guarded() = default;
+  virtual bool intact() const = 0;
+};
+
+struct Machine {
+  Order order = Order::kForward;
+  int64_t max_blocks = 64;
+  int64_t block_serial = 0;
+  int threads = 0, current = 0;
+  std::vector<Fibre> fibres;
+  std::vector<const Guarded*> shared;  // of the running block
+  std::function<void()> body;
+  ucontext_t scheduler;
+};
+
+inline Machine& machine() {
+  static Machine instance;
+  return instance;
+}
+inline int64_t max_blocks() { return machine().max_blocks; }
+
+template <class T>
+class SharedVariable : public Guarded {
+ public:
+  T& enter() {
+    Machine& m = machine();
+    if (serial_ != m.block_serial) {
+      serial_ = m.block_serial;
+      std::memset(bytes_, kPoison, sizeof(bytes_));
+      m.shared.push_back(this);
+    }
+    return *reinterpret_cast<T*>(bytes_ + kGuard);
+  }
+  bool intact() const override {
+    const auto poisoned = [](unsigned char byte) { return byte == kPoison; };
+    return std::all_of(bytes_, bytes_ + kGuard, poisoned) &&
+           std::all_of(bytes_ + kGuard + sizeof(T), bytes_ + sizeof(bytes_), poisoned);
+  }
+
+ private:
+  static constexpr size_t kGuard = 4096;
+  static constexpr unsigned char kPoison = 0xff;  // NaN in either precision
+
+  alignas(16) unsigned char bytes_[kGuard + sizeof(T) + kGuard];
+  int64_t serial_ = -1;
+};
+
+}  // namespace qflux::emulator
+
+inline qflux::emulator::Index threadIdx, blockIdx, gridDim;
+
+namespace qflux::emulator {
+
+inline void wait(State state) {
+  Machine& m = machine();
+  Fibre& fibre = m.fibres[m.current];
+  fibre.state = state;
+  swapcontext(&fibre.context, &m.scheduler);
+}
+
+inline void run_fibre() {
+  machine().body();
+  wait(State::kDone);
+}
+
+// Whether threads first .. last - 1 all wait for the same; if so they may continue.
+inline bool release(int first, int last, State state) {
+  auto& fibres = machine().fibres;
+  for (int t = first; t < last; ++t)
+    if (fibres[t].state != state) return false;
+  for (int t = first; t < last; ++t) fibres[t].state = State::kReady;
+  return true;
+}
+
+inline void run_thread(int thread) {
+  Machine& m = machine();
+  if (m.fibres[thread].state != State::kReady) return;
+  m.current = thread;
+  threadIdx.x = static_cast<unsigned>(thread);
+  swapcontext(&m.scheduler, &m.fibres[thread].context);
+}
+
+// Each warp runs as far ahead of the others as barriers let it: the order that shows most races.
+inline void run_until_barrier(std::mt19937& random) {
+  Machine& m = machine();
+  const auto in_order = [&](int count) {
+    std::vector<int> turns(static_cast<size_t>(count));
+    for (int n = 0; n < count; ++n) turns[n] = m.order == Order::kReversed ? count - 1 - n : n;
+    if (m.order == Order::kShuffled) std::shuffle(turns.begin(), turns.end(), random);
+    return turns;
+  };
+  for (const int warp : in_order((m.threads + kWarp - 1) / kWarp)) {
+    const int first = warp * kWarp, last = std::min(first + kWarp, m.threads);
+    do {
+      for (const int lane : in_order(last - first)) run_thread(first + lane);
+    } while (release(first, last, State::kShuffle));
+  }
+}
+
+inline const char* run_block(std::mt19937& random) {
+  Machine& m = machine();
+  ++m.block_serial;
+  m.shared.clear();
+  for (int t = 0; t < m.threads; ++t) {
+    Fibre& fibre = m.fibres[t];
+    if (!fibre.stack) fibre.stack.reset(new char[kStack]);
+    getcontext(&fibre.context);
+    fibre.context.uc_stack.ss_sp = fibre.stack.get();
+    fibre.context.uc_stack.ss_size = kStack;
+    fibre.context.uc_link = nullptr;
+    fibre.state = State::kReady;
+    fibre.shuffles = 0;
+    makecontext(&fibre.context, run_fibre, 0);
+  }
+  do {
+    run_until_barrier(random);
+  } while (release(0, m.threads, State::kBarrier));
+  for (int t = 0; t < m.threads; ++t)
+    if (m.fibres[t].state != State::kDone) return "not all threads reach the same barrier";
+  for (const Guarded* variable : m.shared)
+    if (!variable->intact()) return "a write past the end of shared memory";
+  return nullptr;
+}
+
+inline const char* run(int64_t blocks, int threads, const std::function<void()>& body) {
+  Machine& m = machine();
+  if (blocks < 1 || threads < 1 || threads > kMaxThreads) return "an invalid launch";
+  m.threads = threads;
+  m.body = body;
+  if (m.fibres.size() < static_cast<size_t>(threads)) m.fibres.resize(static_cast<size_t>(threads));
+  gridDim.x = static_cast<unsigned>(blocks);
+  std::mt19937 random(1);
+  const char* error = nullptr;
+  for (int64_t block = 0; block < blocks && error == nullptr; ++block) {
+    blockIdx.x = static_cast<unsigned>(block);
+    error = run_block(random);
+  }
+  return error;
+}
+
+}  // namespace qflux::emulator
+
+inline void __syncthreads() { qflux::emulator::wait(qflux::emulator::State::kBarrier); }
+
+inline double __shfl_up_sync(unsigned /*mask*/, double value, int distance) {
+  using namespace qflux::emulator;
+  Machine& m = machine();
+  const int self = m.current, source = self - distance;
+  const int phase = m.fibres[self].shuffles++ % 2;
+  m.fibres[self].lane_value[phase] = value;
+  wait(State::kShuffle);
+  return self % kWarp < distance ? value : m.fibres[source].lane_value[phase];
+}
