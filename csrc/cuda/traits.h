@@ -24,8 +24,8 @@ constexpr int kSharedBytes = 48 * 1024;  // static shared memory of every archit
 template <class T, bool kOwnValues>
 struct Traits;
 
-// Four owners share one 16-byte read of two keys, so that reads take an eighth of the issue slots
-// or less. `kUnroll` iterations share the loop's own seven instructions.
+// With four owners one 16-byte read of two keys serves eight pairs; `kUnroll` iterations share the
+// loop's own seven instructions.
 template <>
 struct Traits<float, false> {
   static constexpr int kOwners = 4, kColumns = 2, kUnroll = 4, kBlocksPerSm = 4;

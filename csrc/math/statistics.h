@@ -39,7 +39,9 @@ QFLUX_INLINE double threshold(Point<double> x, const Moments& window, Point<doub
   const double mean = (x.x * (shift.x + mx) + x.y * (shift.y + my) + 1) / 2;
   double variance = (x.x * x.x * cxx + 2 * x.x * x.y * cxy + x.y * x.y * cyy) / 4;
   variance = variance < 0 ? 0 : variance;
-  return mean + sigma * square_root(variance + eps);
+  // An infinite state leaves no score defined, even where its infinities agree: NaN, as for a NaN.
+  const double undefined = (x.x - x.x) + (x.y - x.y);
+  return mean + sigma * square_root(variance + eps) + undefined;
 }
 
 }  // namespace qflux

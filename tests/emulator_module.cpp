@@ -1,0 +1,170 @@
+// The CUDA launchers, compiled against the emulator, on NumPy arrays of any strides. Test-only.
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+
+#include <stdexcept>
+#include <string>
+
+#include "../csrc/cuda/launch.h"
+#include "../csrc/emulator/emulator.h"
+#include "../csrc/evolve.h"
+
+namespace py = pybind11;
+using namespace qflux;
+
+namespace {
+
+template <class T>
+View<T> view(const py::object& object) {
+  if (object.is_none()) return {};
+  using Plain = std::remove_const_t<T>;
+  if (!py::isinstance<py::array_t<Plain>>(object)) throw std::invalid_argument("wrong dtype");
+  auto array = py::reinterpret_borrow<py::array_t<Plain>>(object);
+  if (array.ndim() != 2 && array.ndim() != 3) throw std::invalid_argument("wrong dimensions");
+  const auto stride = [&](int dim) {
+    return dim < array.ndim() ? array.strides(dim) / static_cast<int64_t>(sizeof(T)) : 0;
+  };
+  T* data;
+  if constexpr (std::is_const_v<T>)
+    data = array.data();
+  else
+    data = array.mutable_data();
+  return {data, stride(0), stride(1), stride(2)};
+}
+
+// A number, or a contiguous array; null for None.
+template <class T>
+T* contiguous(const py::object& object) {
+  return view<T>(object).data;
+}
+
+template <class T>
+PerSequence<T> per_sequence(const py::object& object) {
+  if (!py::isinstance<py::array>(object)) return {nullptr, object.cast<T>()};
+  return {py::reinterpret_borrow<py::array_t<T>>(object).data(), T(0)};
+}
+
+template <class T>
+PerToken<T> per_token(const py::object& object, int64_t batch, int64_t length) {
+  if (!py::isinstance<py::array>(object)) return {nullptr, object.cast<T>(), 0, 0};
+  auto array = py::reinterpret_borrow<py::array_t<T>>(object);
+  return {array.data(), T(0), array.shape(0) > 1 ? batch * length : 0, length};
+}
+
+template <class T>
+PairParams<T> pair_params(const py::dict& d) {
+  PairParams<T> p{};
+  p.states = view<const T>(d["states"]);
+  p.key_points = view<const T>(d["keys"]);
+  p.values = view<const T>(d["values"]);
+  p.batch = d["batch"].cast<int64_t>();
+  p.rows = d["rows"].cast<int64_t>();
+  p.keys = d["key_count"].cast<int64_t>();
+  p.depth = d["depth"].cast<int64_t>();
+  p.score = static_cast<Score>(d["score"].cast<int64_t>());
+  p.eps = d["eps"].cast<double>();
+  p.row_window = d["row_window"].cast<bool>();
+  p.causal = d["causal"].cast<bool>();
+  p.mean = d["mean"].cast<bool>();
+  p.coefficient = per_sequence<T>(d["coefficient"]);
+  p.min_gate = per_sequence<T>(d["min_gate"]);
+  if (!d["lengths"].is_none())
+    p.lengths = py::reinterpret_borrow<py::array_t<int64_t>>(d["lengths"]).data();
+  return p;
+}
+
+template <class T>
+EvolveParams<T> evolve_params(const py::dict& d) {
+  EvolveParams<T> p{};
+  p.pair = pair_params<T>(d);
+  p.steps = d["steps"].cast<int64_t>();
+  p.radius.active = !d["radius"].is_none();
+  if (p.radius.active) {
+    const auto rule = d["radius"].cast<py::tuple>();
+    const auto number = [&](int n) { return rule[n].cast<T>(); };
+    p.radius = {true, number(0), number(1), number(2), number(3), number(4)};
+  }
+  p.dt = per_token<T>(d["dt"], p.pair.batch, p.pair.rows);
+  p.skip = per_token<T>(d["skip"], p.pair.batch, p.pair.rows);
+  p.tape = contiguous<T>(d["tape"]);
+  p.save = d["save"].cast<bool>();
+  p.padded = d["padded"].cast<int64_t>();
+  return p;
+}
+
+void check(const char* error) {
+  if (error != nullptr) throw std::runtime_error(error);
+}
+
+template <class T>
+void interact(const py::dict& d) {
+  InteractParams<T> p{};
+  p.pair = pair_params<T>(d);
+  p.context = view<T>(d["context"]);
+  p.strength = view<T>(d["strength"]);
+  p.degree = view<int32_t>(d["degree"]);
+  p.threshold = view<T>(d["threshold"]);
+  check(cuda::interact(p, nullptr));
+}
+
+template <class T>
+void interact_backward(const py::dict& d) {
+  InteractBackwardParams<T> p{};
+  p.pair = pair_params<T>(d);
+  p.grad_context = view<const T>(d["grad_context"]);
+  p.grad_strength = view<const T>(d["grad_strength"]);
+  p.threshold = view<const T>(d["threshold"]);
+  p.grad_states = view<T>(d["grad_states"]);
+  p.grad_keys = view<T>(d["grad_keys"]);
+  p.grad_values = view<T>(d["grad_values"]);
+  p.grad_alpha = view<T>(d["grad_alpha"]);
+  p.accumulate = d["accumulate"].cast<bool>();
+  p.keys_are_states = d["keys_are_states"].cast<bool>();
+  check(cuda::interact_backward(p, nullptr));
+}
+
+template <class T>
+void evolve(const py::dict& d) {
+  EvolveParams<T> p = evolve_params<T>(d);
+  p.out = view<T>(d["out"]);
+  p.strength = view<T>(d["strength"]);
+  p.degree = view<int32_t>(d["degree"]);
+  check(cuda::evolve(p, nullptr));
+}
+
+template <class T>
+void evolve_backward(const py::dict& d) {
+  EvolveBackwardParams<T> p{};
+  p.forward = evolve_params<T>(d);
+  p.grad_out = view<const T>(d["grad_out"]);
+  p.grad_strength = view<const T>(d["grad_strength"]);
+  p.grad_states = view<T>(d["grad_states"]);
+  p.grad_dt = contiguous<T>(d["grad_dt"]);
+  p.grad_skip = contiguous<T>(d["grad_skip"]);
+  p.grad_alpha = view<T>(d["grad_alpha"]);
+  p.scratch = contiguous<T>(d["scratch"]);
+  check(cuda::evolve_backward(p, nullptr));
+}
+
+// In the precision of the states.
+template <void (*kSingle)(const py::dict&), void (*kTwice)(const py::dict&)>
+void dispatch(const py::dict& d) {
+  py::isinstance<py::array_t<float>>(d["states"]) ? kSingle(d) : kTwice(d);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(qflux_emulator, m) {
+  m.attr("TAPE_PLANES") = static_cast<int64_t>(kTapePlanes);
+  m.attr("SCRATCH_PLANES") = static_cast<int64_t>(kScratchPlanes);
+  m.attr("TAPE_ALIGNMENT") = kTapeAlignment;
+  m.def("architectures", &cuda::architectures);
+  m.def("configure", [](int order, int64_t max_blocks) {
+    emulator::machine().order = static_cast<emulator::Order>(order);
+    emulator::machine().max_blocks = max_blocks;
+  });
+  m.def("interact", &dispatch<interact<float>, interact<double>>);
+  m.def("interact_backward", &dispatch<interact_backward<float>, interact_backward<double>>);
+  m.def("evolve", &dispatch<evolve<float>, evolve<double>>);
+  m.def("evolve_backward", &dispatch<evolve_backward<float>, evolve_backward<double>>);
+}
