@@ -341,6 +341,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> evolve(
   if (states.numel() == 0)
     return {out, strength, degree,
             empty(states, {save ? steps : 0, kTapePlanes, batch, padded(rows)}, dtype)};
+  // What is saved is an output: its padding must not differ between runs.
+  if (save && padded(rows) != rows) {
+    Tensor whole = tape;
+    torch::stable::zero_(whole);
+  }
   with_dtype(states, [&](auto zero) {
     using T = decltype(zero);
     auto params = step.params<T>(pair.params<T>(states, std::nullopt, std::nullopt), tape, save);

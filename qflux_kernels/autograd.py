@@ -1,7 +1,9 @@
 """The differentiable operators on canonical tensors, and the fake kernels that trace them.
 
 Everything here sees one batch dimension: states `(B, S, 2)`, keys `(B, K, 2)`, values `(B, K, D)`.
-The dispatcher ops `qflux_kernels::*` are declared in `csrc/library.cpp`.
+The dispatcher ops come in families with the same schemas: `qflux_kernels::*` are declared in
+`csrc/library.cpp`, `qflux_kernels::triton_*` in `triton/ops.py`. The last argument of every
+Function here is the prefix of the family's names.
 """
 
 from __future__ import annotations
@@ -94,6 +96,10 @@ def _vmap(function: type, op: str, size: int, in_dims: tuple, arguments: tuple) 
     return unfolded, dims
 
 
+def _op(family: str, name: str) -> Callable:
+    return getattr(torch.ops.qflux_kernels, family + name)
+
+
 def _call(function: type) -> Callable:
     """How a backward calls its op. Dynamo traces no function inside a backward, and refuses
     second derivatives itself."""
@@ -103,7 +109,8 @@ def _call(function: type) -> Callable:
 class _InteractBackward(torch.autograd.Function):
     @staticmethod
     def forward(*arguments):
-        return torch.ops.qflux_kernels.interact_backward(*arguments)
+        *arguments, family = arguments
+        return _op(family, "interact_backward")(*arguments)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -119,7 +126,8 @@ class _InteractBackward(torch.autograd.Function):
 class _Interact(torch.autograd.Function):
     @staticmethod
     def forward(*arguments):
-        return torch.ops.qflux_kernels.interact(*arguments)
+        *arguments, family = arguments
+        return _op(family, "interact")(*arguments)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -134,13 +142,14 @@ class _Interact(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_context, grad_strength, _degree, _threshold):
         states, keys, values, coefficient, min_gate, lengths, threshold = ctx.saved_tensors
-        coefficient_value, min_gate_value, *options = ctx.scalars
+        coefficient_value, min_gate_value, *options, family = ctx.scalars
         needs = ctx.needs_input_grad
         need_rows = needs[0] or needs[3]
         need_keys = needs[1] or needs[2] or (needs[0] and keys is None)
         grads = _call(_InteractBackward)(
             grad_context, grad_strength, threshold, states, keys, values, coefficient,
             coefficient_value, min_gate, min_gate_value, lengths, *options, need_rows, need_keys,
+            family,
         )  # fmt: skip
         wanted = [grad if need else None for grad, need in zip(grads, needs[:4], strict=True)]
         return (*wanted, *(None,) * (len(needs) - 4))
@@ -153,7 +162,8 @@ class _Interact(torch.autograd.Function):
 class _EvolveBackward(torch.autograd.Function):
     @staticmethod
     def forward(grad_states, grad_strength, states, *arguments):
-        return torch.ops.qflux_kernels.evolve_backward(grad_states, grad_strength, *arguments)
+        *arguments, family = arguments
+        return _op(family, "evolve_backward")(grad_states, grad_strength, *arguments)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -169,16 +179,17 @@ class _EvolveBackward(torch.autograd.Function):
 class _Evolve(torch.autograd.Function):
     @staticmethod
     def forward(*arguments):
-        return torch.ops.qflux_kernels.evolve(*arguments)
+        *arguments, family = arguments
+        return _op(family, "evolve")(*arguments)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
         states, dt, dt_value, skip, skip_value, coefficient, coefficient_value = inputs[:7]
-        min_gate, min_gate_value, lengths, *options, _save = inputs[7:]
+        min_gate, min_gate_value, lengths, *options, _save, family = inputs[7:]
         _, _, degree, tape = output
         ctx.mark_non_differentiable(degree, tape)
         ctx.save_for_backward(states, dt, skip, coefficient, min_gate, lengths, tape)
-        ctx.scalars = (dt_value, skip_value, coefficient_value, min_gate_value, *options)
+        ctx.scalars = (dt_value, skip_value, coefficient_value, min_gate_value, *options, family)
 
     @staticmethod
     def backward(ctx, grad_states, grad_strength, _degree, _tape):
@@ -206,12 +217,21 @@ def interact(
     min_gate: Coefficient,
     lengths: torch.Tensor | None,
     options: PairOptions,
+    family: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Context `(B, S, D)`, strength `(B, S)` and degree `(B, S)`."""
     context, strength, degree, _ = _Interact.apply(
-        states, keys, values, *coefficient, *min_gate, lengths, *options
+        states, keys, values, *coefficient, *min_gate, lengths, *options, family
     )
     return context, strength, degree
+
+
+def _may_need_grad(tensor: torch.Tensor | None) -> bool:
+    # Under vmap a tensor does not tell whether what it wraps needs a gradient.
+    return tensor is not None and (
+        tensor.requires_grad
+        or (not torch.compiler.is_compiling() and torch._C._functorch.is_batchedtensor(tensor))
+    )
 
 
 def evolve(
@@ -223,19 +243,19 @@ def evolve(
     lengths: torch.Tensor | None,
     options: PairOptions,
     step: StepOptions,
+    family: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """States `(B, S, 2)`, strength `(B, S)` and degree `(B, S)` after `step.steps` steps."""
     differentiable = (states, dt[0], skip[0], coefficient[0])
-    save = torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad for t in differentiable
-    )
+    save = torch.is_grad_enabled() and any(map(_may_need_grad, differentiable))
     out, strength, degree, _ = _Evolve.apply(
-        states, *dt, *skip, *coefficient, *min_gate, lengths, *options, *step, save
+        states, *dt, *skip, *coefficient, *min_gate, lengths, *options, *step, save, family
     )
     return out, strength, degree
 
 
-def _padded(length: int) -> int:
+def padded(length: int) -> int:
+    """The last dimension of the tape."""
     return (length + TAPE_ALIGNMENT - 1) // TAPE_ALIGNMENT * TAPE_ALIGNMENT
 
 
@@ -268,7 +288,7 @@ def _evolve_fake(states, *arguments):
         states.new_empty(states.shape),
         states.new_empty(batch, length),
         states.new_empty(batch, length, dtype=torch.int32),
-        states.new_empty(saved, TAPE_PLANES, batch, _padded(length)),
+        states.new_empty(saved, TAPE_PLANES, batch, padded(length)),
     )
 
 
@@ -281,8 +301,8 @@ def _evolve_backward_fake(
     return tape.new_empty(grad_states.shape), like(dt), like(skip), like(coefficient)
 
 
-def register() -> None:
-    """Attach the fake kernels to the loaded ops."""
+def register(family: str) -> None:
+    """Attach the fake kernels to the ops of a family that is loaded."""
     fakes = {
         "interact": _interact_fake,
         "interact_backward": _interact_backward_fake,
@@ -290,4 +310,4 @@ def register() -> None:
         "evolve_backward": _evolve_backward_fake,
     }
     for name, fake in fakes.items():
-        torch.library.register_fake(f"qflux_kernels::{name}", fake)
+        torch.library.register_fake(f"qflux_kernels::{family}{name}", fake)

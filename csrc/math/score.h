@@ -61,7 +61,10 @@ struct GatePair {
 
   V eps, min_gate;
   QFLUX_INLINE V gate(V p) const { return V(1) / (eps + absolute(p)); }
-  QFLUX_INLINE auto kept(V p) const { return not_less_equal(gate(p), min_gate); }
+  // The zero is NaN for an infinite p, so that what is not finite is never dropped.
+  QFLUX_INLINE auto kept(V p) const {
+    return not_less_equal(multiply_add(p, V(0), gate(p)), min_gate);
+  }
   QFLUX_INLINE V weight(V p) const { return p * gate(p); }
   // A dropped infinity stays visible as NaN.
   template <class M>

@@ -27,7 +27,7 @@ template <class T>
 QFLUX_INLINE T norm(Point<T> p) {
   const T ax = absolute(p.x), ay = absolute(p.y);
   const T scale = ax > ay ? ax : ay;
-  if (scale == T(0)) return scale;
+  if (!(scale > T(0))) return ax + ay;
   const T x = p.x / scale, y = p.y / scale;
   return scale * square_root(x * x + y * y);
 }

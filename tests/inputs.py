@@ -1,0 +1,117 @@
+"""States that try a kernel's corners, and the scores to try them with."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import torch
+
+from qflux_kernels import InverseGate, Threshold
+
+SCORES = [
+    Threshold(),
+    Threshold(1.4, "row"),
+    InverseGate(),
+    InverseGate(-0.7, 1e-3, 1.5),
+]
+EXTREME_SCORES = [
+    *SCORES,
+    Threshold(0.0, "prefix", 0.0),
+    Threshold(-1.0, "row", 0.0),
+    Threshold(3.0),
+    Threshold(math.inf),
+    Threshold(-math.inf),
+    InverseGate(0.0, 0.5),
+    InverseGate(5.0, 1e-5, 1e5),
+]
+
+
+def score_on(device, score: Threshold | InverseGate) -> Threshold | InverseGate:
+    """The score with its tensors on `device`."""
+    tensors = {
+        name: value.to(device) for name, value in vars(score).items() if torch.is_tensor(value)
+    }
+    return dataclasses.replace(score, **tensors)
+
+
+def _angles(angle: torch.Tensor, radius: float | torch.Tensor = 1.0) -> torch.Tensor:
+    return torch.stack((angle.cos(), angle.sin()), -1) * radius
+
+
+def _equal(length: int) -> torch.Tensor:
+    return torch.tensor([0.6, -0.3], dtype=torch.float64).repeat(length, 1)
+
+
+def _collinear(length: int) -> torch.Tensor:
+    return torch.randn(length, 1, dtype=torch.float64) * torch.tensor([0.8, -0.6])
+
+
+def _clusters(length: int) -> torch.Tensor:
+    side = torch.randint(2, (length, 1)) * 2.0 - 1
+    return side + 1e-3 * torch.randn(length, 2, dtype=torch.float64)
+
+
+def _outlier(length: int) -> torch.Tensor:
+    states = torch.randn(length, 2, dtype=torch.float64)
+    states[length // 2 : length // 2 + 1] *= 1e3
+    return states
+
+
+def _outlier_first(length: int) -> torch.Tensor:
+    states = torch.randn(length, 2, dtype=torch.float64)
+    states[:1] *= 1e3
+    return states
+
+
+def _clamped(length: int) -> torch.Tensor:
+    """Radii at the two ends of the default radius rule."""
+    radius = torch.where(torch.arange(length)[:, None] % 2 == 0, 0.1, 2.0)
+    return _angles(torch.rand(length, dtype=torch.float64) * 2 * math.pi, radius)
+
+
+def _sorted(length: int) -> torch.Tensor:
+    return _angles(torch.rand(length, dtype=torch.float64).sort().values * 2 * math.pi)
+
+
+def _ties(length: int) -> torch.Tensor:
+    """Four directions: every score is 0, 0.5 or 1, and means of them lie on scores."""
+    corners = torch.tensor([[1, 0], [0, 1], [-1, 0], [0, -1]], dtype=torch.float64)
+    return corners.repeat(length // 4 + 1, 1)[:length]
+
+
+STATES = {
+    "random": lambda length: torch.randn(length, 2, dtype=torch.float64),
+    "equal": _equal,
+    "zero": lambda length: torch.zeros(length, 2, dtype=torch.float64),
+    "collinear": _collinear,
+    "clusters": _clusters,
+    "outlier": _outlier,
+    "outlier first": _outlier_first,
+    "huge": lambda length: 1e18 * torch.randn(length, 2, dtype=torch.float64),
+    "large": lambda length: 1e9 * torch.randn(length, 2, dtype=torch.float64),
+    "tiny": lambda length: 1e-20 * torch.randn(length, 2, dtype=torch.float64),
+    "clamped": _clamped,
+    "sorted": _sorted,
+    "ties": _ties,
+}
+
+
+def layouts(tensor: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The same numbers `(B, S, C)` in memory that is not contiguous and not aligned."""
+    *_, length, width = tensor.shape
+    padded = tensor.new_full((*tensor.shape[:-1], width + 3), math.nan)
+    padded[..., 1 : width + 1] = tensor
+    doubled = tensor.new_full((tensor.shape[0], 2 * length, width), math.nan)
+    doubled[:, ::2] = tensor
+    shifted = tensor.new_full((tensor.numel() + 1,), math.nan)
+    shifted[1:] = tensor.flatten()
+    planes = tensor.movedim(-1, 0).contiguous().movedim(0, -1)
+    return {
+        "columns of a wider tensor": padded[..., 1 : width + 1],
+        "every other row": doubled[:, ::2],
+        "one element off": shifted[1:].view(tensor.shape),
+        "planes": planes,
+        "transposed": tensor.transpose(0, 1).contiguous().transpose(0, 1),
+        "flipped and back": tensor.flip(1).contiguous().flip(1),
+    }

@@ -1,0 +1,101 @@
+// The formulas of csrc/math for Python, in double, as the tests call them.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <array>
+#include <utility>
+#include <vector>
+
+#include "math/score.h"
+#include "math/statistics.h"
+#include "math/step.h"
+
+namespace py = pybind11;
+using namespace qflux;
+
+namespace {
+
+using Pair2 = std::array<double, 2>;
+
+Point<double> point(const Pair2& p) { return {p[0], p[1]}; }
+Pair2 pair(const Point<double>& p) { return {p.x, p.y}; }
+
+template <class Score>
+double score(const Pair2& query, const Pair2& key) {
+  return inner_product(query[0], query[1], key[0], key[1], Score::kBias);
+}
+
+template <class Score>
+Pair2 query(const Pair2& state, double coefficient) {
+  return pair(Score::query(point(state), coefficient));
+}
+
+template <class Score>
+Pair2 query_vjp(const Pair2& grad, double coefficient) {
+  return pair(Score::query_vjp(point(grad), coefficient));
+}
+
+using Gate = GatePair<double>;
+using Limit = ThresholdPair<double>;
+
+// The moments of keys[begin:middle] and keys[middle:end], put together.
+double threshold_of_window(const Pair2& state, const std::vector<Pair2>& keys, size_t middle,
+                           const Pair2& shift, double sigma, double eps) {
+  Moments before, inside;
+  for (size_t j = 0; j < keys.size(); ++j)
+    (j < middle ? before : inside).add(keys[j][0] - shift[0], keys[j][1] - shift[1]);
+  before.add(inside);
+  return threshold(point(state), before, point(shift), sigma, eps);
+}
+
+RadiusRule<double> rule(const std::array<double, 5>& values) {
+  return {true, values[0], values[1], values[2], values[3], values[4]};
+}
+
+}  // namespace
+
+PYBIND11_MODULE(math_module, m) {
+  m.def("threshold_score", score<Limit>);
+  m.def("threshold_query", query<Limit>);
+  m.def("threshold_query_vjp", query_vjp<Limit>);
+  m.def("threshold_kept", [](double limit, double p) { return bool(Limit{limit}.kept(p)); });
+  m.def("threshold_weight", [](double limit, double p) {
+    return Limit{limit}.weight(p, Limit{limit}.kept(p));
+  });
+  m.def("threshold_derivative",
+        [](double limit, double p, double grad) { return Limit{limit}.derivative(p, grad); });
+
+  m.def("gate_score", score<Gate>);
+  m.def("gate_query", query<Gate>);
+  m.def("gate_query_vjp", query_vjp<Gate>);
+  m.def("gate_alpha_vjp", [](const Pair2& grad, const Pair2& state) {
+    return Gate::alpha_vjp(point(grad), point(state));
+  });
+  m.def("gate_kept", [](double eps, double min_gate, double p) {
+    return bool(Gate{eps, min_gate}.kept(p));
+  });
+  m.def("gate_weight", [](double eps, double min_gate, double p) {
+    const Gate gate{eps, min_gate};
+    return gate.weight(p, gate.kept(p));
+  });
+  m.def("gate_derivative", [](double eps, double p, double grad) {
+    return Gate{eps, 0.0}.derivative(p, grad);
+  });
+
+  m.def("threshold", threshold_of_window);
+
+  m.def("move_radius", [](const Pair2& moved, double strength, const std::array<double, 5>& r) {
+    return pair(move_radius(point(moved), strength, rule(r)));
+  });
+  m.def("move_radius_vjp", [](const Pair2& moved, double strength, const std::array<double, 5>& r,
+                              const Pair2& grad) {
+    const auto result = move_radius_vjp(point(moved), strength, rule(r), point(grad));
+    return std::make_pair(pair(result.moved), result.strength);
+  });
+  m.def("advance", [](const Pair2& x, double dt, const Pair2& context) {
+    return pair(advance(point(x), dt, point(context)));
+  });
+  m.def("blend", [](double skip, const Pair2& x, const Pair2& evolved) {
+    return pair(blend(skip, point(x), point(evolved)));
+  });
+}
