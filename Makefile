@@ -1,4 +1,4 @@
-# make demo | test | bench | lint | format | clean
+# make demo | test | bench | gpu-check | lint | format | clean
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV ?= .venv
@@ -7,7 +7,7 @@ PYTEST_ARGS ?=
 BIN := $(VENV)/bin
 SOURCES := pyproject.toml setup.py $(shell find csrc -type f)
 
-.PHONY: demo test bench lint format clean
+.PHONY: demo test bench gpu-check lint format clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.built
@@ -20,6 +20,9 @@ bench: $(VENV)/.tested
 	$(BIN)/python -m pip install -q -e ".[bench]" --no-build-isolation
 	$(BIN)/python benchmarks/issue_bound.py
 	$(BIN)/python benchmarks/kernels.py --full
+
+gpu-check: $(VENV)/.tested
+	$(BIN)/python benchmarks/gpu_check.py
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .

@@ -177,7 +177,7 @@ class BuildObject(build_ext):
         (build / "build.ninja").write_text("\n".join(lines) + "\n")
 
     def _link(self, torch_root: Path, objects: list[Path], target: Path, nvcc: str | None) -> None:
-        # A process that has the old object mapped keeps it: the new one takes its name, not its file.
+        # A process that has the old object mapped keeps it: the new one only takes its name.
         fresh = target.with_suffix(".new")
         command = [
             *os.environ.get("CXX", "c++").split(), "-shared", *map(str, objects), "-o", str(fresh),

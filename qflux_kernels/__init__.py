@@ -6,6 +6,7 @@ from . import reference
 from .backends import BackendUnavailableError, diagnostics
 from .functional import evolve, interact, scores
 from .options import Evolution, Interaction, InverseGate, Radius, Threshold
+from .projection import project_norm
 
 __all__ = [
     "BackendUnavailableError",
@@ -17,6 +18,7 @@ __all__ = [
     "diagnostics",
     "evolve",
     "interact",
+    "project_norm",
     "reference",
     "scores",
 ]

@@ -8,7 +8,7 @@ import torch
 
 from .options import REDUCTIONS, InverseGate, Radius, Score, Threshold, check_choice, check_real
 
-_COMPUTE_DTYPES = {
+COMPUTE_DTYPES = {
     torch.float16: torch.float32,
     torch.bfloat16: torch.float32,
     torch.float32: torch.float32,
@@ -19,7 +19,7 @@ _COMPUTE_DTYPES = {
 def _check_points(name: str, tensor: object, width: int | None) -> None:
     if not isinstance(tensor, torch.Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
-    if tensor.dtype not in _COMPUTE_DTYPES:
+    if tensor.dtype not in COMPUTE_DTYPES:
         raise TypeError(
             f"{name} must be float16, bfloat16, float32 or float64, got dtype {tensor.dtype}"
         )
@@ -164,7 +164,7 @@ def interact_arguments(
     except RuntimeError:
         shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in given.items())
         raise ValueError(f"batch dimensions must broadcast together, got {shapes}") from None
-    dtype = _COMPUTE_DTYPES[result_dtype]
+    dtype = COMPUTE_DTYPES[result_dtype]
     points = {
         name: tensor.expand(batch + tensor.shape[-2:]).to(dtype) for name, tensor in given.items()
     }
