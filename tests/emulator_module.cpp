@@ -4,8 +4,10 @@
 
 #include <stdexcept>
 #include <string>
+#include <utility>
 
 #include "../csrc/cuda/launch.h"
+#include "../csrc/cuda/step.h"
 #include "../csrc/emulator/emulator.h"
 #include "../csrc/evolve.h"
 
@@ -92,6 +94,10 @@ EvolveParams<T> evolve_params(const py::dict& d) {
   return p;
 }
 
+cuda::Launches launches(const py::dict& d) {
+  return static_cast<cuda::Launches>(d["launches"].cast<int>());
+}
+
 void check(const char* error) {
   if (error != nullptr) throw std::runtime_error(error);
 }
@@ -129,7 +135,7 @@ void evolve(const py::dict& d) {
   p.out = view<T>(d["out"]);
   p.strength = view<T>(d["strength"]);
   p.degree = view<int32_t>(d["degree"]);
-  check(cuda::evolve(p, nullptr));
+  check(cuda::evolve_by(launches(d), p, nullptr));
 }
 
 template <class T>
@@ -143,7 +149,7 @@ void evolve_backward(const py::dict& d) {
   p.grad_skip = contiguous<T>(d["grad_skip"]);
   p.grad_alpha = view<T>(d["grad_alpha"]);
   p.scratch = contiguous<T>(d["scratch"]);
-  check(cuda::evolve_backward(p, nullptr));
+  check(cuda::evolve_by(launches(d), p, nullptr));
 }
 
 // In the precision of the states.
@@ -155,14 +161,21 @@ void dispatch(const py::dict& d) {
 }  // namespace
 
 PYBIND11_MODULE(qflux_emulator, m) {
+  m.attr("TAPE_CONTEXT") = static_cast<int64_t>(kTapeContext);
   m.attr("TAPE_PLANES") = static_cast<int64_t>(kTapePlanes);
   m.attr("SCRATCH_PLANES") = static_cast<int64_t>(kScratchPlanes);
   m.attr("TAPE_ALIGNMENT") = kTapeAlignment;
   m.def("architectures", &cuda::architectures);
-  m.def("configure", [](int order, int64_t max_blocks) {
-    emulator::machine().order = static_cast<emulator::Order>(order);
-    emulator::machine().max_blocks = max_blocks;
-  });
+  m.def(
+      "configure",
+      [](int order, int64_t max_blocks, int64_t max_shared_bytes) {
+        emulator::Machine& machine = emulator::machine();
+        machine.order = static_cast<emulator::Order>(order);
+        machine.max_blocks = max_blocks;
+        machine.max_shared_bytes = max_shared_bytes;
+      },
+      py::arg("order"), py::arg("max_blocks"), py::arg("max_shared_bytes") = 227 * 1024);
+  m.def("count_launches", [] { return std::exchange(emulator::machine().launches, 0); });
   m.def("interact", &dispatch<interact<float>, interact<double>>);
   m.def("interact_backward", &dispatch<interact_backward<float>, interact_backward<double>>);
   m.def("evolve", &dispatch<evolve<float>, evolve<double>>);

@@ -14,6 +14,8 @@ ROOT = Path(__file__).resolve().parents[1]
 CUDA = ROOT / "csrc" / "cuda"
 SOURCES = sorted(CUDA.glob("*.cu"))
 INCLUDE = re.compile(r'^\s*#\s*include\s*[<"]([^>"]+)[>"]', re.MULTILINE)
+# Each allocates registers in its own way.
+GENERATE = [f"-gencode=arch=compute_{n},code=sm_{n}" for n in (80, 90, 100)]
 SPILLS = re.compile(r"(\d+) bytes spill stores, (\d+) bytes spill loads")
 
 
@@ -31,8 +33,8 @@ def test_kernels_compile_without_spills(source, tmp_path):
     if nvcc is None:
         pytest.skip("no nvcc on PATH or in CUDA_HOME")
     built = subprocess.run(
-        [nvcc, "-std=c++17", "-O3", "-Xcompiler", "-fPIC", "-gencode", "arch=compute_90,code=sm_90",
-         '-DQFLUX_CUDA_ARCHITECTURES="sm_90"', "-Xptxas", "-v", "-c", str(source),
+        [nvcc, "-std=c++17", "-O3", "-Xcompiler", "-fPIC", *GENERATE,
+         '-DQFLUX_CUDA_ARCHITECTURES="listed"', "-Xptxas", "-v", "-c", str(source),
          "-o", str(tmp_path / "object.o")],
         capture_output=True, text=True, check=False,
     )  # fmt: skip

@@ -32,6 +32,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
 FORWARD, REVERSED, SHUFFLED = 0, 1, 2
 ALL_BLOCKS = 1 << 20
+AUTO, MANY, ONE = 0, 1, 2  # launches of a step
 
 
 @pytest.fixture(scope="session")
@@ -573,6 +574,7 @@ def test_nothing_past_an_array_is_touched(emulator, fence):
     """In a process of its own, because an access past a fence ends it."""
 
     def run() -> None:
+        torch.set_num_threads(1)  # those of a parent do not survive a fork
         Memory.FENCE = fence
         for case in [
             Case(1),
@@ -590,7 +592,8 @@ def test_nothing_past_an_array_is_touched(emulator, fence):
                 out = interact(emulator, inputs, dtype)
                 interact_backward(emulator, inputs, out["threshold"], dtype)
         for evolution in EVOLUTIONS[:4]:
-            run_evolve(emulator, evolution)
+            for launches in (MANY, ONE):
+                run_evolve(emulator, evolution, launches=(launches, launches))
 
     process = multiprocessing.get_context("fork").Process(target=run)
     process.start()
@@ -669,10 +672,21 @@ class Evolution:
         return f"{self.case}-steps{self.steps}-dt{self.dt}-skip{self.skip}-{rule}"
 
 
-def run_evolve(emulator, evolution: Evolution, seed: int = 0, dtype: type = np.float64):
-    """Results and gradients of the emulated kernels, and the same of the reference."""
-    case, memory = evolution.case, Memory()
+def run_evolve(
+    emulator,
+    evolution: Evolution,
+    dtype: type = np.float64,
+    launches: tuple[int, int] = (MANY, MANY),
+    spoil: float | None = None,
+):
+    """Results and gradients of the emulated kernels, the same of the reference, and the tape.
+
+    `launches` are those of the forward and the backward. `spoil` takes the place of one coordinate.
+    """
+    case, memory, seed = evolution.case, Memory(), 0
     inputs = Inputs.random(case, seed, dtype)
+    if spoil is not None:
+        inputs.states[0, 7 * case.rows // 10, 1] = spoil
     if case.eps is not None:
         inputs.min_gate[:] = 0
     rng = np.random.default_rng(seed + 1)
@@ -705,7 +719,7 @@ def run_evolve(emulator, evolution: Evolution, seed: int = 0, dtype: type = np.f
             "strength": memory.array(tokens, dtype, case.layout),
             "degree": memory.array(tokens, np.int32, case.layout),
         }
-        emulator.evolve(call | out | {"save": save})
+        emulator.evolve(call | out | {"save": save, "launches": launches[0]})
         memory.check()
         return out
 
@@ -724,6 +738,7 @@ def run_evolve(emulator, evolution: Evolution, seed: int = 0, dtype: type = np.f
         | {
             "tape": memory.copy(out["tape"]),
             "save": True,
+            "launches": launches[1],
             "grad_out": memory.copy(inputs.grad_context.astype(dtype), case.layout),
             "grad_strength": memory.copy(inputs.grad_strength.astype(dtype), case.layout),
             "scratch": memory.array((emulator.SCRATCH_PLANES * case.batch, padded), dtype),
@@ -732,7 +747,7 @@ def run_evolve(emulator, evolution: Evolution, seed: int = 0, dtype: type = np.f
     memory.check()
     if case.gate:
         grads["grad_alpha"] = grads["grad_alpha"].sum(1)
-    got = {"out": out["out"], "strength": out["strength"], "degree": out["degree"]}
+    got = {name: out[name] for name in ("out", "strength", "degree")}
     got |= {name: grad for name, grad in grads.items() if grad is not None}
 
     def leaf(value: float | np.ndarray) -> float | torch.Tensor:
@@ -760,7 +775,7 @@ def run_evolve(emulator, evolution: Evolution, seed: int = 0, dtype: type = np.f
         "degree": result.degree.numpy(),
     }
     truth |= {name: leaves[name].grad.numpy() for name in grads if grads[name] is not None}
-    return got, truth
+    return got, truth, out["tape"]
 
 
 EVOLUTIONS = [
@@ -776,33 +791,130 @@ EVOLUTIONS = [
 ]
 
 
+# Lengths at the edges of warps, of groups of 64, of chunks and of rounds over the warps of a block.
+SEQUENCES = [
+    Evolution(Case(2, gate=True)),
+    Evolution(Case(31, batch=1), dt=1),
+    Evolution(Case(32, gate=True, batch=1), dt=1),
+    Evolution(Case(33, causal=False), dt=1),
+    Evolution(Case(63, row_window=True), dt=1),
+    Evolution(Case(64, mean=True), steps=3, dt=3, skip=3),
+    Evolution(Case(65, gate=True, lengths=(65, 64)), steps=3, dt=1),
+    Evolution(Case(127, layout="strided", batch=1), dt=1),
+    Evolution(Case(129, gate=True, mean=True, batch=1), dt=1),
+    Evolution(Case(257, batch=1), dt=0.02),
+    Evolution(Case(321, gate=True, causal=False, mean=True, batch=1), dt=1),
+    Evolution(Case(515, mean=True, batch=1), steps=2, dt=2, skip=2),
+    # Sixteen warps, two rounds and a bit; two segments of rows for the scan.
+    Evolution(Case(2100, mean=True, batch=1, gate=True), dt=1),
+    Evolution(Case(2100, mean=True, batch=1), dt=1),
+]
+
+
 @pytest.mark.parametrize("evolution", EVOLUTIONS, ids=str)
 def test_evolve_matches_the_reference(emulator, evolution):
-    got, truth = run_evolve(emulator, evolution)
+    got, truth, _ = run_evolve(emulator, evolution)
     np.testing.assert_array_equal(got.pop("degree"), truth.pop("degree"))
     for name, array in got.items():
         close(name, array, truth[name])
 
 
-def test_evolve_in_float32(emulator):
+@pytest.mark.parametrize("evolution", EVOLUTIONS + SEQUENCES, ids=str)
+def test_one_launch_matches_the_reference(emulator, evolution):
+    got, truth, _ = run_evolve(emulator, evolution, launches=(ONE, ONE))
+    np.testing.assert_array_equal(got.pop("degree"), truth.pop("degree"))
+    for name, array in got.items():
+        close(name, array, truth[name])
+
+
+@pytest.mark.parametrize("evolution", EVOLUTIONS + SEQUENCES[:-2], ids=str)
+def test_either_backward_follows_either_forward(emulator, evolution):
+    results, _, tape = run_evolve(emulator, evolution)
+    for launches in [(ONE, MANY), (MANY, ONE)]:
+        got, _, got_tape = run_evolve(emulator, evolution, launches=launches)
+        np.testing.assert_allclose(got_tape, tape, rtol=1e-11, atol=1e-13)
+        np.testing.assert_array_equal(got.pop("degree"), results["degree"])
+        for name, array in got.items():
+            close(name, array, results[name], 1e-11)
+
+
+@pytest.mark.parametrize("launches", [MANY, ONE])
+@pytest.mark.parametrize("rows", [60, 515])
+def test_evolve_in_float32(emulator, rows, launches):
     """Without hard steps, so that every pair counts in both precisions."""
-    evolution = Evolution(Case(60, gate=True, mean=True, eps=0.5), steps=2, dt=2, skip=1)
-    got, truth = run_evolve(emulator, evolution, dtype=np.float32)
+    evolution = Evolution(Case(rows, gate=True, mean=True, eps=0.5), steps=2, dt=2, skip=1)
+    got, truth, _ = run_evolve(emulator, evolution, np.float32, (launches, launches))
     np.testing.assert_array_equal(got.pop("degree"), truth.pop("degree"))
     for name, array in got.items():
         close(name, array, truth[name], 2e-6)
 
 
-def test_evolve_repeats_in_any_order(emulator):
-    evolution = Evolution(Case(150, batch=2), steps=2, dt=2, skip=1)
-    first, _ = run_evolve(emulator, evolution)
-    emulator.configure(REVERSED, 1)
-    second, _ = run_evolve(emulator, evolution)
-    for name, array in first.items():
-        np.testing.assert_array_equal(second[name], array, err_msg=name)
+@pytest.mark.parametrize("rows", [140, 515])
+def test_one_launch_stays_in_the_error_budget(emulator, rows):
+    """The first stage of a step, pair by pair, with thresholds in float32."""
+    case = Case(rows, batch=1)
+    evolution = Evolution(case, radius=None)
+    got, _, tape = run_evolve(emulator, evolution, np.float32, (ONE, ONE))
+    x, y = emulator.TAPE_CONTEXT, emulator.TAPE_CONTEXT + 1
+    context = np.stack([tape[x, :rows], tape[y, :rows]], -1)[None]
+    check_interaction(Inputs.random(case, dtype=np.float32), got | {"context": context})
+
+
+@pytest.mark.parametrize("launches", [MANY, ONE])
+@pytest.mark.parametrize(
+    "case",
+    [Case(150), Case(150, gate=True, lengths=(150, 70)), Case(515, batch=1, causal=False)],
+    ids=str,
+)
+def test_evolve_repeats_in_any_order(emulator, case, launches):
+    evolution = Evolution(case, steps=2, dt=2, skip=1)
+    for dtype in (np.float32, np.float64):
+        emulator.configure(FORWARD, ALL_BLOCKS)
+        first, _, tape = run_evolve(emulator, evolution, dtype, (launches, launches))
+        for order, blocks in [(REVERSED, 1), (SHUFFLED, ALL_BLOCKS)]:
+            emulator.configure(order, blocks)
+            again, _, tape_again = run_evolve(emulator, evolution, dtype, (launches, launches))
+            np.testing.assert_array_equal(tape_again, tape)
+            for name, array in first.items():
+                np.testing.assert_array_equal(again[name], array, err_msg=name)
+
+
+@pytest.mark.parametrize("spoil", [np.nan, np.inf], ids=str)
+@pytest.mark.parametrize(
+    "case", [Case(150), Case(150, gate=True), Case(150, lengths=(140, 100))], ids=str
+)
+def test_one_launch_spreads_what_is_not_finite_alike(emulator, case, spoil):
+    evolution = Evolution(case, dt=1)
+    wanted, _, _ = run_evolve(emulator, evolution, spoil=spoil)
+    got, _, _ = run_evolve(emulator, evolution, launches=(ONE, ONE), spoil=spoil)
+    first_row = 7 * case.rows // 10
+    assert np.isnan(got["out"][0, first_row]).any()
+    assert np.isfinite(got["out"][0, :first_row]).all() and np.isfinite(got["out"][1]).all()
+    for name, array in wanted.items():
+        np.testing.assert_allclose(got[name], array, rtol=1e-11, atol=1e-13, err_msg=name)
+
+
+def test_many_short_sequences_take_one_launch(emulator):
+    def count(case: Case, launches: int = AUTO) -> int:
+        emulator.count_launches()
+        run_evolve(emulator, Evolution(case, steps=2), launches=(launches, launches))
+        return emulator.count_launches()
+
+    # With and without a tape, and once backward; a threshold has a launch of its own.
+    one, many, many_gate = 3, 2 * (1 + 2 * 6) + (1 + 2 * 6), 2 * (1 + 2 * 4) + (1 + 2 * 6)
+    assert count(Case(3), ONE) == one
+    assert count(Case(3), MANY) == many
+    assert count(Case(3, batch=128, gate=True)) == one
+    assert count(Case(3, batch=127, gate=True)) == many_gate
+    emulator.configure(FORWARD, ALL_BLOCKS, 1)
+    assert count(Case(3, batch=128, gate=True)) == many_gate
+    with pytest.raises(RuntimeError, match="does not fit"):
+        count(Case(3), ONE)
 
 
 def test_empty_batches(emulator):
+    for launches in (MANY, ONE):
+        run_evolve(emulator, Evolution(Case(5, batch=0)), launches=(launches, launches))
     for case in (Case(5, batch=0), Case(5, keys=3, depth=2, batch=0)):
         inputs = Inputs.random(case)
         out = interact(emulator, inputs)

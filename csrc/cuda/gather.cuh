@@ -52,6 +52,22 @@ __device__ __forceinline__ Range met_by_all(const Pass& pass, int first, int las
   return {pass.range(last - 1).begin, pass.range(first).end};
 }
 
+// The owners of a thread, `kWarp` apart. Those past the end repeat the last one, and are not
+// stored.
+template <class Pass, int kOwners>
+__device__ __forceinline__ void load_owners(const Pass& pass, int first, int valid, int column,
+                                            typename Pass::Owner (&owner)[kOwners],
+                                            Range (&met)[kOwners]) {
+#pragma unroll
+  for (int r = 0; r < kOwners; ++r) {
+    const int lane = threadIdx.x % kWarp;
+    const int n = lesser(opaque(first) + lane + r * kWarp, valid - 1);
+    if (valid == 0) break;
+    owner[r] = pass.load(n, column);
+    met[r] = pass.range(n);
+  }
+}
+
 // Adds the others from <= j < to of a tile that starts at `start`.
 template <bool kMasked, class Pass, int kOwners, int kSums>
 __device__ __forceinline__ void add_others(const Pass& pass,
@@ -136,18 +152,11 @@ __global__ void __launch_bounds__(kThreads, Pass::Sizes::kBlocksPerSm)
     do {
       typename Pass::Owner owner[kOwners] = {};
       Range met[kOwners] = {};
-#pragma unroll
-      for (int r = 0; r < kOwners; ++r) {
-        // Owners past the end repeat the last one, and are not stored.
-        const int n = lesser(opaque(first) + lane + r * kWarp, valid - 1);
-        if (valid == 0) break;
-        owner[r] = pass.load(n, column);
-        met[r] = pass.range(n);
-      }
+      load_owners(pass, first, valid, column, owner, met);
       for (int start = all.begin; start < all.end; start += kTile) {
         const int count = lesser(kTile, all.end - start);
         __syncthreads();
-        stage<kWidth>(tile.at, count,
+        stage<kWidth>(tile.at, count, kThreads,
                       [&](int n, T(&record)[kWidth]) { pass.fetch(start + n, column, record); });
         __syncthreads();
         for (int chunk = start + slice * kChunk; chunk < start + count; chunk += split * kChunk) {
@@ -172,7 +181,7 @@ __global__ void __launch_bounds__(kThreads, Pass::Sizes::kBlocksPerSm)
       const Pass writer(params, opaque(b));
 #pragma unroll
       for (int r = 0; r < kOwners; ++r) {
-        const int n = first + lane + r * kWarp;
+        const int n = opaque(first) + lane + r * kWarp;
         T sums[kSums];
 #pragma unroll
         for (int c = 0; c < kSums; ++c) sums[c] = total[r][c].get();
@@ -203,7 +212,7 @@ const char* launch_gather(const typename Pass::Params& params, bool reversed, vo
          blocks(owners, per_block()) * copies < kEnoughBlocks)
     schedule.split *= 2;
   schedule.owner_blocks = blocks(owners, per_block());
-  return launch(gather<Pass>, schedule.owner_blocks * copies, kThreads, stream, params, schedule);
+  return launch(gather<Pass>, {schedule.owner_blocks * copies, kThreads}, stream, params, schedule);
 }
 
 }  // namespace qflux::cuda

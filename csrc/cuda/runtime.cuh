@@ -4,6 +4,8 @@
 #if defined(__CUDACC__)
 #include <cuda_runtime.h>
 #define QFLUX_SHARED(type, name) __shared__ type name
+// As many bytes as the launch asked for, from a 16-byte boundary on.
+#define QFLUX_DYNAMIC_SHARED(name) extern __shared__ __align__(16) unsigned char name[]
 #else
 #include "../emulator/emulator.h"
 #endif
@@ -30,21 +32,46 @@ inline int opaque(int n) { return n; }
 inline int64_t opaque(int64_t n) { return n; }
 #endif
 
+struct Grid {
+  int64_t blocks;
+  int threads;
+  int64_t shared_bytes = 0;  // dynamic
+};
+
 #if defined(__CUDACC__)
+// Dynamic shared memory that a block of the current device may ask for.
+inline int64_t max_shared_bytes() {
+  int device = 0, bytes = 0;
+  const bool known = cudaGetDevice(&device) == cudaSuccess &&
+                     cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin,
+                                            device) == cudaSuccess;
+  return known ? bytes : 0;
+}
+
 template <class... Parameters>
-const char* launch(void (*kernel)(Parameters...), int64_t blocks, int threads, void* stream,
+const char* launch(void (*kernel)(Parameters...), const Grid& grid, void* stream,
                    const Parameters&... arguments) {
-  const dim3 grid(static_cast<unsigned>(blocks < kMaxBlocks ? blocks : kMaxBlocks));
-  kernel<<<grid, threads, 0, static_cast<cudaStream_t>(stream)>>>(arguments...);
-  const cudaError_t error = cudaGetLastError();
+  const dim3 blocks(static_cast<unsigned>(grid.blocks < kMaxBlocks ? grid.blocks : kMaxBlocks));
+  cudaError_t error = cudaSuccess;
+  // Always the device's whole limit: a smaller number could undercut a launch of another thread.
+  if (grid.shared_bytes > 0)
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                 static_cast<int>(max_shared_bytes()));
+  if (error == cudaSuccess) {
+    kernel<<<blocks, grid.threads, static_cast<size_t>(grid.shared_bytes),
+             static_cast<cudaStream_t>(stream)>>>(arguments...);
+    error = cudaGetLastError();
+  }
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 #else
+inline int64_t max_shared_bytes() { return emulator::max_shared_bytes(); }
+
 template <class... Parameters>
-const char* launch(void (*kernel)(Parameters...), int64_t blocks, int threads, void* /*stream*/,
+const char* launch(void (*kernel)(Parameters...), const Grid& grid, void* /*stream*/,
                    const Parameters&... arguments) {
-  return emulator::run(blocks < emulator::max_blocks() ? blocks : emulator::max_blocks(), threads,
-                       [&] { kernel(arguments...); });
+  return emulator::run(grid.blocks < emulator::max_blocks() ? grid.blocks : emulator::max_blocks(),
+                       grid.threads, grid.shared_bytes, [&] { kernel(arguments...); });
 }
 #endif
 

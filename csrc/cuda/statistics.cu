@@ -3,66 +3,16 @@
 // A block owns a segment of rows. It sums the moments of all keys in front of the segment afresh
 // and scans those inside, so that no block waits for another and nothing has to be stored. The
 // keys read twice are few beside the pairs: one for each kSegment rows.
-#include "../math/statistics.h"
 #include "runtime.cuh"
 #include "statistics.h"
-#include "traits.h"
+#include "thresholds.cuh"
 
 namespace qflux::cuda {
 namespace {
 
 constexpr int kScanThreads = 256;
 constexpr int kScanBlocksPerSm = 2;
-constexpr int kScanWarps = kScanThreads / kWarp;
-constexpr int kRowsPerThread = 4;
 constexpr int64_t kSegment = kScanThreads * kRowsPerThread;
-constexpr unsigned kAllLanes = 0xffffffffu;
-
-struct WarpSums {
-  double at[kScanWarps][6];
-};
-
-__device__ __forceinline__ Moments shuffle_up(const Moments& m, int distance) {
-  return {__shfl_up_sync(kAllLanes, m.count, distance), __shfl_up_sync(kAllLanes, m.x, distance),
-          __shfl_up_sync(kAllLanes, m.y, distance),     __shfl_up_sync(kAllLanes, m.xx, distance),
-          __shfl_up_sync(kAllLanes, m.xy, distance),    __shfl_up_sync(kAllLanes, m.yy, distance)};
-}
-
-// Replaces `sums` by those of all threads before this one, and returns those of the whole block.
-// Nothing is taken by subtraction: a key that is not finite must not reach the rows before it.
-__device__ __forceinline__ Moments scan_block(Moments& sums, WarpSums& shared) {
-  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  Moments inclusive = sums;
-#pragma unroll
-  for (int distance = 1; distance < kWarp; distance *= 2) {
-    const Moments lower = shuffle_up(inclusive, distance);
-    if (lane >= distance) inclusive.add(lower);
-  }
-  const Moments lower = shuffle_up(inclusive, 1);
-  __syncthreads();
-  if (lane == kWarp - 1) {
-    double* at = shared.at[warp];
-    at[0] = inclusive.count, at[1] = inclusive.x, at[2] = inclusive.y;
-    at[3] = inclusive.xx, at[4] = inclusive.xy, at[5] = inclusive.yy;
-  }
-  __syncthreads();
-  Moments before, all;
-  for (int n = 0; n < kScanWarps; ++n) {
-    const double* at = shared.at[n];
-    if (n == warp) before = all;
-    all.add({at[0], at[1], at[2], at[3], at[4], at[5]});
-  }
-  if (lane > 0) before.add(lower);
-  sums = before;
-  return all;
-}
-
-template <class T>
-__device__ __forceinline__ void add_key(Moments& sums, const PairParams<T>& p, int64_t b,
-                                        int64_t key, Point<double> shift) {
-  const Point<T> at = load_point(p.key_points, b, key);
-  sums.add(at.x - shift.x, at.y - shift.y);
-}
 
 template <class T>
 __global__ void __launch_bounds__(kScanThreads, kScanBlocksPerSm)
@@ -70,53 +20,15 @@ __global__ void __launch_bounds__(kScanThreads, kScanBlocksPerSm)
   QFLUX_SHARED(WarpSums, shared);
   for (int64_t work = blockIdx.x; work < p.batch * segments; work += gridDim.x) {
     const int64_t b = work % p.batch, segment = work / p.batch * kSegment;
-    const Visibility visibility = p.visibility(b);
-    const bool whole = p.row_window || !p.causal;
-    Point<double> shift{0, 0};
-    if (visibility.key_end > 0) {
-      const Point<T> first = load_point(p.key_points, b, 0);
-      shift = {first.x, first.y};
-    }
-
-    // Row i adds key i + keys - rows, where there is one; the row before a sequence adds those that
-    // its first row finds in front of its own.
-    const auto seen_until = [&](int64_t row) {
-      const int64_t end = row + visibility.shift + 1;
-      return end < 0 ? 0 : end < visibility.key_end ? end : visibility.key_end;
-    };
-    const int64_t prior = whole ? visibility.key_end : seen_until(segment - 1);
-    Moments strided;
-    for (int64_t key = threadIdx.x; key < prior; key += kScanThreads)
-      add_key(strided, p, b, key, shift);
-    const Moments base = scan_block(strided, shared);
-
-    const int64_t first = segment + threadIdx.x * kRowsPerThread;
-    Moments window;
-    if (!whole)
-      for (int64_t key = seen_until(first - 1); key < seen_until(first + kRowsPerThread - 1); ++key)
-        add_key(window, p, b, key, shift);
-    scan_block(window, shared);
-    window.add(base);
-
-    for (int64_t row = first; row < first + kRowsPerThread && row < p.rows; ++row) {
-      if (!whole)
-        for (int64_t key = seen_until(row - 1); key < seen_until(row); ++key)
-          add_key(window, p, b, key, shift);
-      T tau = 0;
-      if (visibility.visible_keys(row) > 0) {
-        const Point<T> x = load_point(p.states, b, row);
-        tau = static_cast<T>(
-            threshold(Point<double>{x.x, x.y}, window, shift, p.coefficient[b], p.eps));
-      }
-      out.at(b, row) = tau;
-    }
+    threshold_segment(p, out, b, segment, shared);
   }
 }
 
 template <class T>
 const char* run(const PairParams<T>& p, const View<T>& out, void* stream) {
   const int64_t segments = (p.rows + kSegment - 1) / kSegment;
-  return launch(threshold_segments<T>, p.batch * segments, kScanThreads, stream, p, out, segments);
+  return launch(threshold_segments<T>, {p.batch * segments, kScanThreads}, stream, p, out,
+                segments);
 }
 
 }  // namespace

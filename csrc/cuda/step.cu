@@ -1,7 +1,11 @@
-// Heun-Euler steps: the sequence of evolve.h, all of it enqueued on one stream.
+// Heun-Euler steps: the sequence of evolve.h, all of it enqueued on one stream or, for many short
+// sequences, inside one launch.
 #include "../evolve.h"
 #include "launch.h"
+#include "resident.h"
 #include "runtime.cuh"
+#include "step.h"
+#include "traits.h"
 
 namespace qflux::cuda {
 namespace {
@@ -34,7 +38,7 @@ class Device {
     const int64_t tokens = batch * rows;
     if (error_ != nullptr || tokens == 0) return;
     const int64_t blocks = (tokens + kTokenThreads - 1) / kTokenThreads;
-    error_ = launch(apply<Rule>, blocks, kTokenThreads, stream_, rule, tokens, rows);
+    error_ = launch(apply<Rule>, {blocks, kTokenThreads}, stream_, rule, tokens, rows);
   }
 
   const char* error() const { return error_; }
@@ -45,28 +49,62 @@ class Device {
 };
 
 template <class T>
-const char* run(const EvolveParams<T>& params, void* stream) {
-  Device device(stream);
+void enqueue(Device& device, const EvolveParams<T>& params) {
   evolve_forward(device, params);
-  return device.error();
+}
+template <class T>
+void enqueue(Device& device, const EvolveBackwardParams<T>& params) {
+  evolve_backward(device, params);
 }
 
 template <class T>
-const char* run(const EvolveBackwardParams<T>& params, void* stream) {
+const PairParams<T>& pair_of(const EvolveParams<T>& params) {
+  return params.pair;
+}
+template <class T>
+const PairParams<T>& pair_of(const EvolveBackwardParams<T>& params) {
+  return params.forward.pair;
+}
+
+template <class Params>
+const char* run(const Params& params, void* stream, Launches launches) {
+  const auto& pair = pair_of(params);
+  if (launches == Launches::kAuto) {
+    const bool short_and_many = pair.rows <= kResidentLength && pair.batch >= kResidentBatch;
+    launches = short_and_many && fits_block(params) ? Launches::kOne : Launches::kMany;
+  }
+  if (launches == Launches::kOne) return evolve_resident(params, stream);
   Device device(stream);
-  evolve_backward(device, params);
+  enqueue(device, params);
   return device.error();
 }
 
 }  // namespace
 
-const char* evolve(const EvolveParams<float>& params, void* stream) { return run(params, stream); }
-const char* evolve(const EvolveParams<double>& params, void* stream) { return run(params, stream); }
+const char* evolve_by(Launches launches, const EvolveParams<float>& params, void* stream) {
+  return run(params, stream, launches);
+}
+const char* evolve_by(Launches launches, const EvolveParams<double>& params, void* stream) {
+  return run(params, stream, launches);
+}
+const char* evolve_by(Launches launches, const EvolveBackwardParams<float>& params, void* stream) {
+  return run(params, stream, launches);
+}
+const char* evolve_by(Launches launches, const EvolveBackwardParams<double>& params, void* stream) {
+  return run(params, stream, launches);
+}
+
+const char* evolve(const EvolveParams<float>& params, void* stream) {
+  return run(params, stream, Launches::kAuto);
+}
+const char* evolve(const EvolveParams<double>& params, void* stream) {
+  return run(params, stream, Launches::kAuto);
+}
 const char* evolve_backward(const EvolveBackwardParams<float>& params, void* stream) {
-  return run(params, stream);
+  return run(params, stream, Launches::kAuto);
 }
 const char* evolve_backward(const EvolveBackwardParams<double>& params, void* stream) {
-  return run(params, stream);
+  return run(params, stream, Launches::kAuto);
 }
 
 const char* architectures() { return QFLUX_CUDA_ARCHITECTURES; }

@@ -38,10 +38,10 @@ __device__ __forceinline__ void read_records(const T* from, T (&to)[kCount][kWid
 // Fills records 0 .. count - 1 by fetch(n, record), and one of zeros after an odd count for the
 // tiles that are read in twos.
 template <int kWidth, class T, class Fetch>
-__device__ __forceinline__ void stage(T* tile, int count, const Fetch& fetch) {
+__device__ __forceinline__ void stage(T* tile, int count, int threads, const Fetch& fetch) {
   // Unrolled, the addresses in flight would cost the registers of the pair loop.
 #pragma unroll 1
-  for (int n = threadIdx.x; n < count + count % 2; n += kThreads) {
+  for (int n = threadIdx.x; n < count + count % 2; n += threads) {
     T record[kWidth] = {};
     if (n < count) fetch(n, record);
 #pragma unroll

@@ -62,4 +62,32 @@ struct TileTraits : Traits<T, kOwnValues> {
   static_assert(kTile * width * sizeof(T) <= kSharedBytes, "a tile must fit");
 };
 
+// Steps in one launch, a block for each sequence (resident.cu).
+//
+// A thread owns two rows or keys at a time: one 16-byte read still serves four pairs, and a
+// sequence divides into enough groups of 64 to balance the causal triangle over the warps.
+constexpr int kResidentOwners = 2;
+constexpr int kResidentGroup = kWarp * kResidentOwners;
+// Sixteen warps may use 128 registers each; sequences up to 1024 take eight, so that two of them
+// share an SM.
+constexpr int kResidentWarps = 16;
+constexpr int kResidentThreads = kWarp * kResidentWarps;
+
+// A block for each SM of a large GPU. With fewer sequences, blocks of a part of one fill it better.
+constexpr int64_t kResidentBatch = 128;
+// The launches saved cost about as much as a block computes for 1024 tokens, whereas sequences that
+// do not divide evenly among the SMs lose up to the time of one: beyond twice that, more than the
+// launches. Up to here the largest tile, of records in the backward, is 48 KB in float32 and
+// 96 KB in float64, which a block may have from compute capability 8.0 on.
+constexpr int64_t kResidentLength = 2048;
+
+// Two groups for each warp, of which one meets many under a causal mask and one few; short
+// sequences rather spread over the four schedulers of an SM.
+constexpr int resident_warps(int64_t length) {
+  const int64_t groups = (length + kResidentGroup - 1) / kResidentGroup;
+  const int64_t spread = groups < 4 ? groups : 4, paired = (groups + 1) / 2;
+  const int64_t warps = paired < spread ? spread : paired;
+  return static_cast<int>(warps < kResidentWarps ? warps : kResidentWarps);
+}
+
 }  // namespace qflux::cuda

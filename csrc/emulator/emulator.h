@@ -24,6 +24,8 @@
 #define QFLUX_SHARED(type, name)                            \
   static ::qflux::emulator::SharedVariable<type> name##_of; \
   type& name = name##_of.enter()
+#define QFLUX_DYNAMIC_SHARED(name) \
+  unsigned char* const name = ::qflux::emulator::dynamic_shared().enter()
 
 struct alignas(16) float4 {
   float x, y, z, w;
@@ -63,7 +65,9 @@ class Guarded {
 
 struct Machine {
   Order order = Order::kForward;
-  int64_t max_blocks = 64;
+  int64_t max_blocks = 64, max_shared_bytes = 227 * 1024;  // of compute capability 9.0
+  int64_t launches = 0;
+  size_t dynamic_bytes = 0;  // of the running launch
   int64_t block_serial = 0;
   int threads = 0, current = 0;
   std::vector<Fibre> fibres;
@@ -77,36 +81,58 @@ inline Machine& machine() {
   return instance;
 }
 inline int64_t max_blocks() { return machine().max_blocks; }
+inline int64_t max_shared_bytes() { return machine().max_shared_bytes; }
 
-template <class T>
-class SharedVariable : public Guarded {
+class SharedMemory : public Guarded {
  public:
-  T& enter() {
+  unsigned char* enter(size_t size) {
     Machine& m = machine();
     if (serial_ != m.block_serial) {
       serial_ = m.block_serial;
-      std::memset(bytes_, kPoison, sizeof(bytes_));
+      bytes_.assign(kGuard + size + kGuard, kPoison);
       m.shared.push_back(this);
     }
-    return *reinterpret_cast<T*>(bytes_ + kGuard);
+    return bytes_.data() + kGuard;
   }
   bool intact() const override {
     const auto poisoned = [](unsigned char byte) { return byte == kPoison; };
-    return std::all_of(bytes_, bytes_ + kGuard, poisoned) &&
-           std::all_of(bytes_ + kGuard + sizeof(T), bytes_ + sizeof(bytes_), poisoned);
+    return std::all_of(bytes_.begin(), bytes_.begin() + kGuard, poisoned) &&
+           std::all_of(bytes_.end() - kGuard, bytes_.end(), poisoned);
   }
 
  private:
-  static constexpr size_t kGuard = 4096;
+  static constexpr int kGuard = 4096;
   static constexpr unsigned char kPoison = 0xff;  // NaN in either precision
 
-  alignas(16) unsigned char bytes_[kGuard + sizeof(T) + kGuard];
+  std::vector<unsigned char> bytes_;
   int64_t serial_ = -1;
 };
 
+template <class T>
+class SharedVariable {
+ public:
+  T& enter() { return *reinterpret_cast<T*>(memory_.enter(sizeof(T))); }
+
+ private:
+  SharedMemory memory_;
+};
+
+class DynamicShared {
+ public:
+  unsigned char* enter() { return memory_.enter(machine().dynamic_bytes); }
+
+ private:
+  SharedMemory memory_;
+};
+
+inline DynamicShared& dynamic_shared() {
+  static DynamicShared instance;
+  return instance;
+}
+
 }  // namespace qflux::emulator
 
-inline qflux::emulator::Index threadIdx, blockIdx, gridDim;
+inline qflux::emulator::Index threadIdx, blockIdx, blockDim, gridDim;
 
 namespace qflux::emulator {
 
@@ -181,10 +207,16 @@ inline const char* run_block(std::mt19937& random) {
   return nullptr;
 }
 
-inline const char* run(int64_t blocks, int threads, const std::function<void()>& body) {
+inline const char* run(int64_t blocks, int threads, int64_t dynamic_bytes,
+                       const std::function<void()>& body) {
   Machine& m = machine();
-  if (blocks < 1 || threads < 1 || threads > kMaxThreads) return "an invalid launch";
+  if (blocks < 1 || threads < 1 || threads > kMaxThreads || dynamic_bytes < 0 ||
+      dynamic_bytes > m.max_shared_bytes)
+    return "an invalid launch";
+  ++m.launches;
   m.threads = threads;
+  m.dynamic_bytes = static_cast<size_t>(dynamic_bytes);
+  blockDim.x = static_cast<unsigned>(threads);
   m.body = body;
   if (m.fibres.size() < static_cast<size_t>(threads)) m.fibres.resize(static_cast<size_t>(threads));
   gridDim.x = static_cast<unsigned>(blocks);
