@@ -23,7 +23,7 @@ def _load() -> str | None:
         importlib.import_module("._C", __package__)
         from . import autograd
 
-        autograd.register()
+        autograd.register("")
     except Exception as error:  # a broken object can fail in any way, and importing must not
         here = Path(__file__).resolve().parent
         found = sorted(path.name for path in here.glob("_C*"))
@@ -37,7 +37,25 @@ def _load() -> str | None:
     return None
 
 
+def _load_triton() -> str | None:
+    """Register the Triton ops; the reason if Triton is not there. It is not imported yet."""
+    if importlib.util.find_spec("triton") is None:
+        return (
+            "backend='triton' needs Triton, which is not installed: "
+            "'pip install qflux[triton]', or use 'auto' or 'reference'"
+        )
+    importlib.import_module(".triton", __package__)
+    return None
+
+
 LOAD_ERROR = _load()
+TRITON_ERROR = _load_triton()
+# Triton reads this when kernels are defined; changes after the import would come too late.
+TRITON_INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in (
+    "1", "true", "on", "y", "yes",
+)  # fmt: skip
+# What `choose_backend` returns, and the prefix of the ops that serve it.
+OP_FAMILIES = {"compiled": "", "triton": "triton_"}
 
 
 def cuda_architectures() -> list[str]:
@@ -53,14 +71,20 @@ def _text(name: str) -> str:
 
 
 def choose_backend(backend: str, device: torch.device) -> str:
-    """The backend that serves a call: "reference" or "compiled", or raise saying why neither."""
+    """What serves a call, "reference", "compiled" or "triton", or raise saying why nothing does."""
     check_choice("backend", backend, BACKENDS)
     if backend == "reference":
         return "reference"
     if backend == "triton":
-        raise BackendUnavailableError(
-            "backend='triton' is not in this version; use 'auto', 'cpu', 'cuda' or 'reference'"
-        )
+        if TRITON_ERROR is not None:
+            raise BackendUnavailableError(TRITON_ERROR)
+        if device.type == "cpu" and not TRITON_INTERPRETED:
+            raise BackendUnavailableError(
+                "backend='triton' needs states on a GPU, got cpu: Triton has no CPU compiler. "
+                "Use 'auto', 'cpu' or 'reference'; for tests only, TRITON_INTERPRET=1 set before "
+                "qflux_kernels is imported runs the kernels in Triton's interpreter"
+            )
+        return "triton"
     if backend in ("cpu", "cuda") and device.type != backend:
         raise ValueError(
             f"backend={backend!r} needs states on a {backend} device, got {device}; "
@@ -68,11 +92,15 @@ def choose_backend(backend: str, device: torch.device) -> str:
         )
     if backend == "auto" and device.type not in ("cpu", "cuda", "meta"):
         return "reference"
+    compiled = LOAD_ERROR is None and (device.type != "cuda" or bool(cuda_architectures()))
+    if not compiled and backend == "auto" and device.type == "cuda" and TRITON_ERROR is None:
+        return "triton"
     if LOAD_ERROR is not None:
         raise BackendUnavailableError(LOAD_ERROR)
-    if device.type == "cuda" and not cuda_architectures():
+    if not compiled:
         raise BackendUnavailableError(
             "this build of qflux_kernels has no CUDA code: rebuild it where nvcc is found, "
+            "'pip install qflux[triton]' for kernels that need no compiler, "
             "or pass backend='reference'"
         )
     return "compiled"
@@ -93,6 +121,9 @@ def diagnostics() -> dict[str, object]:
     gpus = []
     if torch.cuda.is_available():
         gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    triton_error = TRITON_ERROR
+    if triton_error is None and not (gpus or TRITON_INTERPRETED):
+        triton_error = "backend='triton' needs a GPU, and there is none"
     from . import __version__
 
     return {
@@ -103,7 +134,9 @@ def diagnostics() -> dict[str, object]:
             "reference",
             *(["cpu"] if loaded else []),
             *(["cuda"] if cuda_architectures() else []),
+            *(["triton"] if triton_error is None else []),
         ],
+        "triton_error": triton_error,
         "algorithms": ["dense"],
         "cuda_architectures": cuda_architectures(),
         "instruction_set": _text("instruction_set") if loaded else None,

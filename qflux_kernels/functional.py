@@ -6,7 +6,7 @@ import torch
 
 from . import autograd, reference
 from .arguments import evolve_arguments, interact_arguments
-from .backends import check_algorithm, choose_backend
+from .backends import OP_FAMILIES, check_algorithm, choose_backend
 from .options import Evolution, Interaction, Radius, Score, Threshold
 
 
@@ -70,7 +70,8 @@ def interact(
         lengths: integer tensor that broadcasts to the batch shape, for right-padded sequences
             with K == S: padding rows get zeros, and nobody sees padding.
         algorithm: "auto" or "dense" (every pair).
-        backend: "auto" (the device of the states decides), "cpu", "cuda" or "reference".
+        backend: "auto" (the device of the states decides), "cpu", "cuda", "triton" or "reference".
+            "auto" takes "triton" on a GPU for which nothing was compiled.
 
     Returns:
         Interaction(context `(..., S, D)`, strength `(..., S)`, degree `(..., S)` int32).
@@ -83,7 +84,8 @@ def interact(
     """
     check_algorithm(algorithm)
     args = interact_arguments(states, keys, values, causal, score, reduction, lengths)
-    if choose_backend(backend, args.states.device) == "reference":
+    chosen = choose_backend(backend, args.states.device)
+    if chosen == "reference":
         return reference.interact(
             states, keys, values, causal=causal, score=score, reduction=reduction, lengths=lengths
         )
@@ -100,6 +102,7 @@ def interact(
         *_score_coefficients(args.score, flat),
         None if args.lengths is None else args.lengths.reshape(flat),
         _pair_options(args.score, args.causal, args.reduction),
+        OP_FAMILIES[chosen],
     )
     dtype = args.result_dtype
     return Interaction(
@@ -155,7 +158,8 @@ def evolve(
     """
     check_algorithm(algorithm)
     args = evolve_arguments(states, dt, causal, score, radius, skip, reduction, steps, lengths)
-    if choose_backend(backend, args.states.device) == "reference":
+    chosen = choose_backend(backend, args.states.device)
+    if chosen == "reference":
         return reference.evolve(
             states, dt, causal=causal, score=score, radius=radius, skip=skip,
             reduction=reduction, steps=steps, lengths=lengths,
@@ -184,6 +188,7 @@ def evolve(
             radius_reversion=float(rule.reversion),
             radius_target=float(rule.target),
         ),
+        OP_FAMILIES[chosen],
     )
     dtype = args.result_dtype
     return Evolution(

@@ -66,14 +66,16 @@ def _problem(states, keys, values, causal, score, reduction, lengths, delta) -> 
 
     def points(tensor):
         tensor = tensor.detach().cpu().to(torch.float64)
-        flat = (batch.numel(), *tensor.shape[-2:])
-        return tensor.expand(batch + tensor.shape[-2:]).reshape(flat)
+        tensor = tensor.expand(batch + tensor.shape[-2:])
+        return tensor.reshape(batch.numel(), *tensor.shape[-2:])
+
+    def flat(value):
+        return value.expand(batch).reshape(batch.numel(), 1, 1)
 
     def per_sequence(value):
         # A coefficient is rounded to the dtype of the computation before it is used.
         value = torch.as_tensor(value, dtype=torch.float64, device="cpu").detach()
-        value = value.to(compute).to(torch.float64)
-        return value.expand(batch).reshape(batch.numel(), 1, 1)
+        return flat(value.to(compute).to(torch.float64))
 
     gated = isinstance(score, InverseGate)
     return Problem(
@@ -82,7 +84,7 @@ def _problem(states, keys, values, causal, score, reduction, lengths, delta) -> 
         values=points(values),
         coefficient=per_sequence(score.alpha if gated else score.sigma),
         min_gate=per_sequence(score.min_gate if gated else 0.0),
-        lengths=None if lengths is None else lengths.cpu().expand(batch).reshape(batch.numel(), 1, 1),
+        lengths=None if lengths is None else flat(lengths.cpu()),
         causal=causal,
         score=score,
         reduction=reduction,
@@ -274,15 +276,20 @@ def count_borderline(
     return sum(int(_pairs(problem, *block).borderline.sum()) for block in _blocks(problem))
 
 
-def assert_relative(name: str, got: torch.Tensor, truth: torch.Tensor, rtol: float) -> None:
-    """Raise unless every entry is within `rtol` of the truth, relative to its largest entry."""
+def assert_relative(
+    name: str, got: torch.Tensor, truth: torch.Tensor, rtol: float, floor: float = 0.0
+) -> None:
+    """Raise unless every entry is within `rtol` of the truth, relative to its largest entry.
+
+    `floor` is the size of the terms where they may cancel to nothing.
+    """
     assert got.shape == truth.shape, f"{name}: shape {got.shape}, expected {truth.shape}"
     if not truth.numel():
         return
     got, truth = got.detach().cpu().double(), truth.detach().cpu().double()
     assert truth.isfinite().all(), f"{name}: the truth is not finite, nothing to compare with"
     error = (got - truth).abs().max().item()
-    size = truth.abs().max().item()
+    size = max(floor, truth.abs().max().item())
     assert error <= rtol * size, f"{name}: error {error:.3g} is more than {rtol:g} of {size:.3g}"
 
 

@@ -40,7 +40,8 @@ def poisoned_memory():
 def math_module(tmp_path_factory):
     """The formulas of csrc/math, compiled for Python."""
     pybind11 = pytest.importorskip("pybind11", reason="pybind11 compiles the formulas for Python")
-    target = tmp_path_factory.mktemp("math") / f"math_module{sysconfig.get_config_var('EXT_SUFFIX')}"
+    suffix = sysconfig.get_config_var("EXT_SUFFIX")
+    target = tmp_path_factory.mktemp("math") / f"math_module{suffix}"
     subprocess.run(
         [
             "g++", "-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC",

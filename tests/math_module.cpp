@@ -59,9 +59,8 @@ PYBIND11_MODULE(math_module, m) {
   m.def("threshold_query", query<Limit>);
   m.def("threshold_query_vjp", query_vjp<Limit>);
   m.def("threshold_kept", [](double limit, double p) { return bool(Limit{limit}.kept(p)); });
-  m.def("threshold_weight", [](double limit, double p) {
-    return Limit{limit}.weight(p, Limit{limit}.kept(p));
-  });
+  m.def("threshold_weight",
+        [](double limit, double p) { return Limit{limit}.weight(p, Limit{limit}.kept(p)); });
   m.def("threshold_derivative",
         [](double limit, double p, double grad) { return Limit{limit}.derivative(p, grad); });
 
@@ -71,27 +70,25 @@ PYBIND11_MODULE(math_module, m) {
   m.def("gate_alpha_vjp", [](const Pair2& grad, const Pair2& state) {
     return Gate::alpha_vjp(point(grad), point(state));
   });
-  m.def("gate_kept", [](double eps, double min_gate, double p) {
-    return bool(Gate{eps, min_gate}.kept(p));
-  });
+  m.def("gate_kept",
+        [](double eps, double min_gate, double p) { return bool(Gate{eps, min_gate}.kept(p)); });
   m.def("gate_weight", [](double eps, double min_gate, double p) {
     const Gate gate{eps, min_gate};
     return gate.weight(p, gate.kept(p));
   });
-  m.def("gate_derivative", [](double eps, double p, double grad) {
-    return Gate{eps, 0.0}.derivative(p, grad);
-  });
+  m.def("gate_derivative",
+        [](double eps, double p, double grad) { return Gate{eps, 0.0}.derivative(p, grad); });
 
   m.def("threshold", threshold_of_window);
 
   m.def("move_radius", [](const Pair2& moved, double strength, const std::array<double, 5>& r) {
     return pair(move_radius(point(moved), strength, rule(r)));
   });
-  m.def("move_radius_vjp", [](const Pair2& moved, double strength, const std::array<double, 5>& r,
-                              const Pair2& grad) {
-    const auto result = move_radius_vjp(point(moved), strength, rule(r), point(grad));
-    return std::make_pair(pair(result.moved), result.strength);
-  });
+  m.def("move_radius_vjp",
+        [](const Pair2& moved, double strength, const std::array<double, 5>& r, const Pair2& grad) {
+          const auto result = move_radius_vjp(point(moved), strength, rule(r), point(grad));
+          return std::make_pair(pair(result.moved), result.strength);
+        });
   m.def("advance", [](const Pair2& x, double dt, const Pair2& context) {
     return pair(advance(point(x), dt, point(context)));
   });

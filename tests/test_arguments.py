@@ -5,6 +5,7 @@ import re
 import pytest
 import torch
 
+import qflux_kernels
 from qflux_kernels import (
     BackendUnavailableError,
     InverseGate,
@@ -28,7 +29,8 @@ def messages(*parts: str) -> str:
 @pytest.fixture(params=["kernels", "reference"])
 def operators(request):
     """Both sides check alike: the same error must come from each."""
-    return (interact, evolve) if request.param == "kernels" else (reference.interact, reference.evolve)
+    module = qflux_kernels if request.param == "kernels" else reference
+    return module.interact, module.evolve
 
 
 POINTS = [
@@ -247,7 +249,7 @@ def test_backends_that_are_not_there():
     for call in (lambda **o: interact(X, **o), lambda **o: evolve(X, 0.1, **o)):
         with pytest.raises(ValueError, match=messages("backend='cuda'", "cpu")):
             call(backend="cuda")
-        with pytest.raises(BackendUnavailableError, match=messages("triton", "version")):
+        with pytest.raises(BackendUnavailableError, match=messages("backend='triton'", "cpu")):
             call(backend="triton")
         with pytest.raises(BackendUnavailableError, match=messages("sweep", "version", "dense")):
             call(algorithm="sweep")

@@ -52,9 +52,7 @@ def test_accepts_a_borderline_flip():
     assert count_borderline(rows, keys, **options) == 1
     result = truth(rows, keys, **options)
     assert result.degree.item() == 2
-    flipped = Interaction(
-        result.context - 0.5 * keys[2], result.strength - 0.5, result.degree - 1
-    )
+    flipped = Interaction(result.context - 0.5 * keys[2], result.strength - 0.5, result.degree - 1)
     assert_interaction_close(flipped, rows, keys, **options)
     half = Interaction(result.context - keys[2], result.strength, result.degree)
     with pytest.raises(AssertionError, match="context"):
@@ -184,6 +182,9 @@ def test_relative_comparison():
         assert_relative("x", truth + 5e-9, truth, 1e-9)
     with pytest.raises(AssertionError, match="shape"):
         assert_relative("x", truth[:1], truth, 1e-9)
+    with pytest.raises(AssertionError, match="error"):
+        assert_relative("x", truth - truth + 1e-16, truth - truth, 1e-9)
+    assert_relative("x", truth - truth + 1e-16, truth - truth, 1e-9, floor=1e-3)
 
 
 def test_missing_gradient():

@@ -49,8 +49,9 @@ def interact_loops(states, keys, values, causal, score, reduction, length=None):
         window = keys_seen(i, len(states), len(keys), False, length) if row_window else seen
         weights = pair_weights(x, keys, seen, window, score)
         scale = 1 / max(1, len(seen)) if reduction == "mean" else 1
+        columns = range(len(values[0]))
         contexts.append(
-            [scale * sum(w * values[j][d] for j, w in weights.items()) for d in range(len(values[0]))]
+            [scale * sum(w * values[j][d] for j, w in weights.items()) for d in columns]
         )
         strengths.append(scale * sum(weights.values()))
         degrees.append(len(weights))
@@ -221,7 +222,19 @@ def test_steps_repeat_the_step():
 
 @pytest.mark.parametrize(
     "shape",
-    [(), (1,), (5,), (1, 1), (3, 1), (3, 5), (2, 1, 1), (2, 3, 5), (4, 1, 1, 1), (4, 2, 3, 5), (4, 1, 3, 1)],
+    [
+        (),
+        (1,),
+        (5,),
+        (1, 1),
+        (3, 1),
+        (3, 5),
+        (2, 1, 1),
+        (2, 3, 5),
+        (4, 1, 1, 1),
+        (4, 2, 3, 5),
+        (4, 1, 3, 1),
+    ],
     ids=str,
 )
 def test_shapes_of_dt_and_skip(shape):
@@ -251,7 +264,8 @@ def test_half_precision_computes_in_float32(dtype):
     assert half.context.dtype == half.strength.dtype == dtype
     assert torch.equal(half.context, wide.context.to(dtype))
     assert torch.equal(half.degree, wide.degree)
-    half, wide = reference.evolve(states, 0.1, steps=3), reference.evolve(states.float(), 0.1, steps=3)
+    half = reference.evolve(states, 0.1, steps=3)
+    wide = reference.evolve(states.float(), 0.1, steps=3)
     assert torch.equal(half.states, wide.states.to(dtype))
     assert reference.scores(states).dtype == dtype
 
@@ -366,7 +380,8 @@ def test_empty_inputs(score):
         result = reference.interact(states, score=score)
         assert result.context.shape == shape and result.degree.shape == shape[:-1]
         assert reference.evolve(states, 0.1, score=score).states.shape == shape
-    nothing = reference.interact(torch.randn(4, 2), torch.randn(0, 2), torch.randn(0, 3), score=score)
+    keys, values = torch.randn(0, 2), torch.randn(0, 3)
+    nothing = reference.interact(torch.randn(4, 2), keys, values, score=score)
     assert not nothing.context.any() and nothing.context.shape == (4, 3)
     early = reference.interact(torch.randn(4, 2), torch.randn(2, 2), score=score)
     assert not early.context[:2].any() and not early.degree[:2].any()

@@ -1,0 +1,448 @@
+"""Triton kernels over pairs: each owner (a row or a key) gathers a sum over the others it meets.
+
+A program owns a block of rows or of keys and walks over the others in tiles, so that every sum has
+one writer and a fixed order, and no pair is ever stored. Tensors are contiguous; positions are
+32-bit, which the caller guarantees, and offsets 64-bit. Triton passes a Python float as float32:
+numbers that must be exact arrive in tensors or as constants. Loops are written with `while` because
+the interpreter of Triton 3.6 takes no tensors in `range` under NumPy 2.4.
+"""
+
+import triton
+import triton.language as tl
+
+# Owners of one program, and others in one of its tiles: eight pairs for each of 128 threads, or two
+# where each pair has a sum for every column of a value. More would not fit the registers.
+TILE = 32
+VALUE_TILE = 16
+# Others whose sums are taken plainly, before they join a compensated total.
+CHUNK = 256
+# Rows of one program of the thresholds, each of which reads all keys in front of its rows.
+THRESHOLD_ROWS = 128
+
+
+@triton.jit
+def _load_points(points, at, inside):
+    offset = 2 * at.to(tl.int64)
+    x = tl.load(points + offset, mask=inside, other=0.0)
+    y = tl.load(points + offset + 1, mask=inside, other=0.0)
+    return x, y
+
+
+@triton.jit
+def _ends(lengths, b, rows, keys):
+    """How many rows and keys sequence `b` has before its padding."""
+    row_end = tl.cast(rows, tl.int32)
+    key_end = tl.cast(keys, tl.int32)
+    if lengths is not None:
+        row_end = tl.load(lengths + b)
+        key_end = row_end
+    return row_end, key_end
+
+
+@triton.jit
+def _owner_block(batch, owners, columns, REVERSED: tl.constexpr, BLOCK: tl.constexpr):
+    """Sequence, first owner and column block of this program, the heaviest owners first."""
+    program = tl.program_id(0)
+    b = (program % batch).to(tl.int64)
+    column_block = program // batch % columns
+    block = program // batch // columns
+    if REVERSED:
+        block = tl.cdiv(owners, BLOCK) - 1 - block
+    return b, block * BLOCK, column_block
+
+
+@triton.jit
+def _met(
+    first, row_end, key_end, shift, CAUSAL: tl.constexpr, BY_KEY: tl.constexpr, OWNERS: tl.constexpr
+):
+    """The others that any owner of a block meets."""
+    begin = tl.zeros((), tl.int32)
+    if BY_KEY:
+        end = tl.where(first < key_end, row_end, 0)
+        if CAUSAL:
+            begin = tl.maximum(first - shift, 0)
+    else:
+        end = tl.where(first < row_end, key_end, 0)
+        if CAUSAL:
+            end = tl.minimum(end, tl.minimum(first + OWNERS, row_end) + shift)
+    return begin, end
+
+
+@triton.jit
+def _inner_product(qx, qy, kx, ky, GATE: tl.constexpr):
+    # Fused on purpose: all passes must round alike, or they would disagree on kept pairs.
+    if GATE:
+        return tl.fma(qx, kx, tl.fma(qy, ky, 0.0))
+    return tl.fma(qx, kx, tl.fma(qy, ky, 0.5))
+
+
+@triton.jit
+def _visible(row, key, row_end, key_end, shift, CAUSAL: tl.constexpr):
+    visible = (row < row_end) & (key < key_end)
+    if CAUSAL:
+        visible = visible & (key <= row + shift)
+    return visible
+
+
+@triton.jit
+def _weigh(p, limit, visible, eps: tl.constexpr, GATE: tl.constexpr):
+    """Weight and decision of visible pairs; a comparison with NaN never drops one."""
+    if GATE:
+        gate = 1.0 / (eps + tl.abs(p))
+        # The zero is NaN for an infinite p, so that what is not finite is never dropped.
+        kept = visible & ~(tl.fma(p, 0.0, gate) <= limit)
+        weight = p * gate
+    else:
+        kept = visible & ~(p < limit)
+        weight = p
+    return tl.where(kept, weight, 0.0), kept
+
+
+@triton.jit
+def _add(total, error, part):
+    """Continue a sum so that its error does not grow with the number of parts."""
+    after = total + part
+    shadow = after - total
+    error += (total - (after - shadow)) + (part - shadow)
+    return after, error
+
+
+@triton.jit
+def _settled(total, error):
+    # An overflow makes the error term NaN; the sum itself is then the answer.
+    return tl.where(error == error, total + error, total)
+
+
+@triton.jit
+def thresholds(
+    states,  # (batch, rows, 2)
+    keys,  # (batch, num_keys, 2)
+    sigma,  # (batch,)
+    lengths,  # (batch,) int32 or None
+    out,  # (batch, rows)
+    batch,
+    rows,
+    num_keys,
+    eps: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    WHOLE: tl.constexpr,  # the window is the whole sequence
+    ROWS: tl.constexpr,
+    KEYS: tl.constexpr,
+):
+    """tau of each row from the moments of its keys, in float64 and relative to the first key."""
+    b, first, _ = _owner_block(batch, rows, 1, CAUSAL, ROWS)
+    row_end, key_end = _ends(lengths, b, rows, num_keys)
+    shift = num_keys - rows
+    states += b * rows * 2
+    keys += b * num_keys * 2
+    row = first + tl.arange(0, ROWS)
+    x, y = _load_points(states, row, row < row_end)
+    x, y = x.to(tl.float64), y.to(tl.float64)
+    origin_x = tl.load(keys).to(tl.float64)
+    origin_y = tl.load(keys + 1).to(tl.float64)
+
+    # Keys that all rows of the block share are summed once, in as many lanes as a tile is wide.
+    shared = key_end
+    end = key_end
+    if not WHOLE:
+        shared = tl.minimum(tl.maximum(first + shift + 1, 0), key_end)
+        end = tl.minimum(first + ROWS + shift, key_end)
+    lane = tl.arange(0, KEYS)
+    lanes_x = tl.zeros([KEYS], tl.float64)
+    lanes_y = tl.zeros([KEYS], tl.float64)
+    lanes_xx = tl.zeros([KEYS], tl.float64)
+    lanes_xy = tl.zeros([KEYS], tl.float64)
+    lanes_yy = tl.zeros([KEYS], tl.float64)
+    start = tl.zeros((), tl.int32)
+    while start < shared:
+        inside = start + lane < shared
+        kx, ky = _load_points(keys, start + lane, inside)
+        dx = tl.where(inside, kx.to(tl.float64) - origin_x, 0.0)
+        dy = tl.where(inside, ky.to(tl.float64) - origin_y, 0.0)
+        lanes_x += dx
+        lanes_y += dy
+        lanes_xx += dx * dx
+        lanes_xy += dx * dy
+        lanes_yy += dy * dy
+        start += KEYS
+    zero = tl.zeros([ROWS], tl.float64)
+    sum_x = zero + tl.sum(lanes_x, 0)
+    sum_y = zero + tl.sum(lanes_y, 0)
+    sum_xx = zero + tl.sum(lanes_xx, 0)
+    sum_xy = zero + tl.sum(lanes_xy, 0)
+    sum_yy = zero + tl.sum(lanes_yy, 0)
+    start = shared
+    while start < end:
+        key = start + lane
+        kx, ky = _load_points(keys, key, key < end)
+        window = (key[None, :] < end) & (key[None, :] <= row[:, None] + shift)
+        dx = tl.where(window, kx.to(tl.float64)[None, :] - origin_x, 0.0)
+        dy = tl.where(window, ky.to(tl.float64)[None, :] - origin_y, 0.0)
+        sum_x += tl.sum(dx, 1)
+        sum_y += tl.sum(dy, 1)
+        sum_xx += tl.sum(dx * dx, 1)
+        sum_xy += tl.sum(dx * dy, 1)
+        sum_yy += tl.sum(dy * dy, 1)
+
+        start += KEYS
+    visible = tl.where(row < row_end, key_end, 0)
+    if CAUSAL:
+        visible = tl.minimum(visible, row + shift + 1)
+    count = tl.where(visible > 0, visible, 1)
+    if WHOLE:
+        count = tl.where(visible > 0, key_end, 1)
+    scale = 1.0 / count.to(tl.float64)
+    mean_x, mean_y = sum_x * scale, sum_y * scale
+    cov_xx = tl.fma(-mean_x, mean_x, sum_xx * scale)
+    cov_xy = tl.fma(-mean_x, mean_y, sum_xy * scale)
+    cov_yy = tl.fma(-mean_y, mean_y, sum_yy * scale)
+    mean = (x * (origin_x + mean_x) + y * (origin_y + mean_y) + 1.0) / 2.0
+    variance = (x * x * cov_xx + 2.0 * x * y * cov_xy + y * y * cov_yy) / 4.0
+    variance = tl.where(variance < 0.0, 0.0, variance)
+    # An infinite state leaves no score defined, even where its infinities agree.
+    undefined = (x - x) + (y - y)
+    tau = mean + tl.load(sigma + b).to(tl.float64) * tl.sqrt(variance + eps) + undefined
+    tau = tl.where(visible > 0, tau, 0.0)
+    tl.store(out + b * rows + row, tau.to(out.dtype.element_ty), mask=row < rows)
+
+
+@triton.jit
+def gather_values(
+    queries,  # (batch, rows, 2)
+    keys,  # (batch, num_keys, 2)
+    limit,  # (batch, rows): tau or the minimal gate
+    values,  # of the others, (batch, others, depth)
+    scale,  # (batch, rows); by row only
+    lengths,  # (batch,) int32 or None
+    out,  # (batch, owners, depth)
+    strength,  # (batch, rows); by row only
+    degree,  # (batch, rows) int32; by row only
+    batch,
+    rows,
+    num_keys,
+    depth,
+    eps: tl.constexpr,
+    GATE: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    BY_KEY: tl.constexpr,
+    ALONE: tl.constexpr,  # by row, and the values are the keys
+    OWNERS: tl.constexpr,
+    OTHERS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """Sums of weighted values: the context by row, the gradient of the values by key.
+
+    By row the sums are multiplied by `scale`, and come with strength and degree.
+    """
+    owners, others = rows, num_keys
+    if BY_KEY:
+        owners, others = num_keys, rows
+    b, first, column_block = _owner_block(
+        batch, owners, tl.cdiv(depth, COLUMNS), CAUSAL and not BY_KEY, OWNERS
+    )
+    row_end, key_end = _ends(lengths, b, rows, num_keys)
+    shift = num_keys - rows
+    queries += b * rows * 2
+    keys += b * num_keys * 2
+    limit += b * rows
+    values += b * others * depth
+    dtype: tl.constexpr = out.dtype.element_ty
+
+    owner = first + tl.arange(0, OWNERS)
+    inside = owner < owners
+    if BY_KEY:
+        kx, ky = _load_points(keys, owner[:, None], inside[:, None])
+    else:
+        qx, qy = _load_points(queries, owner[:, None], inside[:, None])
+        bound = tl.load(limit + owner[:, None], mask=inside[:, None], other=0.0)
+    column = column_block * COLUMNS + tl.arange(0, COLUMNS)
+
+    if ALONE:
+        total_x = tl.zeros([OWNERS], dtype)
+        total_y = tl.zeros([OWNERS], dtype)
+        error_x = tl.zeros([OWNERS], dtype)
+        error_y = tl.zeros([OWNERS], dtype)
+    else:
+        total = tl.zeros([OWNERS, COLUMNS], dtype)
+        error = tl.zeros([OWNERS, COLUMNS], dtype)
+    total_weight = tl.zeros([OWNERS], dtype)
+    error_weight = tl.zeros([OWNERS], dtype)
+    total_kept = tl.zeros([OWNERS], tl.int32)
+
+    begin, end = _met(first, row_end, key_end, shift, CAUSAL, BY_KEY, OWNERS)
+    chunk = begin
+    while chunk < end:
+        # Summed lane by lane, and across lanes once for each chunk.
+        if ALONE:
+            part_x = tl.zeros([OWNERS, OTHERS], dtype)
+            part_y = tl.zeros([OWNERS, OTHERS], dtype)
+        else:
+            part = tl.zeros([OWNERS, OTHERS, COLUMNS], dtype)
+        part_weight = tl.zeros([OWNERS, OTHERS], dtype)
+        part_kept = tl.zeros([OWNERS, OTHERS], tl.int32)
+        start = chunk
+        while start < tl.minimum(chunk + CHUNK, end):
+            other = start + tl.arange(0, OTHERS)
+            here = other < end
+            if BY_KEY:
+                qx, qy = _load_points(queries, other[None, :], here[None, :])
+                bound = tl.load(limit + other[None, :], mask=here[None, :], other=0.0)
+                visible = _visible(other[None, :], owner[:, None], row_end, key_end, shift, CAUSAL)
+            else:
+                kx, ky = _load_points(keys, other[None, :], here[None, :])
+                visible = _visible(owner[:, None], other[None, :], row_end, key_end, shift, CAUSAL)
+            p = _inner_product(qx, qy, kx, ky, GATE)
+            weight, kept = _weigh(p, bound, visible, eps, GATE)
+            # A zero weight would not keep out a value that is not finite. A dropped value must
+            # show all the same; a gradient only reaches what was kept.
+            counted = kept if BY_KEY else visible
+            if ALONE:
+                part_x = tl.fma(weight, tl.where(counted, kx, 0.0), part_x)
+                part_y = tl.fma(weight, tl.where(counted, ky, 0.0), part_y)
+            else:
+                offset = other.to(tl.int64)[:, None] * depth + column[None, :]
+                value = tl.load(
+                    values + offset, mask=here[:, None] & (column < depth)[None, :], other=0.0
+                )
+                value = tl.where(counted[:, :, None], value[None, :, :], 0.0)
+                part = tl.fma(weight[:, :, None], value, part)
+            if not BY_KEY:
+                part_weight += weight
+                part_kept += kept.to(tl.int32)
+            start += OTHERS
+        if ALONE:
+            total_x, error_x = _add(total_x, error_x, tl.sum(part_x, 1))
+            total_y, error_y = _add(total_y, error_y, tl.sum(part_y, 1))
+        else:
+            total, error = _add(total, error, tl.sum(part, 1))
+        if not BY_KEY:
+            total_weight, error_weight = _add(total_weight, error_weight, tl.sum(part_weight, 1))
+            total_kept += tl.sum(part_kept, 1)
+
+        chunk += CHUNK
+    place = b * owners + owner
+    factor = 1.0
+    if not BY_KEY:
+        factor = tl.load(scale + place, mask=inside, other=0.0)
+        head = inside & (column_block == 0)
+        tl.store(strength + place, factor * _settled(total_weight, error_weight), mask=head)
+        tl.store(degree + place, total_kept, mask=head)
+    if ALONE:
+        tl.store(out + place * 2, factor * _settled(total_x, error_x), mask=inside)
+        tl.store(out + place * 2 + 1, factor * _settled(total_y, error_y), mask=inside)
+    else:
+        result = _settled(total, error)
+        if not BY_KEY:
+            result = factor[:, None] * result
+        tl.store(
+            out + place[:, None] * depth + column[None, :],
+            result,
+            mask=inside[:, None] & (column < depth)[None, :],
+        )
+
+
+@triton.jit
+def gather_points(
+    queries,  # (batch, rows, 2)
+    keys,  # (batch, num_keys, 2)
+    limit,  # (batch, rows)
+    values,  # (batch, num_keys, depth)
+    grad_context,  # (batch, rows, depth), reduction applied
+    grad_strength,  # (batch, rows), reduction applied, or None
+    lengths,  # (batch,) int32 or None
+    out,  # (batch, owners, 2)
+    batch,
+    rows,
+    num_keys,
+    depth,
+    eps: tl.constexpr,
+    GATE: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    BY_KEY: tl.constexpr,
+    ALONE: tl.constexpr,  # the values are the keys: by key, their gradient is added
+    OWNERS: tl.constexpr,
+    OTHERS: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """Gradient of the queries by row, of the keys by key; weights are recomputed."""
+    owners = rows
+    if BY_KEY:
+        owners = num_keys
+    b, first, _ = _owner_block(batch, owners, 1, CAUSAL and not BY_KEY, OWNERS)
+    row_end, key_end = _ends(lengths, b, rows, num_keys)
+    shift = num_keys - rows
+    queries += b * rows * 2
+    keys += b * num_keys * 2
+    limit += b * rows
+    values += b * num_keys * depth
+    grad_context += b * rows * depth
+    dtype: tl.constexpr = out.dtype.element_ty
+
+    owner = first + tl.arange(0, OWNERS)
+    inside = owner < owners
+    total_x = tl.zeros([OWNERS], dtype)
+    total_y = tl.zeros([OWNERS], dtype)
+    error_x = tl.zeros([OWNERS], dtype)
+    error_y = tl.zeros([OWNERS], dtype)
+
+    begin, end = _met(first, row_end, key_end, shift, CAUSAL, BY_KEY, OWNERS)
+    chunk = begin
+    while chunk < end:
+        part_x = tl.zeros([OWNERS, OTHERS], dtype)
+        part_y = tl.zeros([OWNERS, OTHERS], dtype)
+        start = chunk
+        while start < tl.minimum(chunk + CHUNK, end):
+            other = start + tl.arange(0, OTHERS)
+            if BY_KEY:
+                row, key = other[None, :], owner[:, None]
+                row_here, key_here = (other < end)[None, :], inside[:, None]
+            else:
+                row, key = owner[:, None], other[None, :]
+                row_here, key_here = inside[:, None], (other < end)[None, :]
+            qx, qy = _load_points(queries, row, row_here)
+            kx, ky = _load_points(keys, key, key_here)
+            bound = tl.load(limit + row, mask=row_here, other=0.0)
+            visible = _visible(row, key, row_end, key_end, shift, CAUSAL)
+            p = _inner_product(qx, qy, kx, ky, GATE)
+            weight, kept = _weigh(p, bound, visible, eps, GATE)
+
+            grad = tl.zeros([OWNERS, OTHERS], dtype)
+            if grad_strength is not None:
+                grad += tl.load(grad_strength + b * rows + row, mask=row_here, other=0.0)
+            if ALONE:
+                gx, gy = _load_points(grad_context, row, row_here)
+                grad = tl.fma(gx, kx, tl.fma(gy, ky, grad))
+            else:
+                column = tl.zeros((), tl.int32)
+                while column < depth:
+                    g = tl.load(
+                        grad_context + row.to(tl.int64) * depth + column, mask=row_here, other=0.0
+                    )
+                    v = tl.load(
+                        values + key.to(tl.int64) * depth + column, mask=key_here, other=0.0
+                    )
+                    grad = tl.fma(g, v, grad)
+                    column += 1
+            if GATE:
+                gate = 1.0 / (eps + tl.abs(p))
+                grad = grad * (eps * gate * gate)
+            # Zeros on both sides: an infinity or NaN of a pair that was dropped must not enter.
+            grad = tl.where(kept, grad, 0.0)
+            if BY_KEY:
+                part_x = tl.fma(grad, tl.where(kept, qx, 0.0), part_x)
+                part_y = tl.fma(grad, tl.where(kept, qy, 0.0), part_y)
+                if ALONE:
+                    part_x = tl.fma(weight, tl.where(kept, gx, 0.0), part_x)
+                    part_y = tl.fma(weight, tl.where(kept, gy, 0.0), part_y)
+            else:
+                part_x = tl.fma(grad, tl.where(kept, kx, 0.0), part_x)
+                part_y = tl.fma(grad, tl.where(kept, ky, 0.0), part_y)
+            start += OTHERS
+        total_x, error_x = _add(total_x, error_x, tl.sum(part_x, 1))
+        total_y, error_y = _add(total_y, error_y, tl.sum(part_y, 1))
+
+        chunk += CHUNK
+    place = (b * owners + owner) * 2
+    tl.store(out + place, _settled(total_x, error_x), mask=inside)
+    tl.store(out + place + 1, _settled(total_y, error_y), mask=inside)
