@@ -97,16 +97,21 @@ def synchronize(device: torch.device) -> None:
 
 
 def time_once(runner: Runner, device: torch.device) -> dict[str, float]:
-    """Seconds of one forward, the backward after it, and both."""
-    synchronize(device)
-    start = time.perf_counter()
+    """Seconds of a forward alone, then of one that keeps its graph with the backward after it."""
+
+    def now() -> float:
+        synchronize(device)
+        return time.perf_counter()
+
+    start = now()
+    with torch.no_grad():
+        runner.forward()
+    alone = now()
     output = runner.forward()
-    synchronize(device)
-    middle = time.perf_counter()
+    middle = now()
     runner.backward(output)
-    synchronize(device)
-    end = time.perf_counter()
-    return {"forward": middle - start, "backward": end - middle, "both": end - start}
+    end = now()
+    return {"forward": alone - start, "backward": end - middle, "both": end - alone}
 
 
 def time_in_turn(
@@ -120,7 +125,8 @@ def time_in_turn(
     repeats = {}
     for name, runner in runners.items():
         time_once(runner, device)
-        repeats[name] = min(20, max(1, int(seconds / time_once(runner, device)["both"])))
+        once = time_once(runner, device)
+        repeats[name] = min(20, max(1, int(seconds / (once["forward"] + once["both"]))))
     samples = {name: Samples() for name in runners}
     for _ in range(rounds):
         for name, runner in runners.items():

@@ -7,6 +7,8 @@ python benchmarks/kernels.py --full     every size and provider, with peak memor
 from __future__ import annotations
 
 import argparse
+import collections
+import functools
 import json
 import math
 import os
@@ -44,6 +46,8 @@ from qflux_kernels import Radius, Threshold, reference
 KERNELS = ("evolve", "interact")
 FULL_SIZES = [256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536]
 QUICK_SIZES = [256, 1024, 4096]
+# Sizes that a quick run, which weighs nothing first, may ask of each provider.
+QUICK_LIMITS = collections.defaultdict(lambda: 8192, qflux=1 << 20, transformer=1024)
 DT = 1e-3
 SCORE, RADIUS = Threshold(), Radius()
 
@@ -76,7 +80,8 @@ def broadcast_weights(x: torch.Tensor) -> torch.Tensor:
     tau = closed_form_threshold(x)
     px, py = x.unbind(-1)
     s = (px[:, None] * px + py[:, None] * py + 1) / 2
-    index = torch.arange(len(x), device=x.device)
+    # In the dtype of the scores, or the compiler mixes vector widths.
+    index = torch.arange(len(x), dtype=x.dtype, device=x.device)
     return torch.where((s >= tau[:, None]) & (index <= index[:, None]), s, 0.0)
 
 
@@ -154,6 +159,21 @@ def runner(function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) ->
     return Runner(lambda: function(x), lambda output: torch.autograd.grad(output, x, grad))
 
 
+@functools.cache
+def from_interact(kernel: str, provider: str, dynamic: bool) -> Callable:
+    """The kernel made of a provider's interaction, compiled where that is the provider."""
+    interact, options = COMPILED.get(provider, (None, None))
+    if provider == "keops":
+        interact = keops_interact()
+
+    def function(x: torch.Tensor) -> torch.Tensor:
+        return heun_step(interact, x) if kernel == "evolve" else interact(x)[0]
+
+    if provider in COMPILED:
+        return torch.compile(function, dynamic=dynamic, options=options)
+    return function
+
+
 def build(kernel: str, provider: str, length: int, device: torch.device, dynamic: bool) -> Runner:
     """The closures of one provider at one size."""
     generator = torch.Generator().manual_seed(0)
@@ -170,19 +190,7 @@ def build(kernel: str, provider: str, length: int, device: torch.device, dynamic
         if kernel == "interact":
             return runner(lambda x: module.interact(x, score=SCORE).context, states)
         return runner(lambda x: module.evolve(x, DT, score=SCORE, radius=RADIUS).states, states)
-    options = None
-    if provider == "keops":
-        interact = keops_interact()
-    else:
-        interact, options = COMPILED[provider]
-
-    def function(x: torch.Tensor) -> torch.Tensor:
-        return heun_step(interact, x) if kernel == "evolve" else interact(x)[0]
-
-    if provider in COMPILED:
-        torch._dynamo.reset()
-        function = torch.compile(function, dynamic=dynamic, options=options)
-    return runner(function, states)
+    return runner(from_interact(kernel, provider, dynamic), states)
 
 
 def pairs(kernel: str, length: int) -> float:
@@ -207,11 +215,13 @@ def probe(kernel: str, provider: str, options: argparse.Namespace) -> None:
             elif last["both"] * scale**growth > memory_budget:
                 found["status"] = "out of memory"
         if found["status"] == "ok":
+            torch._dynamo.reset()
             try:
                 case = build(kernel, provider, length, device, dynamic=False)
                 time_once(case, device)
                 found["seconds"] = time_once(case, device)["both"]
-                found["forward"] = peak_mb(case.forward, device)
+                with torch.no_grad():
+                    found["forward"] = peak_mb(case.forward, device)
                 found["both"] = peak_mb(lambda c=case: c.backward(c.forward()), device)
             except ImportError as error:
                 found["status"] = f"not installed: {error.name}"
@@ -249,28 +259,37 @@ def run_probe(
         raise RuntimeError(f"the probe of {provider} failed, see above")
 
 
+def providers_of(kernel: str, options: argparse.Namespace) -> list[str]:
+    """A transformer layer stands beside a whole step only."""
+    return [p for p in options.providers if (kernel, p) != ("interact", "transformer")]
+
+
 def measure(kernel: str, options: argparse.Namespace) -> tuple[list[dict], dict[int, dict]]:
     """Rows of the CSV, and the samples behind them by size and provider."""
     device = torch.device(options.device)
     common = environment(device)
     rows, samples = [], {}
     probes: dict[str, dict[int, dict]] = {}
-    for provider in options.providers:
+    providers = providers_of(kernel, options)
+    for provider in providers:
         if options.quick:
-            limit = options.quick_limits.get(provider, max(options.sizes))
+            limit = QUICK_LIMITS[provider]
             probes[provider] = {s: {"status": "ok"} for s in options.sizes if s <= limit}
         else:
             print(f"{kernel}: weighing {provider}", file=sys.stderr)
             probes[provider] = {found["S"]: found for found in run_probe(kernel, provider, options)}
     for length in options.sizes:
         print(f"{kernel}: timing S = {length}", file=sys.stderr)
+        if not options.quick:
+            # One length after another would run into the limit of recompilations.
+            torch._dynamo.reset()
         runners = {
             provider: build(kernel, provider, length, device, dynamic=options.quick)
-            for provider in options.providers
+            for provider in providers
             if probes[provider].get(length, {}).get("status") == "ok"
         }
         samples[length] = time_in_turn(runners, device, options.rounds, options.seconds)
-        for provider in options.providers:
+        for provider in providers:
             found = probes[provider].get(length)
             for mode in MODES if found else ():
                 row = common | {"kernel": kernel, "provider": provider, "mode": mode, "S": length}
@@ -297,7 +316,7 @@ def metrics(
 
 def print_table(kernel: str, options: argparse.Namespace, samples: dict[int, dict]) -> None:
     """Ours in milliseconds, and how many times faster than each other provider, both ways."""
-    others = [provider for provider in options.providers if provider != "qflux"]
+    others = [provider for provider in providers_of(kernel, options) if provider != "qflux"]
     print(f"\n{kernel}, float32, causal: median ms of qflux; others / qflux, forward + backward")
     titles = ["S", "forward", "backward", "pairs/s", *others]
     print("".join(f"{title:>{max(10, len(title) + 2)}}" for title in titles))
@@ -341,7 +360,6 @@ def parse() -> argparse.Namespace:
     options.quick = not options.full and options.probe is None
     options.sizes = sorted(options.sizes or (QUICK_SIZES if options.quick else FULL_SIZES))
     options.rounds, options.seconds = (3, 0.2) if options.quick else (7, 0.5)
-    options.quick_limits = {"transformer": 1024}
     if options.providers is None:
         options.providers = ["qflux", "eager", "compile"]
         if options.quick:

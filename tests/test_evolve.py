@@ -117,7 +117,7 @@ def test_float32_by_stages(device, reduction, causal, score, radius):
         check_stages(device, torch.randn(2, length, 2), 0.05, radius=radius, skip=0.3, **options)
 
 
-@pytest.mark.parametrize("score", SCORES, ids=str)
+@pytest.mark.parametrize("score", [Threshold(), InverseGate()], ids=str)
 def test_float32_by_stages_on_many_tokens(device, score):
     check_stages(device, torch.randn(4096, 2), 1e-3, radius=Radius(), score=score)
 

@@ -47,15 +47,20 @@ def test_states_alone(device, length, dtype, causal, score):
 @pytest.mark.parametrize("score", SCORES, ids=str)
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("length", [1000, 4096])
-def test_many_tokens(device, length, dtype, causal, score):
-    check(device, torch.randn(length, 2, dtype=dtype), causal=causal, score=score)
+def test_many_tokens(device, dtype, causal, score):
+    check(device, torch.randn(1000, 2, dtype=dtype), causal=causal, score=score)
+
+
+@pytest.mark.parametrize("score", SCORES, ids=str)
+def test_more_tokens(device, score):
+    check(device, torch.randn(4096, 2), score=score)
+    check(device, torch.randn(3001, 2, dtype=torch.float64), score=score)
 
 
 @pytest.mark.parametrize("score", SCORES, ids=str)
 @pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("depth", [None, 1, 2, 3, 4, 5, 8, 17, 64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("depth", [None, 1, 2, 3, 4, 8, 17, 64])
 @pytest.mark.parametrize(
     "rows, keys", [(40, 40), (17, 90), (90, 17), (8, 5), (1, 33), (33, 1), (5, 0), (0, 5)]
 )

@@ -45,6 +45,14 @@ def test_no_python_symbol_beyond_the_limited_api():
 
 
 USE_WITHOUT_OBJECT = """
+import sys
+
+# An editable installation would find the object that was left out.
+sys.meta_path = [
+    finder
+    for finder in sys.meta_path
+    if not getattr(finder, "__module__", "").startswith("__editable__")
+]
 import torch
 import qflux_kernels
 from qflux_kernels import BackendUnavailableError, diagnostics, evolve, interact, scores
