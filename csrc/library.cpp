@@ -122,12 +122,15 @@ struct PairArguments {
   int64_t score;
   double eps;
   bool row_window, causal, mean;
+  int64_t algorithm;
 
   void check(const Tensor& states) {
     check_per_sequence("coefficient", coefficient, states);
     check_per_sequence("min_gate", min_gate, states);
     check_per_sequence("lengths", lengths, states, true);
     STD_TORCH_CHECK(score == 0 || score == 1, "qflux_kernels: score must be 0 or 1, got ", score);
+    STD_TORCH_CHECK(algorithm >= 0 && algorithm <= 2,
+                    "qflux_kernels: algorithm must be 0, 1 or 2, got ", algorithm);
     coefficient = contiguous(coefficient);
     min_gate = contiguous(min_gate);
     lengths = contiguous(lengths);
@@ -146,6 +149,7 @@ struct PairArguments {
     p.row_window = row_window;
     p.causal = causal;
     p.mean = mean;
+    p.algorithm = static_cast<Algorithm>(algorithm);
     p.coefficient = per_sequence<T>(coefficient, coefficient_value);
     p.min_gate = per_sequence<T>(min_gate, min_gate_value);
     p.lengths = lengths ? static_cast<const int64_t*>(lengths->data_ptr()) : nullptr;
@@ -182,12 +186,14 @@ namespace ops {
 std::tuple<Tensor, Tensor, Tensor, Tensor> interact(
     Tensor states, OptionalTensor keys, OptionalTensor values, OptionalTensor coefficient,
     double coefficient_value, OptionalTensor min_gate, double min_gate_value,
-    OptionalTensor lengths, int64_t score, double eps, bool row_window, bool causal, bool mean) {
+    OptionalTensor lengths, int64_t score, double eps, bool row_window, bool causal, bool mean,
+    int64_t algorithm) {
   PairArguments pair{coefficient, coefficient_value,
                      min_gate,    min_gate_value,
                      lengths,     score,
                      eps,         row_window,
-                     causal,      mean};
+                     causal,      mean,
+                     algorithm};
   check_keys(states, keys, values, lengths);
   pair.check(states);
   const int64_t batch = states.size(0), rows = states.size(1);
@@ -225,12 +231,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> interact_backward(
     Tensor grad_context, Tensor grad_strength, Tensor threshold, Tensor states, OptionalTensor keys,
     OptionalTensor values, OptionalTensor coefficient, double coefficient_value,
     OptionalTensor min_gate, double min_gate_value, OptionalTensor lengths, int64_t score,
-    double eps, bool row_window, bool causal, bool mean, bool need_rows, bool need_keys) {
+    double eps, bool row_window, bool causal, bool mean, int64_t algorithm, bool need_rows, bool need_keys) {
   PairArguments pair{coefficient, coefficient_value,
                      min_gate,    min_gate_value,
                      lengths,     score,
                      eps,         row_window,
-                     causal,      mean};
+                     causal,      mean,
+                     algorithm};
   check_keys(states, keys, values, lengths);
   pair.check(states);
   const int64_t batch = states.size(0), rows = states.size(1);
@@ -319,13 +326,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> evolve(
     Tensor states, OptionalTensor dt, double dt_value, OptionalTensor skip, double skip_value,
     OptionalTensor coefficient, double coefficient_value, OptionalTensor min_gate,
     double min_gate_value, OptionalTensor lengths, int64_t score, double eps, bool row_window,
-    bool causal, bool mean, int64_t steps, bool has_radius, double radius_min, double radius_max,
+    bool causal, bool mean, int64_t algorithm, int64_t steps, bool has_radius, double radius_min, double radius_max,
     double radius_rate, double radius_reversion, double radius_target, bool save) {
   PairArguments pair{coefficient, coefficient_value,
                      min_gate,    min_gate_value,
                      lengths,     score,
                      eps,         row_window,
-                     causal,      mean};
+                     causal,      mean,
+                     algorithm};
   StepArguments step{dt,          dt_value,         skip,         skip_value,
                      steps,       has_radius,       radius_min,   radius_max,
                      radius_rate, radius_reversion, radius_target};
@@ -370,14 +378,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> evolve_backward(
     Tensor grad_states, Tensor grad_strength, Tensor tape, OptionalTensor dt, double dt_value,
     OptionalTensor skip, double skip_value, OptionalTensor coefficient, double coefficient_value,
     OptionalTensor min_gate, double min_gate_value, OptionalTensor lengths, int64_t score,
-    double eps, bool row_window, bool causal, bool mean, int64_t steps, bool has_radius,
+    double eps, bool row_window, bool causal, bool mean, int64_t algorithm, int64_t steps, bool has_radius,
     double radius_min, double radius_max, double radius_rate, double radius_reversion,
     double radius_target) {
   PairArguments pair{coefficient, coefficient_value,
                      min_gate,    min_gate_value,
                      lengths,     score,
                      eps,         row_window,
-                     causal,      mean};
+                     causal,      mean,
+                     algorithm};
   StepArguments step{dt,          dt_value,         skip,         skip_value,
                      steps,       has_radius,       radius_min,   radius_max,
                      radius_rate, radius_reversion, radius_target};
@@ -452,7 +461,8 @@ Tensor cuda_architectures() {
 
 #define QFLUX_PAIR                                                                         \
   "Tensor? coefficient, float coefficient_value, Tensor? min_gate, float min_gate_value, " \
-  "Tensor? lengths, int score, float eps, bool row_window, bool causal, bool mean"
+  "Tensor? lengths, int score, float eps, bool row_window, bool causal, bool mean, " \
+  "int algorithm"
 #define QFLUX_STEP                                                                      \
   "int steps, bool has_radius, float radius_min, float radius_max, float radius_rate, " \
   "float radius_reversion, float radius_target"

@@ -8,6 +8,8 @@
 namespace qflux {
 
 enum class Score : int64_t { kThreshold = 0, kInverseGate = 1 };
+// How the pairs of the threshold score are met: as measured to be faster, one by one, or by sweep.
+enum class Algorithm : int64_t { kAuto = 0, kDense = 1, kSweep = 2 };
 
 // A tensor [batch][token][component] of any layout. Offsets are 64-bit throughout.
 template <class T>
@@ -64,6 +66,7 @@ struct PairParams {
   Score score;
   double eps;
   bool row_window, causal, mean;
+  Algorithm algorithm;
   PerSequence<T> coefficient;  // sigma or alpha
   PerSequence<T> min_gate;
   const int64_t* lengths = nullptr;  // [batch], or null for full sequences

@@ -27,6 +27,7 @@ class PairOptions(NamedTuple):
     row_window: bool
     causal: bool
     mean: bool
+    algorithm: int  # an index into options.ALGORITHMS
 
 
 class StepOptions(NamedTuple):
@@ -281,7 +282,7 @@ def _interact_backward_fake(
 
 
 def _evolve_fake(states, *arguments):
-    steps, save = arguments[14], arguments[-1]
+    steps, save = arguments[15], arguments[-1]
     batch, length, _ = states.shape
     saved = steps if save else 0
     return (

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from .options import ALGORITHMS, BACKENDS, check_choice
+from .options import ALGORITHMS, BACKENDS, Score, Threshold, check_choice
 
 
 class BackendUnavailableError(RuntimeError):
@@ -106,12 +106,21 @@ def choose_backend(backend: str, device: torch.device) -> str:
     return "compiled"
 
 
-def check_algorithm(algorithm: str) -> None:
-    """Raise unless `algorithm` is one this version has; "auto" is "dense" in this version."""
+def check_algorithm(algorithm: str, score: Score, backend: str, device: torch.device) -> None:
+    """Raise unless `algorithm` serves this score on the backend that was chosen."""
     check_choice("algorithm", algorithm, ALGORITHMS)
-    if algorithm == "sweep":
+    if algorithm != "sweep":
+        return
+    if not isinstance(score, Threshold):
         raise BackendUnavailableError(
-            "algorithm='sweep' is not in this version; use 'auto' or 'dense'"
+            f"algorithm='sweep' serves score=Threshold(...) only, got {type(score).__name__}: its "
+            "weights are no polynomial of the inner product. Use 'auto' or 'dense'"
+        )
+    if backend != "compiled" or device.type == "cuda":
+        what = f"backend={backend!r}" if backend != "compiled" else "backend='cuda'"
+        raise BackendUnavailableError(
+            f"algorithm='sweep' is there for backend='cpu' only, and {what} would serve states on "
+            f"{device}. Use 'auto' or 'dense'"
         )
 
 
@@ -137,7 +146,7 @@ def diagnostics() -> dict[str, object]:
             *(["triton"] if triton_error is None else []),
         ],
         "triton_error": triton_error,
-        "algorithms": ["dense"],
+        "algorithms": ["dense", *(["sweep"] if loaded else [])],
         "cuda_architectures": cuda_architectures(),
         "instruction_set": _text("instruction_set") if loaded else None,
         "threads": torch.get_num_threads(),

@@ -22,6 +22,7 @@ struct Sequence {
   int64_t depth;  // columns of the values; the fast path (values == nullptr) has 2
   Score score;
   T eps, min_gate;
+  bool row_window;
   const T *query_x, *query_y;  // [row_stride]
   const T* limit;              // [row_stride]: tau; zero for the inverse gate
   const T *key_x, *key_y;      // [key_stride]

@@ -6,14 +6,21 @@
 #include <cstring>
 #include <limits>
 #include <memory>
+#include <vector>
 
 #include "../math/score.h"
 #include "dense.h"
+#include "sweep.h"
 
 namespace qflux::cpu {
 namespace {
 
-const InstructionSet& choose_instruction_set() {
+struct InstructionSetChoice {
+  const InstructionSet& dense;
+  const SweepInstructionSet& sweep;
+};
+
+InstructionSetChoice choose_instruction_set() {
 #if defined(QFLUX_X86)
   const char* wanted = std::getenv("QFLUX_INSTRUCTION_SET");
   const auto allowed = [&](const InstructionSet& set) {
@@ -24,26 +31,48 @@ const InstructionSet& choose_instruction_set() {
   const bool wide = fused && __builtin_cpu_supports("avx512f") &&
                     __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
                     __builtin_cpu_supports("avx512vl");
-  if (wide && allowed(kAvx512)) return kAvx512;
-  if (fused && __builtin_cpu_supports("avx2") && allowed(kAvx2)) return kAvx2;
+  if (wide && allowed(kAvx512)) return {kAvx512, kSweepAvx512};
+  if (fused && __builtin_cpu_supports("avx2") && allowed(kAvx2)) return {kAvx2, kSweepAvx2};
 #endif
-  return kBaseline;
+  return {kBaseline, kSweepBaseline};
 }
 
-const InstructionSet& chosen() {
-  static const InstructionSet& set = choose_instruction_set();
-  return set;
+const InstructionSetChoice& chosen() {
+  static const InstructionSetChoice choice = choose_instruction_set();
+  return choice;
 }
 
 template <class T>
 const Kernels<T>& kernels();
 template <>
 const Kernels<float>& kernels<float>() {
-  return chosen().single;
+  return chosen().dense.single;
 }
 template <>
 const Kernels<double>& kernels<double>() {
-  return chosen().twice;
+  return chosen().dense.twice;
+}
+
+template <class T>
+const SweepLoops<T>& loops();
+template <>
+const SweepLoops<float>& loops<float>() {
+  return chosen().sweep.single;
+}
+template <>
+const SweepLoops<double>& loops<double>() {
+  return chosen().sweep.twice;
+}
+
+// Below, the sweep's own work is more than the pairs it saves (benchmarks/README.md).
+constexpr int64_t kSweepFrom = 16384;
+
+template <class T>
+bool chooses_sweep(const PairParams<T>& p) {
+  if (p.score != Score::kThreshold || p.algorithm == Algorithm::kDense) return false;
+  if (p.rows > std::numeric_limits<int32_t>::max() || p.keys > std::numeric_limits<int32_t>::max())
+    return false;
+  return p.algorithm == Algorithm::kSweep || std::min(p.rows, p.keys) >= kSweepFrom;
 }
 
 int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
@@ -113,6 +142,7 @@ class Staging {
     s.score = p.score;
     s.eps = static_cast<T>(p.eps);
     s.min_gate = p.min_gate[b];
+    s.row_window = p.row_window;
     s.query_x = row_plane(b, 0);
     s.query_y = row_plane(b, 1);
     s.limit = row_plane(b, 2);
@@ -289,7 +319,181 @@ void stage_backward(const Staging<T>& staging, const InteractBackwardParams<T>& 
 
 }  // namespace
 
-const char* instruction_set() { return chosen().name; }
+const char* instruction_set() { return chosen().dense.name; }
+
+namespace {
+
+// Owners of one block: `last` bounds those inside the sequence, `end` those with a result to write.
+struct Owners {
+  int64_t first, last, end;
+  Owners(int64_t block, int64_t count, int64_t valid)
+      : first(block * kBlock), end(std::min(first + kBlock, count)) {
+    last = std::min(end, valid);
+  }
+};
+
+// Calls body(b, block) for all blocks of sequence b only.
+template <class Body>
+auto of_sequence(int64_t b, const Body& body) {
+  return [b, &body](int64_t, int64_t block) { body(b, block); };
+}
+
+// The results of row i from its sums before the reduction; S is T, or double from a sweep.
+template <class T, class S>
+void write_row(const InteractParams<T>& params, int64_t b, int64_t i, T tau, const S* context,
+               S strength, int32_t degree, int64_t depth) {
+  const int64_t visible = params.pair.visibility(b).visible_keys(i);
+  T scale = params.pair.reduction_scale(visible);
+  // No comparison with an undefined threshold means anything.
+  if (tau != tau && visible > 0) scale = std::numeric_limits<T>::quiet_NaN();
+  for (int64_t c = 0; c < depth; ++c)
+    params.context.at(b, i, c) = visible > 0 ? static_cast<T>(scale * context[c]) : T(0);
+  if (params.strength)
+    params.strength.at(b, i) = visible > 0 ? static_cast<T>(scale * strength) : T(0);
+  if (params.degree) params.degree.at(b, i) = visible > 0 ? degree : 0;
+  params.threshold.at(b, i) = tau;
+}
+
+// The gradient of row i's query, pulled back to its state.
+template <class T>
+void write_row_gradient(const InteractBackwardParams<T>& params, int64_t b, int64_t i,
+                        Point<T> grad) {
+  const PairParams<T>& p = params.pair;
+  const bool gate = p.score == Score::kInverseGate;
+  if (params.grad_alpha)
+    params.grad_alpha.at(b, i) +=
+        gate ? GatePair<T>::alpha_vjp(grad, load_point(p.states, b, i)) : T(0);
+  if (!params.grad_states) return;
+  Point<T> pulled = gate ? GatePair<T>::query_vjp(grad, p.coefficient[b])
+                         : ThresholdPair<T>::query_vjp(grad, T(0));
+  if (params.accumulate) {
+    const Point<T> old = load_point(as_const(params.grad_states), b, i);
+    pulled = {old.x + pulled.x, old.y + pulled.y};
+  }
+  store_point(params.grad_states, b, i, pulled);
+}
+
+template <class T, class S>
+void write_key_gradient(const InteractBackwardParams<T>& params, int64_t b, int64_t j,
+                        const S* point, const S* values) {
+  if (params.grad_keys) {
+    Point<T> grad{static_cast<T>(point[0]), static_cast<T>(point[1])};
+    if (params.keys_are_states) {
+      const Point<T> old = load_point(as_const(params.grad_keys), b, j);
+      grad = {old.x + grad.x, old.y + grad.y};
+    }
+    store_point(params.grad_keys, b, j, grad);
+  }
+  if (params.grad_values)
+    for (int64_t c = 0; c < params.pair.depth; ++c)
+      params.grad_values.at(b, j, c) = static_cast<T>(values[c]);
+}
+
+template <class T>
+void forward_block(const InteractParams<T>& params, const Staging<T>& staging, int64_t b,
+                   int64_t block) {
+  const Sequence<T> sequence = staging.sequence(b);
+  const Owners rows(block, params.pair.rows, sequence.visibility.row_end);
+  const int64_t depth = staging.depth;
+  const std::unique_ptr<T[]> context(new T[static_cast<size_t>(kBlock * depth)]);
+  T strength[kBlock];
+  int32_t degree[kBlock];
+  if (rows.first < rows.last)
+    kernels<T>().forward(sequence, rows.first, rows.last,
+                         {context.get(), strength, params.degree ? degree : nullptr});
+  for (int64_t i = rows.first; i < rows.end; ++i) {
+    const int64_t n = i - rows.first;
+    write_row(params, b, i, sequence.limit[i], &context[n * depth], strength[n], degree[n], depth);
+  }
+}
+
+template <class T>
+void backward_row_block(const InteractBackwardParams<T>& params, const Staging<T>& staging,
+                        int64_t b, int64_t block) {
+  const Sequence<T> sequence = staging.sequence(b);
+  const Owners rows(block, params.pair.rows, sequence.visibility.row_end);
+  T point[2 * kBlock] = {};
+  if (rows.first < rows.last)
+    kernels<T>().backward_rows(sequence, rows.first, rows.last, {point, nullptr});
+  for (int64_t i = rows.first; i < rows.end; ++i) {
+    const int64_t n = i - rows.first;
+    write_row_gradient(params, b, i, {point[2 * n], point[2 * n + 1]});
+  }
+}
+
+template <class T>
+void backward_key_block(const InteractBackwardParams<T>& params, const Staging<T>& staging,
+                        int64_t b, int64_t block) {
+  const PairParams<T>& p = params.pair;
+  const Sequence<T> sequence = staging.sequence(b);
+  const Owners keys(block, p.keys, sequence.visibility.key_end);
+  T point[2 * kBlock] = {};
+  const std::unique_ptr<T[]> values(
+      new T[p.values ? static_cast<size_t>(kBlock * staging.depth) : 0]());
+  if (keys.first < keys.last)
+    kernels<T>().backward_keys(sequence, keys.first, keys.last, {point, values.get()});
+  for (int64_t j = keys.first; j < keys.end; ++j) {
+    const int64_t n = j - keys.first;
+    write_key_gradient(params, b, j, point + 2 * n, values.get() + n * staging.depth);
+  }
+}
+
+// Calls body(b) for every sequence: one a thread where there are enough, else one after the other
+// with the threads inside.
+template <class Body>
+void for_each_sequence(int64_t batch, const Body& body) {
+  if (batch >= 2 * static_cast<int64_t>(torch::stable::get_num_threads()))
+    for_each_block(batch, 1, false, 1, [&](int64_t b, int64_t) { body(b); });
+  else
+    for (int64_t b = 0; b < batch; ++b) body(b);
+}
+
+template <class T>
+bool swept(const InteractParams<T>& params, const Staging<T>& staging, int64_t b) {
+  const int64_t rows = params.pair.rows, depth = staging.depth;
+  std::vector<double> context(rows * depth, 0.0), strength(rows, 0.0);
+  std::vector<int32_t> degree(rows, 0);
+  const Sequence<T> sequence = staging.sequence(b);
+  if (!sweep_forward(kernels<T>(), loops<T>(), sequence,
+                     {context.data(), strength.data(), degree.data()}))
+    return false;
+  for_each_block(1, blocks(rows, kMomentsTile), false, 1, [&](int64_t, int64_t tile) {
+    const auto [first, last] = tile_range(tile, rows);
+    for (int64_t i = first; i < last; ++i)
+      write_row(params, b, i, sequence.limit[i], &context[i * depth], strength[i], degree[i],
+                depth);
+  });
+  return true;
+}
+
+template <class T>
+bool swept_backward(const InteractBackwardParams<T>& params, const Staging<T>& staging, int64_t b,
+                    bool need_rows, bool need_keys) {
+  const PairParams<T>& p = params.pair;
+  const int64_t depth = staging.depth;
+  std::vector<double> query(need_rows ? 2 * p.rows : 0, 0.0), key(need_keys ? 2 * p.keys : 0, 0.0);
+  std::vector<double> values(need_keys && p.values ? p.keys * depth : 0, 0.0);
+  if (!sweep_backward(
+          kernels<T>(), loops<T>(), staging.sequence(b),
+          {need_rows ? query.data() : nullptr, need_keys ? key.data() : nullptr, values.data()}))
+    return false;
+  if (need_rows)
+    for_each_block(1, blocks(p.rows, kMomentsTile), false, 1, [&](int64_t, int64_t tile) {
+      const auto [first, last] = tile_range(tile, p.rows);
+      for (int64_t i = first; i < last; ++i)
+        write_row_gradient(params, b, i,
+                           {static_cast<T>(query[2 * i]), static_cast<T>(query[2 * i + 1])});
+    });
+  if (need_keys)
+    for_each_block(1, blocks(p.keys, kMomentsTile), false, 1, [&](int64_t, int64_t tile) {
+      const auto [first, last] = tile_range(tile, p.keys);
+      for (int64_t j = first; j < last; ++j)
+        write_key_gradient(params, b, j, &key[2 * j], values.data() + j * depth);
+    });
+  return true;
+}
+
+}  // namespace
 
 template <class T>
 void Device::interact(const InteractParams<T>& params) {
@@ -297,34 +501,12 @@ void Device::interact(const InteractParams<T>& params) {
   if (p.batch == 0 || p.rows == 0) return;
   const Staging<T> staging(p, false);
   stage_forward(staging);
-  const int64_t depth = staging.depth;
-  for_each_block(
-      p.batch, blocks(p.rows, kBlock), p.causal, grain_for(kBlock * p.keys),
-      [&](int64_t b, int64_t block) {
-        const Sequence<T> sequence = staging.sequence(b);
-        const Visibility& visibility = sequence.visibility;
-        const int64_t first = block * kBlock;
-        const int64_t end = first + kBlock < p.rows ? first + kBlock : p.rows;
-        const int64_t last = end < visibility.row_end ? end : visibility.row_end;
-        const std::unique_ptr<T[]> context(new T[static_cast<size_t>(kBlock * depth)]);
-        T strength[kBlock];
-        int32_t degree[kBlock];
-        if (first < last)
-          kernels<T>().forward(sequence, first, last,
-                               {context.get(), strength, params.degree ? degree : nullptr});
-        for (int64_t i = first; i < end; ++i) {
-          const int64_t n = i - first, visible = visibility.visible_keys(i);
-          const T tau = sequence.limit[i];
-          T scale = p.reduction_scale(visible);
-          // No comparison with an undefined threshold means anything.
-          if (tau != tau && visible > 0) scale = std::numeric_limits<T>::quiet_NaN();
-          for (int64_t c = 0; c < depth; ++c)
-            params.context.at(b, i, c) = visible > 0 ? scale * context[n * depth + c] : T(0);
-          if (params.strength) params.strength.at(b, i) = visible > 0 ? scale * strength[n] : T(0);
-          if (params.degree) params.degree.at(b, i) = visible > 0 ? degree[n] : 0;
-          params.threshold.at(b, i) = tau;
-        }
-      });
+  const int64_t count = blocks(p.rows, kBlock), grain = grain_for(kBlock * p.keys);
+  const auto dense = [&](int64_t b, int64_t block) { forward_block(params, staging, b, block); };
+  if (!chooses_sweep(p)) return for_each_block(p.batch, count, p.causal, grain, dense);
+  for_each_sequence(p.batch, [&](int64_t b) {
+    if (!swept(params, staging, b)) for_each_block(1, count, p.causal, grain, of_sequence(b, dense));
+  });
 }
 
 template <class T>
@@ -333,69 +515,26 @@ void Device::interact_backward(const InteractBackwardParams<T>& params) {
   if (p.batch == 0) return;
   const Staging<T> staging(p, true);
   stage_backward(staging, params);
-  const int64_t depth = staging.depth;
-  const auto owners = [](int64_t block, int64_t count, int64_t valid) {
-    struct {
-      int64_t first, last, end;
-    } range;
-    range.first = block * kBlock;
-    range.end = range.first + kBlock < count ? range.first + kBlock : count;
-    range.last = range.end < valid ? range.end : valid;
-    return range;
+  const bool need_rows = params.grad_states || params.grad_alpha;
+  const bool need_keys = params.grad_keys || params.grad_values;
+  const auto dense_rows = [&](int64_t b, int64_t block) {
+    backward_row_block(params, staging, b, block);
   };
-
-  if (params.grad_states || params.grad_alpha)
-    for_each_block(
-        p.batch, blocks(p.rows, kBlock), p.causal, grain_for(kBlock * p.keys),
-        [&](int64_t b, int64_t block) {
-          const Sequence<T> sequence = staging.sequence(b);
-          const auto range = owners(block, p.rows, sequence.visibility.row_end);
-          T point[2 * kBlock] = {};
-          if (range.first < range.last)
-            kernels<T>().backward_rows(sequence, range.first, range.last, {point, nullptr});
-          for (int64_t i = range.first; i < range.end; ++i) {
-            const Point<T> grad{point[2 * (i - range.first)], point[2 * (i - range.first) + 1]};
-            const bool gate = p.score == Score::kInverseGate;
-            if (params.grad_alpha)
-              params.grad_alpha.at(b, i) +=
-                  gate ? GatePair<T>::alpha_vjp(grad, load_point(p.states, b, i)) : T(0);
-            if (!params.grad_states) continue;
-            Point<T> pulled = gate ? GatePair<T>::query_vjp(grad, p.coefficient[b])
-                                   : ThresholdPair<T>::query_vjp(grad, T(0));
-            if (params.accumulate) {
-              const Point<T> old = load_point(as_const(params.grad_states), b, i);
-              pulled = {old.x + pulled.x, old.y + pulled.y};
-            }
-            store_point(params.grad_states, b, i, pulled);
-          }
-        });
-
-  if (params.grad_keys || params.grad_values)
-    for_each_block(p.batch, blocks(p.keys, kBlock), p.causal, grain_for(kBlock * p.rows),
-                   [&](int64_t b, int64_t block) {
-                     const Sequence<T> sequence = staging.sequence(b);
-                     const auto range = owners(block, p.keys, sequence.visibility.key_end);
-                     T point[2 * kBlock] = {};
-                     const std::unique_ptr<T[]> values(
-                         new T[p.values ? static_cast<size_t>(kBlock * depth) : 0]());
-                     if (range.first < range.last)
-                       kernels<T>().backward_keys(sequence, range.first, range.last,
-                                                  {point, values.get()});
-                     for (int64_t j = range.first; j < range.end; ++j) {
-                       const int64_t n = j - range.first;
-                       if (params.grad_keys) {
-                         Point<T> grad{point[2 * n], point[2 * n + 1]};
-                         if (params.keys_are_states) {
-                           const Point<T> old = load_point(as_const(params.grad_keys), b, j);
-                           grad = {old.x + grad.x, old.y + grad.y};
-                         }
-                         store_point(params.grad_keys, b, j, grad);
-                       }
-                       if (params.grad_values)
-                         for (int64_t c = 0; c < depth; ++c)
-                           params.grad_values.at(b, j, c) = values[n * depth + c];
-                     }
-                   });
+  const auto dense_keys = [&](int64_t b, int64_t block) {
+    backward_key_block(params, staging, b, block);
+  };
+  const int64_t row_blocks = blocks(p.rows, kBlock), key_blocks = blocks(p.keys, kBlock);
+  const int64_t row_grain = grain_for(kBlock * p.keys), key_grain = grain_for(kBlock * p.rows);
+  if (!chooses_sweep(p)) {
+    if (need_rows) for_each_block(p.batch, row_blocks, p.causal, row_grain, dense_rows);
+    if (need_keys) for_each_block(p.batch, key_blocks, p.causal, key_grain, dense_keys);
+    return;
+  }
+  for_each_sequence(p.batch, [&](int64_t b) {
+    if (swept_backward(params, staging, b, need_rows, need_keys)) return;
+    if (need_rows) for_each_block(1, row_blocks, p.causal, row_grain, of_sequence(b, dense_rows));
+    if (need_keys) for_each_block(1, key_blocks, p.causal, key_grain, of_sequence(b, dense_keys));
+  });
 }
 
 template void Device::interact(const InteractParams<float>&);

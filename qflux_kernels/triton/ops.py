@@ -20,7 +20,8 @@ MAX_COLUMNS = {torch.float32: 8, torch.float64: 4}
 
 _PAIR = (
     "Tensor? coefficient, float coefficient_value, Tensor? min_gate, float min_gate_value, "
-    "Tensor? lengths, int score, float eps, bool row_window, bool causal, bool mean"
+    "Tensor? lengths, int score, float eps, bool row_window, bool causal, bool mean, "
+    "int algorithm"
 )
 _STEP = (
     "int steps, bool has_radius, float radius_min, float radius_max, float radius_rate, "
@@ -62,7 +63,7 @@ class _Pairs:
 
     def __init__(
         self, like, coefficient, coefficient_value, min_gate, min_gate_value,
-        lengths, score, eps, row_window, causal, mean,
+        lengths, score, eps, row_window, causal, mean, _algorithm,
     ):  # fmt: skip
         def per_sequence(tensor, value):
             tensor = like.new_full((), value) if tensor is None else tensor
