@@ -24,7 +24,7 @@ namespace {
 constexpr int64_t kBase = 2048;
 // Costs in units of one pair of the dense loop, measured: a key's arcs, moments and list entries; a
 // row's angle and sorting; a list entry, beside the pairs it stands for.
-constexpr double kKeyCost = 600, kRowCost = 300, kEntryCost = 40;
+constexpr double kKeyCost = 900, kRowCost = 600, kEntryCost = 40;
 // Rows of one pair of blocks are split by h into at most so many groups.
 constexpr int kMostGroups = 16;
 // Keys gathered for one call of the pair loop.
