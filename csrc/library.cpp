@@ -188,12 +188,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> interact(
     double coefficient_value, OptionalTensor min_gate, double min_gate_value,
     OptionalTensor lengths, int64_t score, double eps, bool row_window, bool causal, bool mean,
     int64_t algorithm) {
-  PairArguments pair{coefficient, coefficient_value,
-                     min_gate,    min_gate_value,
-                     lengths,     score,
-                     eps,         row_window,
-                     causal,      mean,
-                     algorithm};
+  PairArguments pair{coefficient, coefficient_value, min_gate, min_gate_value, lengths,  score,
+                     eps,         row_window,        causal,   mean,           algorithm};
   check_keys(states, keys, values, lengths);
   pair.check(states);
   const int64_t batch = states.size(0), rows = states.size(1);
@@ -231,13 +227,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> interact_backward(
     Tensor grad_context, Tensor grad_strength, Tensor threshold, Tensor states, OptionalTensor keys,
     OptionalTensor values, OptionalTensor coefficient, double coefficient_value,
     OptionalTensor min_gate, double min_gate_value, OptionalTensor lengths, int64_t score,
-    double eps, bool row_window, bool causal, bool mean, int64_t algorithm, bool need_rows, bool need_keys) {
-  PairArguments pair{coefficient, coefficient_value,
-                     min_gate,    min_gate_value,
-                     lengths,     score,
-                     eps,         row_window,
-                     causal,      mean,
-                     algorithm};
+    double eps, bool row_window, bool causal, bool mean, int64_t algorithm, bool need_rows,
+    bool need_keys) {
+  PairArguments pair{coefficient, coefficient_value, min_gate, min_gate_value, lengths,  score,
+                     eps,         row_window,        causal,   mean,           algorithm};
   check_keys(states, keys, values, lengths);
   pair.check(states);
   const int64_t batch = states.size(0), rows = states.size(1);
@@ -285,6 +278,39 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> interact_backward(
   return {grad_states, grad_keys, grad_values, summed};
 }
 
+// How many pairs a sweep meets one by one: [densely, in bands].
+Tensor sweep_work(Tensor states, OptionalTensor keys, double sigma, double eps, bool row_window,
+                  bool causal) {
+  PairArguments pair{std::nullopt,
+                     sigma,
+                     std::nullopt,
+                     0.0,
+                     std::nullopt,
+                     0,
+                     eps,
+                     row_window,
+                     causal,
+                     false,
+                     int64_t(Algorithm::kSweep)};
+  check_keys(states, keys, std::nullopt, std::nullopt);
+  pair.check(states);
+  const Tensor work = torch::stable::new_zeros(states, {2}, ScalarType::Long);
+  if (!any_pairs(states, keys, std::nullopt)) return work;
+  with_dtype(states, [&](auto zero) {
+    using T = decltype(zero);
+    const int64_t batch = states.size(0), rows = states.size(1);
+    const Tensor context = empty(states, {batch, rows, 2}, states.scalar_type());
+    const Tensor threshold = empty(states, {batch, rows}, states.scalar_type());
+    InteractParams<T> params{};
+    params.pair = pair.params<T>(states, keys, std::nullopt);
+    params.context = view<T>(context);
+    params.threshold = view<T>(threshold);
+    params.work = static_cast<int64_t*>(work.data_ptr());
+    cpu::Device().interact(params);
+  });
+  return work;
+}
+
 struct StepArguments {
   OptionalTensor dt;
   double dt_value;
@@ -326,14 +352,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> evolve(
     Tensor states, OptionalTensor dt, double dt_value, OptionalTensor skip, double skip_value,
     OptionalTensor coefficient, double coefficient_value, OptionalTensor min_gate,
     double min_gate_value, OptionalTensor lengths, int64_t score, double eps, bool row_window,
-    bool causal, bool mean, int64_t algorithm, int64_t steps, bool has_radius, double radius_min, double radius_max,
-    double radius_rate, double radius_reversion, double radius_target, bool save) {
-  PairArguments pair{coefficient, coefficient_value,
-                     min_gate,    min_gate_value,
-                     lengths,     score,
-                     eps,         row_window,
-                     causal,      mean,
-                     algorithm};
+    bool causal, bool mean, int64_t algorithm, int64_t steps, bool has_radius, double radius_min,
+    double radius_max, double radius_rate, double radius_reversion, double radius_target,
+    bool save) {
+  PairArguments pair{coefficient, coefficient_value, min_gate, min_gate_value, lengths,  score,
+                     eps,         row_window,        causal,   mean,           algorithm};
   StepArguments step{dt,          dt_value,         skip,         skip_value,
                      steps,       has_radius,       radius_min,   radius_max,
                      radius_rate, radius_reversion, radius_target};
@@ -378,15 +401,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> evolve_backward(
     Tensor grad_states, Tensor grad_strength, Tensor tape, OptionalTensor dt, double dt_value,
     OptionalTensor skip, double skip_value, OptionalTensor coefficient, double coefficient_value,
     OptionalTensor min_gate, double min_gate_value, OptionalTensor lengths, int64_t score,
-    double eps, bool row_window, bool causal, bool mean, int64_t algorithm, int64_t steps, bool has_radius,
-    double radius_min, double radius_max, double radius_rate, double radius_reversion,
-    double radius_target) {
-  PairArguments pair{coefficient, coefficient_value,
-                     min_gate,    min_gate_value,
-                     lengths,     score,
-                     eps,         row_window,
-                     causal,      mean,
-                     algorithm};
+    double eps, bool row_window, bool causal, bool mean, int64_t algorithm, int64_t steps,
+    bool has_radius, double radius_min, double radius_max, double radius_rate,
+    double radius_reversion, double radius_target) {
+  PairArguments pair{coefficient, coefficient_value, min_gate, min_gate_value, lengths,  score,
+                     eps,         row_window,        causal,   mean,           algorithm};
   StepArguments step{dt,          dt_value,         skip,         skip_value,
                      steps,       has_radius,       radius_min,   radius_max,
                      radius_rate, radius_reversion, radius_target};
@@ -461,7 +480,7 @@ Tensor cuda_architectures() {
 
 #define QFLUX_PAIR                                                                         \
   "Tensor? coefficient, float coefficient_value, Tensor? min_gate, float min_gate_value, " \
-  "Tensor? lengths, int score, float eps, bool row_window, bool causal, bool mean, " \
+  "Tensor? lengths, int score, float eps, bool row_window, bool causal, bool mean, "       \
   "int algorithm"
 #define QFLUX_STEP                                                                      \
   "int steps, bool has_radius, float radius_min, float radius_max, float radius_rate, " \
@@ -486,6 +505,9 @@ STABLE_TORCH_LIBRARY(qflux_kernels, m) {
   // Texts as uint8: a str in a schema leaks in the stable ABI before torch 2.14.
   m.def("instruction_set() -> Tensor");
   m.def("cuda_architectures() -> Tensor");
+  m.def(
+      "sweep_work(Tensor states, Tensor? keys, float sigma, float eps, bool row_window, "
+      "bool causal) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(qflux_kernels, CompositeExplicitAutograd, m) {
@@ -499,7 +521,10 @@ STABLE_TORCH_LIBRARY_IMPL(qflux_kernels, CompositeExplicitAutograd, m) {
   m.impl("evolve", TORCH_BOX(&qflux::ops::evolve));                       \
   m.impl("evolve_backward", TORCH_BOX(&qflux::ops::evolve_backward))
 
-STABLE_TORCH_LIBRARY_IMPL(qflux_kernels, CPU, m) { QFLUX_IMPLEMENT(m); }
+STABLE_TORCH_LIBRARY_IMPL(qflux_kernels, CPU, m) {
+  QFLUX_IMPLEMENT(m);
+  m.impl("sweep_work", TORCH_BOX(&qflux::ops::sweep_work));
+}
 STABLE_TORCH_LIBRARY_IMPL(qflux_kernels, CUDA, m) { QFLUX_IMPLEMENT(m); }
 
 // Importing the module is what loads the object and so registers the ops.

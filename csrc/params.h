@@ -92,6 +92,8 @@ struct InteractParams {
   View<T> strength;      // [batch][rows]
   View<int32_t> degree;  // [batch][rows]; null: not wanted
   View<T> threshold;     // [batch][rows]: tau, for the backward; zero for the inverse gate
+  // Counts of pairs that a sweep met one by one, added to: [0] densely, [1] in bands. Null: none.
+  int64_t* work = nullptr;
 };
 
 template <class T>

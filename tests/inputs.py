@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 
 import torch
 
@@ -94,6 +95,55 @@ STATES = {
     "clamped": _clamped,
     "sorted": _sorted,
     "ties": _ties,
+}
+
+
+def _drift(length: int) -> torch.Tensor:
+    """Every token a little further than all before it: windows never settle."""
+    step = torch.arange(length, dtype=torch.float64)[:, None]
+    return 0.1 * torch.randn(length, 2, dtype=torch.float64) + step * torch.tensor([1e-3, 2e-3])
+
+
+def _with_entry(value: float) -> Callable[[int], torch.Tensor]:
+    def states(length: int) -> torch.Tensor:
+        points = torch.randn(length, 2, dtype=torch.float64)
+        points[length // 2, 1] = value
+        return points
+
+    return states
+
+
+def _zero_rows(length: int) -> torch.Tensor:
+    points = torch.randn(length, 2, dtype=torch.float64)
+    points[::3] = 0
+    return points
+
+
+# What a sweep over directions and distances might get wrong, in addition to STATES.
+SWEEP_STATES = STATES | {
+    "drift": _drift,
+    "walk": lambda length: 0.05 * torch.randn(length, 2, dtype=torch.float64).cumsum(0),
+    "far from the origin": lambda length: (
+        torch.randn(length, 2, dtype=torch.float64) + torch.tensor([30.0, -20.0])
+    ),
+    "line beside the origin": lambda length: _collinear(length) + torch.tensor([1.0, 2.0]),
+    "on an axis": lambda length: torch.randn(length, 2, dtype=torch.float64) * torch.eye(2)[0],
+    "two points": lambda length: torch.randn(2, 2, dtype=torch.float64)[
+        torch.randint(2, (length,))
+    ],
+    "very far outlier": _with_entry(1e7),
+    "one direction": lambda length: _angles(0.01 * torch.rand(length, dtype=torch.float64)),
+    "sorted around the circle": lambda length: _angles(
+        torch.linspace(0, 2 * math.pi, length, dtype=torch.float64)
+    ),
+    "lattice": lambda length: torch.randint(-3, 4, (length, 2)).double(),
+    "zero rows": _zero_rows,
+    "radii of all sizes": lambda length: (
+        torch.randn(length, 2, dtype=torch.float64)
+        * torch.exp(4 * torch.randn(length, 1, dtype=torch.float64))
+    ),
+    "NaN": _with_entry(math.nan),
+    "infinity": _with_entry(math.inf),
 }
 
 

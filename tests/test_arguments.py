@@ -251,8 +251,11 @@ def test_backends_that_are_not_there():
             call(backend="cuda")
         with pytest.raises(BackendUnavailableError, match=messages("backend='triton'", "cpu")):
             call(backend="triton")
-        with pytest.raises(BackendUnavailableError, match=messages("sweep", "version", "dense")):
-            call(algorithm="sweep")
+        for backend in ("reference", "auto"):
+            score = InverseGate() if backend == "auto" else Threshold()
+            what = messages("sweep", "InverseGate" if backend == "auto" else backend, "dense")
+            with pytest.raises(BackendUnavailableError, match=what):
+                call(algorithm="sweep", backend=backend, score=score)
         assert call(backend="reference")[0].shape == X.shape
 
 

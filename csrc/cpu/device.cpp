@@ -64,15 +64,16 @@ const SweepLoops<double>& loops<double>() {
   return chosen().sweep.twice;
 }
 
-// Below, the sweep's own work is more than the pairs it saves (benchmarks/README.md).
-constexpr int64_t kSweepFrom = 16384;
+// Rows and keys from which the sweep is faster, by measurement (benchmarks/README.md).
+constexpr int64_t kSweepFrom = 2048, kCausalSweepFrom = 4096;
 
 template <class T>
 bool chooses_sweep(const PairParams<T>& p) {
   if (p.score != Score::kThreshold || p.algorithm == Algorithm::kDense) return false;
   if (p.rows > std::numeric_limits<int32_t>::max() || p.keys > std::numeric_limits<int32_t>::max())
     return false;
-  return p.algorithm == Algorithm::kSweep || std::min(p.rows, p.keys) >= kSweepFrom;
+  return p.algorithm == Algorithm::kSweep ||
+         std::min(p.rows, p.keys) >= (p.causal ? kCausalSweepFrom : kSweepFrom);
 }
 
 int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
@@ -455,7 +456,7 @@ bool swept(const InteractParams<T>& params, const Staging<T>& staging, int64_t b
   std::vector<int32_t> degree(rows, 0);
   const Sequence<T> sequence = staging.sequence(b);
   if (!sweep_forward(kernels<T>(), loops<T>(), sequence,
-                     {context.data(), strength.data(), degree.data()}))
+                     {context.data(), strength.data(), degree.data(), params.work}))
     return false;
   for_each_block(1, blocks(rows, kMomentsTile), false, 1, [&](int64_t, int64_t tile) {
     const auto [first, last] = tile_range(tile, rows);
@@ -505,7 +506,8 @@ void Device::interact(const InteractParams<T>& params) {
   const auto dense = [&](int64_t b, int64_t block) { forward_block(params, staging, b, block); };
   if (!chooses_sweep(p)) return for_each_block(p.batch, count, p.causal, grain, dense);
   for_each_sequence(p.batch, [&](int64_t b) {
-    if (!swept(params, staging, b)) for_each_block(1, count, p.causal, grain, of_sequence(b, dense));
+    if (!swept(params, staging, b))
+      for_each_block(1, count, p.causal, grain, of_sequence(b, dense));
   });
 }
 

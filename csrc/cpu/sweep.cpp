@@ -32,6 +32,7 @@ constexpr int64_t kListTile = 1024;
 // A share of a long loop that one thread takes at a time.
 constexpr int64_t kShare = 16384;
 constexpr int64_t kMostShares = 16;
+constexpr double kNone = std::numeric_limits<double>::quiet_NaN();
 
 int64_t ceil_div(int64_t n, int64_t by) { return (n + by - 1) / by; }
 
@@ -46,8 +47,7 @@ void each(int64_t count, const Body& body) {
 
 struct Shares {
   int64_t total, count;
-  explicit Shares(int64_t n)
-      : total(n), count(std::clamp<int64_t>(n / kShare, 1, kMostShares)) {}
+  explicit Shares(int64_t n) : total(n), count(std::clamp<int64_t>(n / kShare, 1, kMostShares)) {}
   int64_t begin(int64_t share) const { return total * share / count; }
 };
 
@@ -81,7 +81,8 @@ struct RowSet {
     each(shares.count, [&](int64_t share) {
       const auto gather = [&](const T* from, int64_t plane) {
         T* to = planes.get() + plane * stride;
-        for (int64_t n = shares.begin(share); n < shares.begin(share + 1); ++n) to[n] = from[row[n]];
+        for (int64_t n = shares.begin(share); n < shares.begin(share + 1); ++n)
+          to[n] = from[row[n]];
       };
       gather(s.query_x, 0);
       gather(s.query_y, 1);
@@ -205,6 +206,9 @@ class Sweep {
   }
 
  private:
+  void count_work(int which, int64_t pairs) const {
+    if (rows_ && rows_->work) __atomic_fetch_add(&rows_->work[which], pairs, __ATOMIC_RELAXED);
+  }
   bool backward() const { return gradients_ != nullptr; }
   int64_t row_at(int64_t position) const {
     return std::max<int64_t>(position - s_.visibility.shift, 0);
@@ -247,6 +251,7 @@ class Sweep {
     s.visibility = {row_at(end), end - key, visible.shift - key, true};
     std::vector<int32_t> rows(row_at(end) - row_at(key));
     std::iota(rows.begin(), rows.end(), static_cast<int32_t>(row_at(key)));
+    count_work(0, int64_t(rows.size()) * (rows.size() + 1) / 2);
     RowBlock results(*this);
     for (size_t n = 0; n < rows.size(); n += kBlock) {
       const int64_t count = std::min<int64_t>(kBlock, rows.size() - n);
@@ -337,6 +342,7 @@ class Sweep {
   // Every pair of some rows with the keys of a rectangle.
   void meet_densely(const std::vector<int32_t>& list, const Rectangle& where) {
     if (list.empty() || where.keys() == 0) return;
+    count_work(0, int64_t(list.size()) * where.keys());
     const RowSet<T> set(s_, list, backward());
     const Sequence<T> keys = from_key(s_, where.key_begin);
     each(ceil_div(set.count(), kBlock), [&](int64_t block) {
@@ -360,11 +366,11 @@ class Sweep {
   void meet(const Rectangle& where) {
     const int64_t rows = where.rows(), keys = where.keys();
     if (rows <= 0 || keys <= 0) return;
-    std::vector<int32_t> all(rows);
-    std::iota(all.begin(), all.end(), static_cast<int32_t>(where.row_begin));
-    if (rows < kBase / 2 || keys < kBase / 2) return meet_densely(all, where);
+    const std::vector<int32_t> hopeful = rows_in_reach(where);
+    if (int64_t(hopeful.size()) < kBase / 2 || keys < kBase / 2)
+      return meet_densely(hopeful, where);
     const Frame frame = frame_of(where);
-    if (!(frame.least > 0)) return meet_densely(all, where);
+    if (!(frame.least > 0)) return meet_densely(hopeful, where);
 
     const auto angle = room<double>(rows), low = room<double>(rows), high = room<double>(rows);
     const Shares shares(rows);
@@ -373,6 +379,13 @@ class Sweep {
       loops_.view_rows(frame, s_.query_x + row, s_.query_y + row, s_.limit + row,
                        shares.begin(share + 1) - n, &angle[n], &low[n], &high[n]);
     });
+    // The rest is in no group.
+    int64_t next = 0;
+    for (const int32_t row : hopeful) {
+      for (; next < row - where.row_begin; ++next) low[next] = high[next] = kNone;
+      ++next;
+    }
+    for (; next < rows; ++next) low[next] = high[next] = kNone;
     const std::vector<Group> groups = group_rows(low.get(), high.get(), rows, keys);
     std::vector<int32_t> densely;
     for (const Group& group : groups) {
@@ -386,13 +399,31 @@ class Sweep {
         h.high = std::max(h.high, high[n]);
       }
       if (group.dense || !meet_by_arcs(frame, h, list, angle.get(), where))
-        for (const int32_t n : list) densely.push_back(all[n]);
+        for (const int32_t n : list) densely.push_back(static_cast<int32_t>(where.row_begin) + n);
     }
     // Rows without direction are in no group.
-    for (int64_t n = 0; n < rows; ++n)
-      if (!std::isfinite(low[n] + high[n])) densely.push_back(all[n]);
+    for (const int32_t row : hopeful) {
+      const int64_t n = row - where.row_begin;
+      if (!std::isfinite(low[n] + high[n])) densely.push_back(row);
+    }
     std::sort(densely.begin(), densely.end());
     meet_densely(densely, where);
+  }
+
+  // The rows of a rectangle whose threshold is not beyond what any of its keys can score.
+  std::vector<int32_t> rows_in_reach(const Rectangle& where) const {
+    const double unit = 32 * double(std::numeric_limits<T>::epsilon());
+    double farthest = 0;
+    for (int64_t j = where.key_begin; j < where.key_end; ++j)
+      farthest = std::max(farthest, absolute(double(s_.key_x[j])) + absolute(double(s_.key_y[j])));
+    std::vector<int32_t> rows;
+    for (int64_t i = where.row_begin; i < where.row_end; ++i) {
+      const double reach =
+          (absolute(double(s_.query_x[i])) + absolute(double(s_.query_y[i]))) * farthest;
+      const double most = ThresholdPair<double>::kBias + reach;
+      if (!(most + unit * most < s_.limit[i])) rows.push_back(static_cast<int32_t>(i));
+    }
+    return rows;
   }
 
   // The ellipse of the statistics that the rows' thresholds came from, at the middle row.
@@ -472,9 +503,8 @@ class Sweep {
         const double members = std::max(rank[end] - rank[begin], double(step));
         // The density of the keys' whitened offsets is nowhere much above 0.4.
         const double band = std::min(1.0, 0.4 * (edge[end] - edge[begin] + slack));
-        const double by_arcs =
-            keys * kKeyCost + members * kRowCost +
-            members * keys * band * (1 + kEntryCost / double(kRankBlock));
+        const double by_arcs = keys * kKeyCost + members * kRowCost +
+                               members * keys * band * (1 + kEntryCost / double(kRankBlock));
         const double by_pairs = members * keys;
         const bool pairs = by_pairs <= by_arcs || groups[begin] >= kMostGroups;
         const double cost = best[begin] + std::min(by_pairs, pairs ? by_pairs : by_arcs);
@@ -511,8 +541,8 @@ class Sweep {
       ++sorted.offset[static_cast<int32_t>(angle[list[n]] * (CellMap::kParts / kTurn)) + 1];
     // A cell for every eight rows, and one more in each part.
     for (int32_t part = 0; part < CellMap::kParts; ++part)
-      sorted.offset[part + 1] = static_cast<int32_t>(
-          sorted.offset[part] + 1 + sorted.offset[part + 1] * step / 8);
+      sorted.offset[part + 1] =
+          static_cast<int32_t>(sorted.offset[part] + 1 + sorted.offset[part + 1] * step / 8);
     const int32_t cells = sorted.offset[CellMap::kParts];
     const CellMap map{sorted.offset.data(), nullptr, static_cast<int32_t>(rows)};
 
@@ -584,13 +614,15 @@ class Sweep {
     for (int32_t& n : sorted.order) n += static_cast<int32_t>(where.row_begin);
     const RowSet<T> set(s_, std::move(sorted.order), backward());
     const auto moments = inner_moments(spans.get(), shares, blocks, where);
-    if (backward() && gradients_->key) keys_from_inner_rows(set, spans.get(), shares, blocks, where);
+    if (backward() && gradients_->key)
+      keys_from_inner_rows(set, spans.get(), shares, blocks, where);
     // Lists of a few blocks at a time, so that memory stays O(S) however wide the band.
     const int64_t most = std::max<int64_t>(8 * keys, int64_t(1) << 16);
     for (int32_t begin = 0; begin < blocks;) {
       int32_t end = begin;
       int64_t size = 0;
-      while (end < blocks && (end == begin || size + in_block[end] <= most)) size += in_block[end++];
+      while (end < blocks && (end == begin || size + in_block[end] <= most))
+        size += in_block[end++];
       meet_bands(set, spans.get(), shares, tested, begin, end, size, blocks, moments.get(), where);
       begin = end;
     }
@@ -691,8 +723,14 @@ class Sweep {
       constexpr double kBias = ThresholdPair<double>::kBias;
       if (!s_.values) {
         const double gx = grad(0), gy = grad(1), gs = grad(2);
-        const double numbers[8] = {2 * qx * gx,          qx * gy + qy * gx,    2 * qy * gy,
-                                   gs * qx + kBias * gx, gs * qy + kBias * gy, 0, 0, 0};
+        const double numbers[8] = {2 * qx * gx,
+                                   qx * gy + qy * gx,
+                                   2 * qy * gy,
+                                   gs * qx + kBias * gx,
+                                   gs * qy + kBias * gy,
+                                   0,
+                                   0,
+                                   0};
         std::copy_n(numbers, 8, vectors);
         continue;
       }
@@ -719,7 +757,8 @@ class Sweep {
       row_vectors(set, first, last, vectors.get());
       loops_.add_vectors(&sums[(block + 1) * size], vectors.get(), last - first, width_);
     });
-    for (int32_t b = 1; b <= blocks; ++b) loops_.add_bins(&sums[b * size], &sums[(b - 1) * size], width_);
+    for (int32_t b = 1; b <= blocks; ++b)
+      loops_.add_bins(&sums[b * size], &sums[(b - 1) * size], width_);
 
     each(shares.count, [&](int64_t share) {
       const auto total = room<double>(width_);
@@ -754,8 +793,8 @@ class Sweep {
         x += v * m[3 * c + 1];
         y += v * m[3 * c + 2];
         if (c < depth_)
-          gradients_->values[key * depth_ + c] += ThresholdPair<double>::kBias * m[3 * c] +
-                                                  kx * m[3 * c + 1] + ky * m[3 * c + 2];
+          gradients_->values[key * depth_ + c] +=
+              ThresholdPair<double>::kBias * m[3 * c] + kx * m[3 * c + 1] + ky * m[3 * c + 2];
       }
     }
     gradients_->key[2 * key] += x;
@@ -767,6 +806,7 @@ class Sweep {
                   const std::vector<int32_t>& tested, int32_t begin, int32_t end, int64_t entries,
                   int32_t blocks, const double* moments, const Rectangle& where) {
     const int64_t count = end - begin, parts = shares.count;
+    count_work(1, entries * kRankBlock);
     // starts[block][share]: where the share's keys begin in the list of a block.
     std::vector<int64_t> starts(count * parts + 1, 0);
     for (int64_t b = 0; b < count; ++b)
@@ -821,8 +861,7 @@ class Sweep {
           const T* from = &shared[n * columns];
           gradients_->key[2 * key] += from[0];
           gradients_->key[2 * key + 1] += from[1];
-          for (int64_t c = 2; c < columns; ++c)
-            gradients_->values[key * depth_ + c - 2] += from[c];
+          for (int64_t c = 2; c < columns; ++c) gradients_->values[key * depth_ + c - 2] += from[c];
         }
     });
   }

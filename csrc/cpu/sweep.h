@@ -11,6 +11,7 @@ struct SweptRows {
   double* context;   // [rows][depth]
   double* strength;  // [rows]
   int32_t* degree;   // [rows]
+  int64_t* work;     // as in InteractParams
 };
 // Gradients, zero on entry. A null pointer leaves its part out; rows and keys are independent.
 struct SweptGradients {

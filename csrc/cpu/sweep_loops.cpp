@@ -96,7 +96,7 @@ void add_vectors(double* sums, const double* vectors, int64_t count, int64_t wid
 
 template <class T>
 constexpr SweepLoops<T> kLoops = {bounded<T>, view_rows<T>, view_keys<T>,
-                                  add_spans, add_bins,     add_vectors};
+                                  add_spans,  add_bins,     add_vectors};
 
 }  // namespace
 
