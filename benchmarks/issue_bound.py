@@ -40,7 +40,7 @@ def load() -> ctypes.CDLL:
 
 def _seconds(states: torch.Tensor) -> float:
     start = time.perf_counter()
-    qflux_kernels.interact(states)
+    qflux_kernels.interact(states, algorithm="dense")
     return time.perf_counter() - start
 
 
@@ -50,7 +50,7 @@ def measure(length: int, threads: int, rounds: int) -> dict[str, float]:
     torch.set_num_threads(threads)
     states = torch.randn(length, 2, generator=torch.Generator().manual_seed(0))
     pairs = length * (length + 1) / 2
-    qflux_kernels.interact(states)
+    qflux_kernels.interact(states, algorithm="dense")
     bounds, rates, shares = [], [], []
     for _ in range(rounds):
         with ThreadPoolExecutor(threads) as pool:

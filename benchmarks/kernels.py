@@ -187,9 +187,10 @@ def build(kernel: str, provider: str, length: int, device: torch.device, dynamic
         return Runner(lambda: layer(x), lambda out: torch.autograd.grad(out, wanted, grad))
     if provider in ("qflux", "eager"):
         module = qflux_kernels if provider == "qflux" else reference
+        how = {"score": SCORE, "algorithm": "dense"}
         if kernel == "interact":
-            return runner(lambda x: module.interact(x, score=SCORE).context, states)
-        return runner(lambda x: module.evolve(x, DT, score=SCORE, radius=RADIUS).states, states)
+            return runner(lambda x: module.interact(x, **how).context, states)
+        return runner(lambda x: module.evolve(x, DT, radius=RADIUS, **how).states, states)
     return runner(from_interact(kernel, provider, dynamic), states)
 
 

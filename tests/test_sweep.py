@@ -1,4 +1,4 @@
-"""The sub-quadratic sweep: the dense kernels' answers, whatever the states, from far fewer pairs."""
+"""The sub-quadratic sweep: the dense kernels' answers from far fewer pairs, whatever the states."""
 
 import itertools
 import math

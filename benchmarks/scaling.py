@@ -1,0 +1,300 @@
+"""How time, memory and work grow with the length: `python benchmarks/scaling.py --output CSV`.
+
+Dense kernels, sweep and plain PyTorch (`eager`), forward and backward, over lengths and kinds of
+states; then the fitted exponents, and with `--plot` a figure. `--bands` prints instead which share
+of the pairs a sweep meets one by one, with `--model DIR` also for the states of a trained model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+from unittest import mock
+
+import torch
+from common import (
+    MODES,
+    Runner,
+    available_mb,
+    environment,
+    peak_mb,
+    percentile,
+    return_freed_memory,
+    time_in_turn,
+    write_csv,
+)  # fmt: skip
+
+import qflux_kernels
+from qflux_kernels import Threshold
+
+SIZES = [1 << n for n in range(10, 23)]
+FIT_FROM = 1 << 16
+PROVIDERS = ("dense", "sweep", "eager")
+
+
+def _clusters(length: int, generator: torch.Generator) -> torch.Tensor:
+    centres = 2 * torch.randn(8, 2, generator=generator)
+    which = torch.randint(8, (length,), generator=generator)
+    return centres[which] + 0.1 * torch.randn(length, 2, generator=generator)
+
+
+def _clamped(length: int, generator: torch.Generator) -> torch.Tensor:
+    states = torch.randn(length, 2, generator=generator)
+    radius = states.norm(dim=-1, keepdim=True)
+    return states / radius * radius.clamp(0.1, 1.0)
+
+
+def _jumps(length: int, generator: torch.Generator) -> torch.Tensor:
+    """A new mean every 1,024 tokens."""
+    means = torch.randn(length // 1024 + 1, 2, generator=generator)
+    noise = torch.randn(length, 2, generator=generator)
+    return noise + means.repeat_interleave(1024, 0)[:length]
+
+
+def _walk(length: int, generator: torch.Generator) -> torch.Tensor:
+    """A mean that wanders: windows never settle."""
+    steps = torch.randn(length, 2, generator=generator).double().cumsum(0).float()
+    return torch.randn(length, 2, generator=generator) + 0.02 * steps
+
+
+DATA = {
+    "random": lambda length, generator: torch.randn(length, 2, generator=generator),
+    "clamped": _clamped,
+    "clusters": _clusters,
+    "jumps": _jumps,
+    "walk": _walk,
+}
+
+
+def draw(data: str, length: int) -> torch.Tensor:
+    return DATA[data](length, torch.Generator().manual_seed(0))
+
+
+def make_runner(provider: str, operator: str, states: torch.Tensor, options: dict) -> Runner:
+    states = states.requires_grad_()
+    how = {"backend": "reference"} if provider == "eager" else {"algorithm": provider}
+
+    def forward() -> torch.Tensor:
+        if operator == "interact":
+            return qflux_kernels.interact(states, **options, **how).context
+        return qflux_kernels.evolve(states, 0.1, reduction="mean", **options, **how).states
+
+    weights = torch.ones_like(states)
+    return Runner(forward, lambda out: torch.autograd.grad(out, states, weights))
+
+
+def measure(options: argparse.Namespace, provider: str, length: int) -> list[dict[str, object]]:
+    """One provider at one length: a row for each mode."""
+    device = torch.device("cpu")
+    runner = make_runner(
+        provider, options.operator, draw(options.data, length), {"causal": options.causal}
+    )
+    samples = time_in_turn({provider: runner}, device, options.rounds, options.seconds)[provider]
+    return_freed_memory()
+    peak = {
+        "forward": peak_mb(runner.forward, device),
+        "both": peak_mb(lambda: runner.backward(runner.forward()), device),
+    }
+    peak["backward"] = peak["both"]
+    interactions = 1 if options.operator == "interact" else 2
+    pairs = interactions * (length * (length + 1) / 2 if options.causal else length**2)
+    return [
+        {
+            "kernel": f"{options.operator}:{options.data}",
+            "provider": provider,
+            "mode": mode,
+            "S": length,
+            "status": "ok",
+            **{f"p{p}_ms": f"{1e3 * percentile(samples.calls[mode], p):.5g}" for p in (20, 50, 80)},
+            "peak_mb": f"{peak[mode]:.1f}",
+            "pairs_per_s": f"{pairs / percentile(samples.calls[mode], 50):.4g}",
+            **environment(device),
+        }
+        for mode in MODES
+    ]
+
+
+def measure_apart(options: argparse.Namespace, provider: str, length: int) -> list[dict] | None:
+    """The same in a process of its own, so that peaks and allocators start afresh."""
+    command = [sys.executable, __file__, *sys.argv[1:], "--one", provider, str(length)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or ["killed"])[-1]
+        print(f"{provider:6} {length:8}  {last}", flush=True)
+        return None
+    return json.loads(done.stdout)
+
+
+def exponent(rows: list[dict], provider: str, mode: str) -> float | None:
+    """The slope of log time over log length from 65,536 to 1,048,576."""
+    points = [
+        (math.log(row["S"]), math.log(float(row["p50_ms"])))
+        for row in rows
+        if row["provider"] == provider and row["mode"] == mode and FIT_FROM <= row["S"] <= 1 << 20
+    ]
+    if len(points) < 2:
+        return None
+    mean_x, mean_y = (sum(p[axis] for p in points) / len(points) for axis in (0, 1))
+    spread = sum((x - mean_x) ** 2 for x, _ in points)
+    return sum((x - mean_x) * (y - mean_y) for x, y in points) / spread
+
+
+def run(options: argparse.Namespace) -> list[dict]:
+    rows: list[dict] = []
+    print("provider      S   forward ms  backward ms     both ms  peak MB")
+    for provider in options.providers:
+        last = 0.0
+        for length in options.sizes:
+            growth = 2.2 if provider == "sweep" else 4.2
+            too_long = last * growth > 1e3 * options.time_budget
+            # Plain PyTorch holds several float32 matrices of all pairs.
+            too_large = provider == "eager" and 24 * length**2 / 2**20 > 0.8 * available_mb(
+                torch.device("cpu")
+            )
+            if too_long or too_large:
+                why = "time budget" if too_long else "memory"
+                print(f"{provider:6} {length:8}  beyond the {why}", flush=True)
+                break
+            found = measure_apart(options, provider, length)
+            if found is None:
+                break
+            rows += found
+            times = [float(row["p50_ms"]) for row in found]
+            last = times[2]
+            shown = "".join(f"{time:12.4g}" for time in times)
+            print(f"{provider:6} {length:8} {shown} {found[2]['peak_mb']:>8}", flush=True)
+    for provider in options.providers:
+        for mode in MODES:
+            slope = exponent(rows, provider, mode)
+            if slope is not None:
+                print(f"{provider} {mode}: time grows with S^{slope:.2f} from 65,536 to 1,048,576")
+    return rows
+
+
+def plot(rows: list[dict], path: Path) -> None:
+    try:
+        import matplotlib
+    except ImportError:
+        sys.exit("--plot needs matplotlib: pip install 'qflux[bench]'")
+    matplotlib.use("svg")
+    matplotlib.rcParams["svg.hashsalt"] = "qflux"
+    from matplotlib import pyplot
+
+    _, (time, memory) = pyplot.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+    for provider in dict.fromkeys(row["provider"] for row in rows):
+        chosen = [r for r in rows if r["provider"] == provider and r["mode"] == "both"]
+        lengths = [r["S"] for r in chosen]
+        time.loglog(lengths, [float(r["p50_ms"]) / 1e3 for r in chosen], "o-", label=provider)
+        memory.loglog(
+            lengths, [max(float(r["peak_mb"]), 0.1) for r in chosen], "o-", label=provider
+        )
+    time.set(xlabel="tokens", ylabel="seconds, forward + backward")
+    memory.set(xlabel="tokens", ylabel="peak memory, MB")
+    for axes in (time, memory):
+        axes.grid(True, alpha=0.3)
+        axes.legend()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pyplot.savefig(path, metadata={"Date": None})
+
+
+def shares(states: torch.Tensor, keys: torch.Tensor | None, score: Threshold) -> torch.Tensor:
+    """Shares of the causal pairs that a sweep meets one by one, `(sequences, 2)`.
+
+    In the last dimension: densely, and in the bands around the thresholds.
+    """
+    length = states.shape[-2]
+    states = states.reshape(-1, length, 2)
+    keys = None if keys is None else keys.reshape(-1, length, 2)
+    sigma = torch.as_tensor(score.sigma).expand(len(states)).tolist()
+    counts = [
+        torch.ops.qflux_kernels.sweep_work(
+            states[n : n + 1].contiguous(),
+            None if keys is None else keys[n : n + 1].contiguous(),
+            sigma[n], score.eps, score.stats == "row", True,
+        )
+        for n in range(len(states))
+    ]  # fmt: skip
+    return torch.stack(counts) / (length * (length + 1) / 2)
+
+
+def model_states(folder: Path, length: int, text: Path | None) -> list[tuple[str, torch.Tensor]]:
+    """(where, shares) for each call of the kernels in one pass over real text."""
+    import qflux.layers
+    from qflux.checkpoint import load_model
+    from qflux.data import load_text
+
+    model, vocabulary = load_model(folder)
+    ids = torch.tensor(vocabulary.encode(load_text(text).validation[:length]))[None]
+    found = []
+
+    def record(name, function):
+        def called(states, *arguments, score, **options):
+            keys = arguments[0] if name == "interact" and arguments else None
+            if isinstance(score, Threshold):
+                found.append((name, shares(states, keys, score)))
+            return function(states, *arguments, score=score, **options)
+
+        return mock.patch.object(qflux.layers, name, called)
+
+    interact, evolve = qflux.layers.interact, qflux.layers.evolve
+    with torch.no_grad(), record("interact", interact), record("evolve", evolve):
+        model.eval()(ids)
+    return found
+
+
+def bands(options: argparse.Namespace) -> None:
+    print("states          S   sigma  met densely %  in bands %  all %")
+
+    def show(name: str, length: int, sigma: str, share: torch.Tensor) -> None:
+        dense, band = (100 * share.mean(0)).tolist()
+        print(f"{name:14} {length:8} {sigma:>6} {dense:9.2f} {band:11.2f} {dense + band:10.2f}")
+
+    for data in DATA:
+        for length in (1 << 14, 1 << 17, 1 << 20):
+            states = draw(data, length)
+            for sigma in (0.5, 1.4):
+                show(data, length, f"{sigma}", shares(states, None, Threshold(sigma)))
+    if options.model:
+        calls = model_states(options.model, options.model_length, options.text)
+        for number, (name, share) in enumerate(calls):
+            show(f"{name} {number}", options.model_length, "all", share)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--sizes", type=int, nargs="+", default=SIZES)
+    parser.add_argument("--providers", choices=PROVIDERS, nargs="+", default=PROVIDERS)
+    parser.add_argument("--operator", choices=("interact", "evolve"), default="interact")
+    parser.add_argument("--data", choices=DATA, default="random")
+    parser.add_argument("--all-pairs", dest="causal", action="store_false", help="not causal")
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--seconds", type=float, default=0.5, help="of a round")
+    parser.add_argument("--time-budget", type=float, default=20.0, help="seconds of one call")
+    parser.add_argument("--output", type=Path, help="CSV to write")
+    parser.add_argument("--plot", type=Path, help="SVG to write")
+    parser.add_argument("--bands", action="store_true", help="shares of the pairs met one by one")
+    parser.add_argument("--model", type=Path, help="folder of a trained model, for --bands")
+    parser.add_argument("--model-length", type=int, default=16384, help="characters of text")
+    parser.add_argument("--text", type=Path, help="text for --model, by default the one inside")
+    parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    if options.bands:
+        return bands(options)
+    if options.one:
+        return print(json.dumps(measure(options, options.one[0], int(options.one[1]))))
+    rows = run(options)
+    if options.output:
+        write_csv(options.output, rows)
+    if options.plot:
+        plot(rows, options.plot)
+
+
+if __name__ == "__main__":
+    main()
