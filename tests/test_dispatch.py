@@ -13,9 +13,9 @@ from qflux_kernels import InverseGate, Radius, Threshold, evolve, interact
 
 OPS = torch.ops.qflux_kernels
 PAIR = {
-    "threshold": (0, 1e-6, False, True, False),
-    "row window, mean": (0, 1e-6, True, True, True),
-    "gate": (1, 1e-3, False, False, False),
+    "threshold": (0, 1e-6, False, True, False, 2),
+    "row window, mean": (0, 1e-6, True, True, True, 0),
+    "gate": (1, 1e-3, False, False, False, 1),
 }
 STEP = (2, True, 0.1, 2.0, 0.01, 0.1, 1.0)
 

@@ -280,7 +280,7 @@ def test_second_derivatives_are_refused(function):
 def test_dispatcher():
     """Schemas, fakes and strides are what PyTorch demands of an op."""
     ops = torch.ops.qflux_kernels
-    pair = (SIGMA.to(DEVICE), 0.0, None, 0.5, None, 1, 1e-2, False, True, True)
+    pair = (SIGMA.to(DEVICE), 0.0, None, 0.5, None, 1, 1e-2, False, True, True, 0)
     x = tensor(2, 2, 7).mT.requires_grad_()
     values = tensor(2, 3, 7).mT
     torch.library.opcheck(ops.triton_interact.default, (x, None, values, *pair))
@@ -300,7 +300,7 @@ def test_dispatcher():
 @needs_kernels
 def test_ops_refuse_what_does_not_fit():
     x = tensor(2, 5, 2)
-    pair = (None, 0.5, None, 0.0, None, 0, 1e-6, False, True, False)
+    pair = (None, 0.5, None, 0.0, None, 0, 1e-6, False, True, False, 0)
     for keys, values in (
         (tensor(1, 10, 2), None),
         (tensor(2, 5, 2, dtype=F32), None),
@@ -440,7 +440,7 @@ ops._launch = compile_only
 for dtype, score, (target, binary) in ((torch.float32, 0, NVIDIA), (torch.float64, 1, AMD)):
     x, v = torch.randn(1, 3, 2, dtype=dtype), torch.randn(1, 3, 9, dtype=dtype)
     lengths = torch.tensor([3])
-    pair = (None, 0.5, None, 0.0, lengths, score, 1e-5, False, True, False)
+    pair = (None, 0.5, None, 0.0, lengths, score, 1e-5, False, True, False, 0)
     for values in (None, v):
         context, strength, _, threshold = torch.ops.qflux_kernels.triton_interact(
             x, None, values, *pair
