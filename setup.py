@@ -117,11 +117,15 @@ class BuildObject(build_ext):
         csrc = ROOT / "csrc"
         units = [
             (binding, csrc / "library.cpp", "library"),
+            (binding, csrc / "library_projection.cpp", "library_projection"),
             ([*binding, "-O3"], csrc / "cpu" / "device.cpp", "device"),
+            ([*binding, "-O3"], csrc / "cpu" / "projection.cpp", "projection"),
         ]
         sets = X86_SETS if is_x86() else {"baseline": []}
         for name, flags in sets.items():
-            units.append(([*cxx, *LOOPS, *flags], csrc / "cpu" / "dense.cpp", f"dense_{name}"))
+            for loops in ("dense", "projection_loops"):
+                source = csrc / "cpu" / f"{loops}.cpp"
+                units.append(([*cxx, *LOOPS, *flags], source, f"{loops}_{name}"))
         if nvcc:
             architectures = cuda_architectures()
             names = " ".join(name for _, name in architectures)
