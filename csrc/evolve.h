@@ -95,9 +95,9 @@ struct StepGradients {
   EvolveBackwardParams<T> p;
 
   QFLUX_INLINE View<T> plane(int64_t which) const {
-    const auto& forward = p.forward;
-    const int64_t size = forward.pair.batch * forward.padded;
-    return {p.scratch + which * size, forward.padded, 1, size};
+    const auto& pair = p.forward.pair;
+    const int64_t size = pair.batch * pair.rows;
+    return {p.scratch + which * size, pair.rows, 1, size};
   }
 };
 

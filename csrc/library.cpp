@@ -259,14 +259,9 @@ struct StepArguments {
     p.skip = per_token<T>(skip, skip_value);
     p.tape = static_cast<T*>(tape.data_ptr());
     p.save = save;
-    p.padded = tape.size(3);
     return p;
   }
 };
-
-int64_t padded(int64_t length) {
-  return (length + kTapeAlignment - 1) / kTapeAlignment * kTapeAlignment;
-}
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> evolve(
     Tensor states, OptionalTensor dt, double dt_value, OptionalTensor skip, double skip_value,
@@ -290,15 +285,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> evolve(
   const Tensor out = empty(states, {batch, rows, 2}, dtype);
   const Tensor strength = empty(states, {batch, rows}, dtype);
   const Tensor degree = empty(states, {batch, rows}, ScalarType::Int);
-  const Tensor tape = empty(states, {save ? steps : 1, kTapePlanes, batch, padded(rows)}, dtype);
+  const Tensor tape = empty(states, {save ? steps : 1, kTapePlanes, batch, rows}, dtype);
   if (states.numel() == 0)
     return {out, strength, degree,
-            empty(states, {save ? steps : 0, kTapePlanes, batch, padded(rows)}, dtype)};
-  // What is saved is an output: its padding must not differ between runs.
-  if (save && padded(rows) != rows) {
-    Tensor whole = tape;
-    torch::stable::zero_(whole);
-  }
+            empty(states, {save ? steps : 0, kTapePlanes, batch, rows}, dtype)};
   with_dtype(states, [&](auto zero) {
     using T = decltype(zero);
     auto params = step.params<T>(pair.params<T>(states, std::nullopt, std::nullopt), tape, save);
@@ -315,8 +305,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> evolve(
 #endif
         });
   });
-  return {out, strength, degree,
-          save ? tape : empty(states, {0, kTapePlanes, batch, padded(rows)}, dtype)};
+  return {out, strength, degree, save ? tape : empty(states, {0, kTapePlanes, batch, rows}, dtype)};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> evolve_backward(
@@ -339,7 +328,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> evolve_backward(
   step.check(grad_states);
   const int64_t batch = grad_states.size(0), rows = grad_states.size(1);
   check_shape("grad_strength", grad_strength, {batch, rows});
-  check_shape("tape", tape, {steps, kTapePlanes, batch, padded(rows)});
+  check_shape("tape", tape, {steps, kTapePlanes, batch, rows});
   check_beside("grad_strength", grad_strength, grad_states);
   check_beside("tape", tape, grad_states);
   STD_TORCH_CHECK(tape.is_contiguous(), "qflux_kernels: tape must be contiguous");
@@ -354,7 +343,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> evolve_backward(
     return {grad_input, grad_dt, grad_skip,
             coefficient ? zeros_like(*coefficient) : nothing(grad_states)};
   const Tensor scratch =
-      empty(grad_states, {kScratchPlanes, batch, padded(rows)}, grad_states.scalar_type());
+      empty(grad_states, {kScratchPlanes, batch, rows}, grad_states.scalar_type());
   with_dtype(grad_states, [&](auto zero) {
     using T = decltype(zero);
     EvolveBackwardParams<T> params{};

@@ -91,7 +91,6 @@ EvolveParams<T> evolve_params(const py::dict& d) {
   p.skip = per_token<T>(d["skip"], p.pair.batch, p.pair.rows);
   p.tape = contiguous<T>(d["tape"]);
   p.save = d["save"].cast<bool>();
-  p.padded = d["padded"].cast<int64_t>();
   return p;
 }
 
@@ -224,7 +223,6 @@ PYBIND11_MODULE(qflux_emulator, m) {
   m.attr("TAPE_CONTEXT") = static_cast<int64_t>(kTapeContext);
   m.attr("TAPE_PLANES") = static_cast<int64_t>(kTapePlanes);
   m.attr("SCRATCH_PLANES") = static_cast<int64_t>(kScratchPlanes);
-  m.attr("TAPE_ALIGNMENT") = kTapeAlignment;
   m.def("architectures", &cuda::architectures);
   m.def(
       "configure",

@@ -701,7 +701,6 @@ def run_evolve(
         return rng.uniform(0.05, 0.3, (value, *tokens)).astype(dtype).astype(np.float64)
 
     dt, skip = per_token(evolution.dt), per_token(evolution.skip)
-    padded = -(-case.rows // emulator.TAPE_ALIGNMENT) * emulator.TAPE_ALIGNMENT
     call = inputs.pair(dtype, memory)
     rule = evolution.radius
     call |= {
@@ -711,13 +710,12 @@ def run_evolve(
         else (rule.min, rule.max, rule.rate, rule.reversion, rule.target),
         "dt": dt if isinstance(dt, float) else memory.copy(dt.astype(dtype)),
         "skip": skip if isinstance(skip, float) else memory.copy(skip.astype(dtype)),
-        "padded": padded,
     }
 
     def forward(save: bool) -> dict[str, np.ndarray]:
         planes = (evolution.steps if save else 1) * emulator.TAPE_PLANES
         out = {
-            "tape": memory.array((planes * case.batch, padded), dtype),
+            "tape": memory.array((planes * case.batch, case.rows), dtype),
             "out": memory.array((*tokens, 2), dtype, case.layout),
             "strength": memory.array(tokens, dtype, case.layout),
             "degree": memory.array(tokens, np.int32, case.layout),
@@ -744,7 +742,7 @@ def run_evolve(
             "launches": launches[1],
             "grad_out": memory.copy(inputs.grad_context.astype(dtype), case.layout),
             "grad_strength": memory.copy(inputs.grad_strength.astype(dtype), case.layout),
-            "scratch": memory.array((emulator.SCRATCH_PLANES * case.batch, padded), dtype),
+            "scratch": memory.array((emulator.SCRATCH_PLANES * case.batch, case.rows), dtype),
         }
     )
     memory.check()
