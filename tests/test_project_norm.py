@@ -334,6 +334,16 @@ def test_other_dtypes_lose_only_rounding(device, dtype):
     torch.testing.assert_close(result.double(), truth, rtol=tolerance, atol=tolerance)
 
 
+def test_a_variance_that_rounding_makes_negative(device):
+    """Two outputs that differ by nothing but rounding, from features of any size."""
+    weight = torch.randn(2, 2, dtype=F64, device=device)
+    x, y = weight[0] - weight[1]
+    sizes = torch.linspace(1e6, 1e8, 200, dtype=F64, device=device)
+    features = torch.stack((y, -x)) * sizes[:, None]
+    for function in (project_norm, reference.project_norm):
+        assert function(features, weight, eps=1e-12).isfinite().all()
+
+
 def test_equal_outputs_have_no_variance(device):
     weight = torch.ones(8, 2, device=device)
     assert not project_norm(torch.randn(5, 2, device=device), weight).any()
