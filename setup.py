@@ -117,12 +117,14 @@ class BuildObject(build_ext):
         csrc = ROOT / "csrc"
         units = [
             (binding, csrc / "library.cpp", "library"),
+            (binding, csrc / "library_projection.cpp", "library_projection"),
             ([*binding, "-O3"], csrc / "cpu" / "device.cpp", "device"),
+            ([*binding, "-O3"], csrc / "cpu" / "projection.cpp", "projection"),
             ([*binding, "-O3"], csrc / "cpu" / "sweep.cpp", "sweep"),
         ]
         sets = X86_SETS if is_x86() else {"baseline": []}
         for name, flags in sets.items():
-            for loops in ("dense", "sweep_loops"):
+            for loops in ("dense", "projection_loops", "sweep_loops"):
                 source = csrc / "cpu" / f"{loops}.cpp"
                 units.append(([*cxx, *LOOPS, *flags], source, f"{loops}_{name}"))
         if nvcc:

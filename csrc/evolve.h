@@ -64,14 +64,18 @@ struct EndOfStep {
   }
 };
 
+// The interaction of either stage, at x or at x + k1. Only the first one's strength is wanted, and
+// only the last step's degree.
 template <class T>
-InteractParams<T> stage(const EvolveParams<T>& p, int64_t step, bool middle) {
+QFLUX_INLINE InteractParams<T> stage_params(const EvolveParams<T>& p, int64_t step, bool middle) {
   InteractParams<T> stage{};
   stage.pair = p.pair;
   stage.pair.states = as_const(p.plane(step, middle ? kTapeMiddle : kTapeState));
   stage.pair.key_points = stage.pair.states;
   stage.context = p.plane(step, middle ? kTapeMiddleContext : kTapeContext);
   stage.threshold = p.plane(step, middle ? kTapeMiddleThreshold : kTapeThreshold);
+  if (!middle) stage.strength = p.plane(step, kTapeStrength);
+  if (!middle && step + 1 == p.steps) stage.degree = p.degree;
   return stage;
 }
 
@@ -80,12 +84,9 @@ void evolve_forward(Device& device, const EvolveParams<T>& p) {
   const int64_t batch = p.pair.batch, rows = p.pair.rows;
   device.for_each_token(batch, rows, CopyToTape<T>{p});
   for (int64_t step = 0; step < p.steps; ++step) {
-    auto first = stage(p, step, false);
-    first.strength = p.plane(step, kTapeStrength);
-    if (step + 1 == p.steps) first.degree = p.degree;
-    device.interact(first);
+    device.interact(stage_params(p, step, false));
     device.for_each_token(batch, rows, EndOfFirstStage<T>{p, step});
-    device.interact(stage(p, step, true));
+    device.interact(stage_params(p, step, true));
     device.for_each_token(batch, rows, EndOfStep<T>{p, step});
   }
 }
@@ -95,9 +96,9 @@ struct StepGradients {
   EvolveBackwardParams<T> p;
 
   QFLUX_INLINE View<T> plane(int64_t which) const {
-    const auto& forward = p.forward;
-    const int64_t size = forward.pair.batch * forward.padded;
-    return {p.scratch + which * size, forward.padded, 1, size};
+    const auto& pair = p.forward.pair;
+    const int64_t size = pair.batch * pair.rows;
+    return {p.scratch + which * size, pair.rows, 1, size};
   }
 };
 
@@ -166,32 +167,35 @@ struct CopyGradient {
   }
 };
 
+// The backward of `stage_params`.
+template <class T>
+QFLUX_INLINE InteractBackwardParams<T> stage_backward_params(const StepGradients<T>& g,
+                                                             int64_t step, bool middle) {
+  const InteractParams<T> forward = stage_params(g.p.forward, step, middle);
+  InteractBackwardParams<T> backward{};
+  backward.pair = forward.pair;
+  backward.threshold = as_const(forward.threshold);
+  backward.grad_context = as_const(g.plane(middle ? kGradMiddleContext : kGradContext));
+  if (!middle) backward.grad_strength = as_const(g.plane(kGradStrength));
+  backward.grad_states = g.plane(middle ? kGradMiddle : kGradState);
+  backward.grad_keys = backward.grad_states;
+  backward.grad_alpha = g.p.grad_alpha;
+  backward.accumulate = !middle;
+  backward.keys_are_states = true;
+  return backward;
+}
+
 // grad_dt, grad_skip and grad_alpha are zero on entry: steps that share a number add up.
 template <class T, class Device>
 void evolve_backward(Device& device, const EvolveBackwardParams<T>& p) {
   const StepGradients<T> g{p};
   const int64_t batch = p.forward.pair.batch, rows = p.forward.pair.rows;
 
-  const auto stage_backward = [&](int64_t step, bool middle) {
-    const auto forward = stage(p.forward, step, middle);
-    InteractBackwardParams<T> backward{};
-    backward.pair = forward.pair;
-    backward.threshold = as_const(forward.threshold);
-    backward.grad_context = as_const(g.plane(middle ? kGradMiddleContext : kGradContext));
-    if (!middle) backward.grad_strength = as_const(g.plane(kGradStrength));
-    backward.grad_states = g.plane(middle ? kGradMiddle : kGradState);
-    backward.grad_keys = backward.grad_states;
-    backward.grad_alpha = p.grad_alpha;
-    backward.accumulate = !middle;
-    backward.keys_are_states = true;
-    device.interact_backward(backward);
-  };
-
   for (int64_t step = p.forward.steps - 1; step >= 0; --step) {
     device.for_each_token(batch, rows, EndOfStepVjp<T>{g, step});
-    stage_backward(step, true);
+    device.interact_backward(stage_backward_params(g, step, true));
     device.for_each_token(batch, rows, EndOfFirstStageVjp<T>{g, step});
-    stage_backward(step, false);
+    device.interact_backward(stage_backward_params(g, step, false));
   }
   device.for_each_token(batch, rows, CopyGradient<T>{g});
 }

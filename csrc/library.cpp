@@ -1,23 +1,15 @@
 // The dispatcher ops: schemas, and the way from tensors to params to a device.
 #include <Python.h>
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 
 #include <cstring>
 #include <tuple>
 
 #include "checks.h"
-#include "cpu/device.h"
 #include "evolve.h"
+#include "on_device.h"
 #if defined(QFLUX_CUDA)
 #include "cuda/launch.h"
-#endif
-
-#if defined(QFLUX_CUDA)
-// Absent from a CPU-only torch, where no CUDA tensor can reach it.
-extern "C" __attribute__((weak)) AOTITorchError
-aoti_torch_get_current_cuda_stream(int32_t device_index, void** ret_stream);
 #endif
 
 namespace qflux {
@@ -72,45 +64,6 @@ Tensor zeros_like(const Tensor& like) {
 }
 
 Tensor nothing(const Tensor& like) { return empty(like, {0}, like.scalar_type()); }
-
-// Calls body(T()) with T the dtype of the states.
-template <class Body>
-void with_dtype(const Tensor& states, const Body& body) {
-  if (states.scalar_type() == ScalarType::Float)
-    body(float());
-  else
-    body(double());
-}
-
-#if defined(QFLUX_CUDA)
-void raise_if(const char* error) {
-  STD_TORCH_CHECK(error == nullptr, "qflux_kernels: CUDA: ", error);
-}
-
-void* current_stream(const Tensor& states) {
-  STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr,
-                  "qflux_kernels: this torch has no CUDA");
-  void* stream = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(states.get_device_index(), &stream));
-  return stream;
-}
-#endif
-
-// Runs on_cpu(device) or on_cuda(stream), as the states demand.
-template <class OnCpu, class OnCuda>
-void on_device(const Tensor& states, const OnCpu& on_cpu, const OnCuda& on_cuda) {
-  if (!states.is_cuda()) {
-    cpu::Device device;
-    return on_cpu(device);
-  }
-#if defined(QFLUX_CUDA)
-  const torch::stable::accelerator::DeviceGuard guard(states.get_device_index());
-  on_cuda(current_stream(states));
-#else
-  (void)on_cuda;
-  STD_TORCH_CHECK(false, "qflux_kernels: this build has no CUDA code");
-#endif
-}
 
 // What interact and evolve share, as it stands in their schemas.
 struct PairArguments {
@@ -339,14 +292,9 @@ struct StepArguments {
     p.skip = per_token<T>(skip, skip_value);
     p.tape = static_cast<T*>(tape.data_ptr());
     p.save = save;
-    p.padded = tape.size(3);
     return p;
   }
 };
-
-int64_t padded(int64_t length) {
-  return (length + kTapeAlignment - 1) / kTapeAlignment * kTapeAlignment;
-}
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> evolve(
     Tensor states, OptionalTensor dt, double dt_value, OptionalTensor skip, double skip_value,
@@ -368,15 +316,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> evolve(
   const Tensor out = empty(states, {batch, rows, 2}, dtype);
   const Tensor strength = empty(states, {batch, rows}, dtype);
   const Tensor degree = empty(states, {batch, rows}, ScalarType::Int);
-  const Tensor tape = empty(states, {save ? steps : 1, kTapePlanes, batch, padded(rows)}, dtype);
+  const Tensor tape = empty(states, {save ? steps : 1, kTapePlanes, batch, rows}, dtype);
   if (states.numel() == 0)
     return {out, strength, degree,
-            empty(states, {save ? steps : 0, kTapePlanes, batch, padded(rows)}, dtype)};
-  // What is saved is an output: its padding must not differ between runs.
-  if (save && padded(rows) != rows) {
-    Tensor whole = tape;
-    torch::stable::zero_(whole);
-  }
+            empty(states, {save ? steps : 0, kTapePlanes, batch, rows}, dtype)};
   with_dtype(states, [&](auto zero) {
     using T = decltype(zero);
     auto params = step.params<T>(pair.params<T>(states, std::nullopt, std::nullopt), tape, save);
@@ -393,8 +336,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> evolve(
 #endif
         });
   });
-  return {out, strength, degree,
-          save ? tape : empty(states, {0, kTapePlanes, batch, padded(rows)}, dtype)};
+  return {out, strength, degree, save ? tape : empty(states, {0, kTapePlanes, batch, rows}, dtype)};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> evolve_backward(
@@ -414,7 +356,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> evolve_backward(
   step.check(grad_states);
   const int64_t batch = grad_states.size(0), rows = grad_states.size(1);
   check_shape("grad_strength", grad_strength, {batch, rows});
-  check_shape("tape", tape, {steps, kTapePlanes, batch, padded(rows)});
+  check_shape("tape", tape, {steps, kTapePlanes, batch, rows});
   check_beside("grad_strength", grad_strength, grad_states);
   check_beside("tape", tape, grad_states);
   STD_TORCH_CHECK(tape.is_contiguous(), "qflux_kernels: tape must be contiguous");
@@ -429,7 +371,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> evolve_backward(
     return {grad_input, grad_dt, grad_skip,
             coefficient ? zeros_like(*coefficient) : nothing(grad_states)};
   const Tensor scratch =
-      empty(grad_states, {kScratchPlanes, batch, padded(rows)}, grad_states.scalar_type());
+      empty(grad_states, {kScratchPlanes, batch, rows}, grad_states.scalar_type());
   with_dtype(grad_states, [&](auto zero) {
     using T = decltype(zero);
     EvolveBackwardParams<T> params{};

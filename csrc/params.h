@@ -113,7 +113,7 @@ struct InteractBackwardParams {
   bool keys_are_states = false;
 };
 
-// What a step leaves on the tape for each token, as planes [steps][plane][batch][padded length].
+// What a step leaves on the tape for each token, as planes [steps][plane][batch][length].
 enum TapePlane : int64_t {
   kTapeState = 0,          // x, y
   kTapeMiddle = 2,         // x + k1
@@ -124,7 +124,6 @@ enum TapePlane : int64_t {
   kTapeMiddleThreshold = 10,
   kTapePlanes = 11,
 };
-constexpr int64_t kTapeAlignment = 16;
 
 // dt or skip: one number, or [steps or 1][batch][length].
 template <class T>
@@ -147,14 +146,13 @@ struct EvolveParams {
   View<T> out;           // [batch][rows][2]
   View<T> strength;      // [batch][rows]
   View<int32_t> degree;  // [batch][rows]
-  // [steps or 1][kTapePlanes][batch][padded]: one step's worth is scratch when nothing is saved.
+  // [steps or 1][kTapePlanes][batch][length]: one step's worth is scratch when nothing is saved.
   T* tape;
   bool save;
-  int64_t padded;
 
   QFLUX_INLINE View<T> plane(int64_t step, int64_t which) const {
-    T* start = tape + ((save ? step : 0) * kTapePlanes + which) * pair.batch * padded;
-    return {start, padded, 1, pair.batch * padded};
+    const int64_t size = pair.batch * pair.rows;
+    return {tape + ((save ? step : 0) * kTapePlanes + which) * size, pair.rows, 1, size};
   }
 };
 
@@ -167,7 +165,7 @@ struct EvolveBackwardParams {
   T* grad_dt = nullptr;         // like dt, or null
   T* grad_skip = nullptr;       // like skip, or null
   View<T> grad_alpha;           // [batch][rows], or null
-  T* scratch;                   // [kScratchPlanes][batch][padded]
+  T* scratch;                   // [kScratchPlanes][batch][length]
 };
 
 template <class T>

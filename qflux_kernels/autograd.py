@@ -15,8 +15,6 @@ import torch
 
 # Planes a token leaves on the tape at each step of `evolve`, in the order of `csrc/params.h`.
 TAPE_PLANES = 11
-# The tape's last dimension is padded to whole vectors.
-TAPE_ALIGNMENT = 16
 
 
 class PairOptions(NamedTuple):
@@ -255,11 +253,6 @@ def evolve(
     return out, strength, degree
 
 
-def padded(length: int) -> int:
-    """The last dimension of the tape."""
-    return (length + TAPE_ALIGNMENT - 1) // TAPE_ALIGNMENT * TAPE_ALIGNMENT
-
-
 def _interact_fake(states, keys, values, *_):
     batch, rows, _ = states.shape
     depth = 2 if values is None else values.shape[-1]
@@ -289,7 +282,7 @@ def _evolve_fake(states, *arguments):
         states.new_empty(states.shape),
         states.new_empty(batch, length),
         states.new_empty(batch, length, dtype=torch.int32),
-        states.new_empty(saved, TAPE_PLANES, batch, padded(length)),
+        states.new_empty(saved, TAPE_PLANES, batch, length),
     )
 
 

@@ -4,8 +4,110 @@ from __future__ import annotations
 
 import torch
 
+from . import reference
 from .arguments import COMPUTE_DTYPES
+from .backends import LOAD_ERROR, cuda_architectures
 from .options import check_real
+
+# `kMaxFeatures` of `csrc/projection.h`.
+MAX_FEATURES = 8
+# Where the ops run; anything else is served by the reference.
+_DEVICES = {
+    *(("cpu", "meta") if LOAD_ERROR is None else ()),
+    *(("cuda",) if cuda_architectures() else ()),
+}
+
+
+class _ProjectNormBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(*arguments):
+        return torch.ops.qflux_kernels.project_norm_backward(*arguments)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def backward(ctx, *_):
+        raise RuntimeError(
+            "project_norm has no second derivatives; "
+            "qflux_kernels.reference.project_norm computes them in plain PyTorch"
+        )
+
+    @staticmethod
+    def vmap(info, in_dims, *arguments):
+        folds = not arguments[-1]  # sums over tokens must not run over the mapped dimension
+        return _vmap(_ProjectNormBackward, info.batch_size, in_dims, arguments, 2, folds)
+
+
+class _ProjectNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(*arguments):
+        return torch.ops.qflux_kernels.project_norm(*arguments)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        features, weight, bias, norm_weight, _, ctx.eps = inputs
+        ctx.save_for_backward(features, weight, bias, norm_weight)
+
+    @staticmethod
+    def backward(ctx, grad):
+        needs = ctx.needs_input_grad[:5]
+        # Dynamo traces no function inside a backward, and refuses second derivatives itself.
+        compiling = torch.compiler.is_compiling()
+        call = _ProjectNormBackward.forward if compiling else _ProjectNormBackward.apply
+        grads = call(grad, *ctx.saved_tensors, ctx.eps, needs[0], any(needs[1:]))
+        return *(g if need else None for g, need in zip(grads, needs, strict=True)), None
+
+    @staticmethod
+    def vmap(info, in_dims, *arguments):
+        return _vmap(_ProjectNorm, info.batch_size, in_dims, arguments, 1, True)
+
+
+def _vmap(
+    function: type, size: int, in_dims: tuple, arguments: tuple, per_token: int, folds: bool
+) -> tuple:
+    """`function` over a mapped dimension: at once if only the tokens have it, else one by one.
+
+    The first `per_token` arguments, and the first result, have a row for each token.
+    """
+    if folds and all(dim is None for dim in in_dims[per_token:]):
+        tokens = [
+            t.expand(size, *t.shape) if dim is None else t.movedim(dim, 0)
+            for t, dim in zip(arguments[:per_token], in_dims, strict=False)
+        ]
+        flat = [t.flatten(0, 1) for t in tokens]
+        result = function.apply(*flat, *arguments[per_token:])
+        if isinstance(result, torch.Tensor):
+            return result.unflatten(0, (size, -1)), 0
+        return (result[0].unflatten(0, (size, -1)), *result[1:]), (0, *(None,) * (len(result) - 1))
+    results = [
+        function.apply(
+            *(
+                t if dim is None else t.select(dim, n)
+                for t, dim in zip(arguments, in_dims, strict=True)
+            )
+        )
+        for n in range(size)
+    ]
+    if isinstance(results[0], torch.Tensor):
+        return torch.stack(results), 0
+    return tuple(map(torch.stack, zip(*results, strict=True))), (0,) * len(results[0])
+
+
+def _register_fakes() -> None:
+    @torch.library.register_fake("qflux_kernels::project_norm")
+    def _(features, weight, *_):
+        return features.new_empty(features.shape[0], weight.shape[0])
+
+    @torch.library.register_fake("qflux_kernels::project_norm_backward")
+    def _(grad, features, weight, *_):
+        per_output = [features.new_empty(weight.shape[0]) for _ in range(3)]
+        return features.new_empty(features.shape), weight.new_empty(weight.shape), *per_output
+
+
+if LOAD_ERROR is None:
+    _register_fakes()
 
 
 def _check_tensor(name: str, tensor: object, shape: tuple[int, ...], like: torch.Tensor) -> None:
@@ -32,8 +134,13 @@ def project_norm(
     For few features the mean of the d outputs is linear in them and the variance a quadratic form,
     whose (F + 1) x (F + 1) Gram matrix depends on the weights alone. So a token costs O(F^2) for
     its statistics instead of passes over d numbers, the d-wide map is written once, normalised, and
-    backward saves F + 1 numbers a token. Everything is PyTorch's own operations, hence any device,
-    `torch.compile`, autocast-free float32 inside, and second derivatives.
+    nothing is saved for the backward but the arguments. Kernels serve up to 8 features on CPU and
+    CUDA; for more, `reference.project_norm` does the same with PyTorch's matrix products.
+    Statistics are float64 inside; the gradients of the parameters are sums over all tokens, taken
+    in the working precision over a tile of tokens and compensated in float64 across tiles, in an
+    order that depends on the sizes alone: two runs are bitwise equal, on any number of threads.
+    float16 and bfloat16 are computed in float32 and returned as they came; autocast changes
+    nothing. Of the kernels, a second derivative raises.
 
     Args:
         features: `(..., F)` floating point; the states of C cylinders flattened to F = 2 C, say.
@@ -68,17 +175,13 @@ def project_norm(
     if eps <= 0:
         raise ValueError(f"eps must be > 0, got {eps!r}")
 
+    given = (features, weight, bias, norm_weight, norm_bias)
+    if features.device.type not in _DEVICES or not 0 < features.shape[-1] <= MAX_FEATURES:
+        # Only matrix products know autocast, and "meta" does not.
+        where = features.device.type if features.device.type != "meta" else "cpu"
+        with torch.autocast(where, enabled=False):
+            return reference.project_norm(*given, eps=eps)
     dtype = COMPUTE_DTYPES[features.dtype]
-    with torch.autocast(features.device.type, enabled=False):
-        inputs = features.to(dtype)
-        inputs = torch.cat((inputs, inputs.new_ones(*inputs.shape[:-1], 1)), -1)
-        offset = weight.new_zeros(width) if bias is None else bias
-        matrix = torch.cat((weight, offset[:, None]), -1).to(dtype)
-        matrix = matrix - matrix.mean(0)
-        gram = matrix.mT @ matrix / width
-        variance = ((inputs @ gram) * inputs).sum(-1, keepdim=True).clamp(min=0)
-        inputs = inputs * torch.rsqrt(variance + eps)
-        if norm_weight is not None:
-            matrix = matrix * norm_weight.to(dtype)[:, None]
-        shift = None if norm_bias is None else norm_bias.to(dtype)
-        return torch.nn.functional.linear(inputs, matrix, shift).to(features.dtype)
+    flat, *parameters = (None if t is None else t.to(dtype) for t in given)
+    result = _ProjectNorm.apply(flat.reshape(-1, flat.shape[-1]), *parameters, float(eps))
+    return result.reshape(*features.shape[:-1], width).to(features.dtype)

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 
-from .arguments import InteractArguments, evolve_arguments, interact_arguments
+from .arguments import COMPUTE_DTYPES, InteractArguments, evolve_arguments, interact_arguments
 from .options import ALGORITHMS, Evolution, Interaction, Radius, Score, Threshold, check_choice
 
 MIN_RADIUS = 1e-6
@@ -219,3 +219,30 @@ def _csr_scores(args: InteractArguments, block_pairs: int = 1 << 20) -> torch.Te
         torch.cat([empty, *entries]).to(args.result_dtype),
         size=(length, length),
     )
+
+
+def project_norm(
+    features: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    norm_weight: torch.Tensor | None = None,
+    norm_bias: torch.Tensor | None = None,
+    eps: float = 1e-5,
+) -> torch.Tensor:
+    """`qflux_kernels.project_norm` for arguments that it has checked: the same closed form.
+
+    Any number of features, any device, derivatives of any order.
+    """
+    dtype, width = COMPUTE_DTYPES[features.dtype], weight.shape[0]
+    inputs = features.to(dtype)
+    inputs = torch.cat((inputs, inputs.new_ones(*inputs.shape[:-1], 1)), -1)
+    offset = weight.new_zeros(width) if bias is None else bias
+    matrix = torch.cat((weight, offset[:, None]), -1).to(dtype)
+    matrix = matrix - matrix.mean(0)
+    gram = matrix.mT @ matrix / width
+    variance = ((inputs @ gram) * inputs).sum(-1, keepdim=True).clamp(min=0)
+    inputs = inputs * torch.rsqrt(variance + eps)
+    if norm_weight is not None:
+        matrix = matrix * norm_weight.to(dtype)[:, None]
+    shift = None if norm_bias is None else norm_bias.to(dtype)
+    return torch.nn.functional.linear(inputs, matrix, shift).to(features.dtype)

@@ -7,6 +7,7 @@
 #include <utility>
 
 #include "../csrc/cuda/launch.h"
+#include "../csrc/cuda/project.h"
 #include "../csrc/cuda/step.h"
 #include "../csrc/emulator/emulator.h"
 #include "../csrc/evolve.h"
@@ -90,7 +91,6 @@ EvolveParams<T> evolve_params(const py::dict& d) {
   p.skip = per_token<T>(d["skip"], p.pair.batch, p.pair.rows);
   p.tape = contiguous<T>(d["tape"]);
   p.save = d["save"].cast<bool>();
-  p.padded = d["padded"].cast<int64_t>();
   return p;
 }
 
@@ -152,6 +152,65 @@ void evolve_backward(const py::dict& d) {
   check(cuda::evolve_by(launches(d), p, nullptr));
 }
 
+template <class T>
+T* flat(const py::object& object) {
+  if (object.is_none()) return nullptr;
+  using Plain = std::remove_const_t<T>;
+  if (!py::isinstance<py::array_t<Plain>>(object)) throw std::invalid_argument("wrong dtype");
+  auto array = py::reinterpret_borrow<py::array_t<Plain>>(object);
+  if constexpr (std::is_const_v<T>)
+    return array.data();
+  else
+    return array.mutable_data();
+}
+
+template <class T>
+ProjectionParams<T> projection_params(const py::dict& d) {
+  ProjectionParams<T> p{};
+  p.tokens = d["tokens"].cast<int64_t>();
+  p.count = d["count"].cast<int64_t>();
+  p.width = d["width"].cast<int64_t>();
+  p.eps = d["eps"].cast<double>();
+  p.features = flat<const T>(d["states"]);
+  p.weight = flat<const T>(d["weight"]);
+  p.bias = flat<const T>(d["bias"]);
+  p.scale = flat<const T>(d["scale"]);
+  p.shift = flat<const T>(d["shift"]);
+  return p;
+}
+
+// The sizes of the scratch: planes, gram, tokens, partial, totals.
+py::tuple project_sizes(int64_t tokens, int64_t count, int64_t width) {
+  ProjectionParams<double> p{};
+  p.tokens = tokens;
+  p.count = count;
+  p.width = width;
+  return py::make_tuple(p.columns() * width, p.columns() * p.columns(), 2 * tokens,
+                        p.chunks() * p.sums(), p.sums());
+}
+
+template <class T>
+cuda::ProjectionScratch<T> projection_scratch(const py::dict& d) {
+  return {flat<T>(d["planes"]), flat<double>(d["gram"]), flat<double>(d["token_scratch"]),
+          flat<double>(d["partial"]), flat<double>(d["totals"])};
+}
+
+template <class T>
+void project(const py::dict& d) {
+  check(
+      cuda::project(projection_params<T>(d), projection_scratch<T>(d), flat<T>(d["out"]), nullptr));
+}
+
+template <class T>
+void project_backward(const py::dict& d) {
+  ProjectionParams<T> p = projection_params<T>(d);
+  p.grad = flat<const T>(d["grad"]);
+  const ProjectionGradients<T> grads{flat<T>(d["grad_features"]), flat<T>(d["grad_weight"]),
+                                     flat<T>(d["grad_bias"]), flat<T>(d["grad_scale"]),
+                                     flat<T>(d["grad_shift"])};
+  check(cuda::project_backward(p, projection_scratch<T>(d), grads, nullptr));
+}
+
 // In the precision of the states.
 template <void (*kSingle)(const py::dict&), void (*kTwice)(const py::dict&)>
 void dispatch(const py::dict& d) {
@@ -164,7 +223,6 @@ PYBIND11_MODULE(qflux_emulator, m) {
   m.attr("TAPE_CONTEXT") = static_cast<int64_t>(kTapeContext);
   m.attr("TAPE_PLANES") = static_cast<int64_t>(kTapePlanes);
   m.attr("SCRATCH_PLANES") = static_cast<int64_t>(kScratchPlanes);
-  m.attr("TAPE_ALIGNMENT") = kTapeAlignment;
   m.def("architectures", &cuda::architectures);
   m.def(
       "configure",
@@ -180,4 +238,7 @@ PYBIND11_MODULE(qflux_emulator, m) {
   m.def("interact_backward", &dispatch<interact_backward<float>, interact_backward<double>>);
   m.def("evolve", &dispatch<evolve<float>, evolve<double>>);
   m.def("evolve_backward", &dispatch<evolve_backward<float>, evolve_backward<double>>);
+  m.def("project_sizes", &project_sizes);
+  m.def("project", &dispatch<project<float>, project<double>>);
+  m.def("project_backward", &dispatch<project_backward<float>, project_backward<double>>);
 }

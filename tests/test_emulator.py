@@ -594,6 +594,9 @@ def test_nothing_past_an_array_is_touched(emulator, fence):
         for evolution in EVOLUTIONS[:4]:
             for launches in (MANY, ONE):
                 run_evolve(emulator, evolution, launches=(launches, launches))
+        for sizes in [(1, 1, 1), (33, 2, 17), (300, 8, 130)]:
+            for dtype in (np.float32, np.float64):
+                run_project(emulator, *sizes, dtype)
 
     process = multiprocessing.get_context("fork").Process(target=run)
     process.start()
@@ -698,7 +701,6 @@ def run_evolve(
         return rng.uniform(0.05, 0.3, (value, *tokens)).astype(dtype).astype(np.float64)
 
     dt, skip = per_token(evolution.dt), per_token(evolution.skip)
-    padded = -(-case.rows // emulator.TAPE_ALIGNMENT) * emulator.TAPE_ALIGNMENT
     call = inputs.pair(dtype, memory)
     rule = evolution.radius
     call |= {
@@ -708,13 +710,12 @@ def run_evolve(
         else (rule.min, rule.max, rule.rate, rule.reversion, rule.target),
         "dt": dt if isinstance(dt, float) else memory.copy(dt.astype(dtype)),
         "skip": skip if isinstance(skip, float) else memory.copy(skip.astype(dtype)),
-        "padded": padded,
     }
 
     def forward(save: bool) -> dict[str, np.ndarray]:
         planes = (evolution.steps if save else 1) * emulator.TAPE_PLANES
         out = {
-            "tape": memory.array((planes * case.batch, padded), dtype),
+            "tape": memory.array((planes * case.batch, case.rows), dtype),
             "out": memory.array((*tokens, 2), dtype, case.layout),
             "strength": memory.array(tokens, dtype, case.layout),
             "degree": memory.array(tokens, np.int32, case.layout),
@@ -741,7 +742,7 @@ def run_evolve(
             "launches": launches[1],
             "grad_out": memory.copy(inputs.grad_context.astype(dtype), case.layout),
             "grad_strength": memory.copy(inputs.grad_strength.astype(dtype), case.layout),
-            "scratch": memory.array((emulator.SCRATCH_PLANES * case.batch, padded), dtype),
+            "scratch": memory.array((emulator.SCRATCH_PLANES * case.batch, case.rows), dtype),
         }
     )
     memory.check()
@@ -919,6 +920,113 @@ def test_empty_batches(emulator):
         inputs = Inputs.random(case)
         out = interact(emulator, inputs)
         interact_backward(emulator, inputs, out["threshold"])
+
+
+PROJECTED = ("grad_features", "grad_weight", "grad_bias", "grad_scale", "grad_shift")
+
+
+def run_project(
+    emulator,
+    tokens: int,
+    count: int,
+    width: int,
+    dtype: type = np.float64,
+    given: tuple[str, ...] = ("bias", "scale", "shift"),
+    need_features: bool = True,
+    need_parameters: bool = True,
+):
+    """Output and gradients of the emulated `project_norm`, and the same of PyTorch in float64."""
+    rng, memory = np.random.default_rng(0), Memory()
+    shapes = {"states": (tokens, count), "weight": (width, count)}
+    shapes |= {name: (width,) for name in ("bias", "scale", "shift")} | {"grad": (tokens, width)}
+    numbers = {name: rng.normal(size=shape).astype(dtype) for name, shape in shapes.items()}
+    call = {
+        name: memory.copy(array) if name in ("states", "weight", "grad", *given) else None
+        for name, array in numbers.items()
+    }
+    call |= {"tokens": tokens, "count": count, "width": width, "eps": 1e-5}
+    planes, *sizes = emulator.project_sizes(tokens, count, width)
+    names = ("gram", "token_scratch", "partial", "totals")
+    scratch = {"planes": memory.array((planes,), dtype)}
+    scratch |= {
+        name: memory.array((size,), np.float64) for name, size in zip(names, sizes, strict=True)
+    }
+    forward = scratch | dict.fromkeys(names[1:])
+    if not need_parameters:
+        scratch |= dict.fromkeys(names[2:])
+    out = memory.array((tokens, width), dtype)
+    emulator.project(call | forward | {"out": out})
+    memory.check()
+
+    grads = dict.fromkeys(PROJECTED)
+    wanted = [*PROJECTED[: int(need_features)], *(PROJECTED[1:] if need_parameters else ())]
+    like = dict(zip(PROJECTED, ("states", "weight", "bias", "scale", "shift"), strict=True))
+    grads |= {name: memory.array(shapes[like[name]], dtype) for name in wanted}
+    emulator.project_backward(call | scratch | grads)
+    memory.check()
+
+    leaves = {
+        name: torch.from_numpy(array.astype(np.float64)).requires_grad_()
+        for name, array in numbers.items()
+    }
+    absent = {"bias": torch.zeros, "scale": torch.ones, "shift": torch.zeros}
+    for name in absent.keys() - set(given):
+        leaves[name] = absent[name](width, dtype=torch.float64, requires_grad=True)
+    outputs = torch.nn.functional.linear(leaves["states"], leaves["weight"], leaves["bias"])
+    truth = torch.nn.functional.layer_norm(outputs, (width,), leaves["scale"], leaves["shift"])
+    truth.backward(leaves["grad"].detach())
+    got = {"out": out} | {name: grads[name] for name in wanted}
+    return got, {"out": truth.detach().numpy()} | {
+        name: leaves[like[name]].grad.numpy() for name in wanted
+    }
+
+
+def check_project(got: dict, truth: dict, rtol: float) -> None:
+    for name, array in got.items():
+        error, scale = np.abs(array - truth[name]).max(), np.abs(truth[name]).max()
+        assert error <= rtol * (scale + 1), f"{name}: {error:.3g} of {scale:.3g}"
+
+
+# At the edges of groups of 8 tokens, tiles of 32 and 64, chunks of 256; of 128 and 256 threads.
+@pytest.mark.parametrize("tokens", [1, 7, 8, 33, 64, 65, 257, 600])
+@pytest.mark.parametrize("width", [1, 2, 31, 128, 129, 300])
+def test_project_norm(emulator, tokens, width):
+    for count in (1, 2, 3, 8) if tokens < 100 else (2, 4):
+        # A few outputs agree for some token to many digits, which it then divides by.
+        check_project(*run_project(emulator, tokens, count, width), 1e-9 if width <= 3 else 1e-12)
+
+
+@pytest.mark.parametrize("given", [(), ("bias",), ("scale",), ("shift",)], ids=str)
+def test_project_norm_without_some_parameters(emulator, given):
+    check_project(*run_project(emulator, 40, 2, 33, given=given), 1e-12)
+
+
+def test_project_norm_in_float32(emulator):
+    for tokens, count, width in [(300, 2, 128), (1000, 2, 33), (70, 8, 64)]:
+        check_project(*run_project(emulator, tokens, count, width, np.float32), 2e-5)
+
+
+def test_project_norm_computes_what_is_wanted(emulator):
+    every, _ = run_project(emulator, 300, 3, 20)
+    for features, parameters in [(True, False), (False, True)]:
+        some, _ = run_project(
+            emulator, 300, 3, 20, need_features=features, need_parameters=parameters
+        )
+        assert len(some) == 1 + features + 4 * parameters
+        for name, array in some.items():
+            np.testing.assert_array_equal(array, every[name])
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_project_norm_repeats_in_any_order(emulator, dtype):
+    for count, width in [(2, 128), (5, 300)]:
+        first, _ = run_project(emulator, 600, count, width, dtype)
+        for order, blocks in [(REVERSED, 1), (SHUFFLED, 3), (SHUFFLED, ALL_BLOCKS)]:
+            emulator.configure(order, blocks)
+            again, _ = run_project(emulator, 600, count, width, dtype)
+            for name, array in first.items():
+                np.testing.assert_array_equal(again[name], array, err_msg=name)
+        emulator.configure(FORWARD, ALL_BLOCKS)
 
 
 def test_architectures_are_those_of_the_build(emulator):

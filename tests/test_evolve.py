@@ -305,9 +305,9 @@ def random_case(seed: int):
     steps = draw.choice([1, 1, 2, 3])
     tokens = (*batch, length)
 
-    def per_token():
+    def per_token(most=1.0):
         shape = draw.choice([(), (length,), tokens, (steps, *tokens)])
-        return draw.choice([draw.random(), torch.rand(shape, dtype=torch.float64)])
+        return draw.choice([most * draw.random(), most * torch.rand(shape, dtype=torch.float64)])
 
     if draw.random() < 0.6:
         sigma = draw.choice([0.5, -1.0, 1.4, torch.randn(batch, dtype=torch.float64)])
@@ -325,7 +325,8 @@ def random_case(seed: int):
     }
     if draw.random() < 0.4:
         options["lengths"] = torch.randint(0, length + 1, draw.choice([(), batch]))
-    return torch.randn(*tokens, 2, dtype=torch.float64), per_token(), options
+    # Longer steps drive states so far apart that rounding alone moves pairs over the threshold.
+    return torch.randn(*tokens, 2, dtype=torch.float64), per_token(0.1), options
 
 
 @pytest.mark.parametrize("seed", range(SWEEP_CASES))

@@ -195,22 +195,32 @@ def test_alpha_of_each_cylinder(device, shape):
 @pytest.mark.parametrize("score", SOFT_SCORES, ids=str)
 @pytest.mark.parametrize("causal", [True, False])
 def test_float32_is_as_good_as_the_reference_in_float32(device, causal, score):
-    """An error budget: twice the error of plain PyTorch in float32, and a rounding floor."""
-    states, keys = calm(score, (40, 2), (55, 2), causal=causal, delta=1e-5)
-    values, weights = torch.randn(55, 3), (torch.randn(40, 3), torch.randn(40))
-    tensors = [t.float() for t in (states, keys, values)]
+    """An error budget: twice the error of plain PyTorch in float32, and a rounding floor.
 
-    def gradients(module_interact, where, dtype):
-        given = leaves(where, dtype, *tensors)
-        outputs = module_interact(*given, causal=causal, score=score)[:2]
-        pull = [w.to(device=where, dtype=dtype) for w in weights]
-        return [g.cpu().double() for g in pulled(outputs, given, pull)]
+    Root mean squares over several draws: on a single one either side may be lucky.
+    """
+    largest = []  # of each draw and gradient: the kernel's error, plain PyTorch's, the gradient
 
-    truth = gradients(reference.interact, "cpu", F64)
-    plain = gradients(reference.interact, "cpu", torch.float32)
-    kernel = gradients(interact, device, torch.float32)
-    for name, a, b, c in zip(("states", "keys", "values"), kernel, plain, truth, strict=True):
-        error, budget = (a - c).abs().max(), 2 * (b - c).abs().max() + 1e-6 * c.abs().max()
+    for _ in range(5):
+        states, keys = calm(score, (40, 2), (55, 2), causal=causal, delta=1e-5)
+        values, weights = torch.randn(55, 3), (torch.randn(40, 3), torch.randn(40))
+        tensors = [t.float() for t in (states, keys, values)]
+
+        def gradients(module_interact, where, dtype, tensors=tensors, weights=weights):
+            given = leaves(where, dtype, *tensors)
+            outputs = module_interact(*given, causal=causal, score=score)[:2]
+            pull = [w.to(device=where, dtype=dtype) for w in weights]
+            return [g.cpu().double() for g in pulled(outputs, given, pull)]
+
+        truth = gradients(reference.interact, "cpu", F64)
+        plain = gradients(reference.interact, "cpu", torch.float32)
+        kernel = gradients(interact, device, torch.float32)
+        parts = [(a - c, b - c, c) for a, b, c in zip(kernel, plain, truth, strict=True)]
+        largest.append([[part.abs().max() for part in triple] for triple in parts])
+
+    rms = torch.tensor(largest).square().mean(0).sqrt()
+    for name, (error, of_plain, scale) in zip(("states", "keys", "values"), rms, strict=True):
+        budget = 2 * of_plain + 1e-6 * scale
         assert error <= budget, f"{name}: error {error:.3g}, budget {budget:.3g}"
 
 

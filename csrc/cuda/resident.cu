@@ -92,14 +92,9 @@ __global__ void __launch_bounds__(kResidentThreads, 1) evolve_sequences(EvolvePa
     for (int64_t stages = 0; stages < 2 * p.steps; ++stages) {
       const int64_t step = stages / 2;
       const bool middle = stages % 2 == 1, last = step + 1 == p.steps;
-      InteractParams<T> params{};
-      params.pair = p.pair;
-      params.pair.states = View<const T>{tile, 0, 2, 1};
+      InteractParams<T> params = stage_params(p, step, middle);
+      params.pair.states = View<const T>{tile, 0, 2, 1};  // the copy, not the tape
       params.pair.key_points = params.pair.states;
-      params.context = p.plane(step, middle ? kTapeMiddleContext : kTapeContext);
-      params.threshold = p.plane(step, middle ? kTapeMiddleThreshold : kTapeThreshold);
-      if (!middle) params.strength = p.plane(step, kTapeStrength);
-      if (!middle && last) params.degree = p.degree;
       __syncthreads();
       if constexpr (kHasThreshold<Kind<T>>) {
         for (int64_t segment = 0; segment < rows; segment += blockDim.x * kRowsPerThread)
@@ -150,19 +145,7 @@ __global__ void __launch_bounds__(kResidentThreads, 1)
         for_each_token(b, rows, EndOfStepVjp<T>{g, step});
       else
         for_each_token(b, rows, EndOfFirstStageVjp<T>{g, step});
-      InteractBackwardParams<T> params{};
-      params.pair = forward.pair;
-      params.pair.states = as_const(forward.plane(step, middle ? kTapeMiddle : kTapeState));
-      params.pair.key_points = params.pair.states;
-      params.threshold =
-          as_const(forward.plane(step, middle ? kTapeMiddleThreshold : kTapeThreshold));
-      params.grad_context = as_const(g.plane(middle ? kGradMiddleContext : kGradContext));
-      if (!middle) params.grad_strength = as_const(g.plane(kGradStrength));
-      params.grad_states = g.plane(middle ? kGradMiddle : kGradState);
-      params.grad_keys = params.grad_states;
-      params.grad_alpha = p.grad_alpha;
-      params.accumulate = !middle;
-      params.keys_are_states = true;
+      const InteractBackwardParams<T> params = stage_backward_params(g, step, middle);
       __syncthreads();
       gather_from_tape<RowPass<T, Kind, false>>(params, b, tile);
       gather_from_tape<KeyPass<T, Kind, false>>(params, b, tile);

@@ -316,17 +316,15 @@ class _Saved(NamedTuple):
     middle_threshold: torch.Tensor
 
     def write(self, planes: torch.Tensor) -> None:
-        """To `(TAPE_PLANES, B, padded)`, in the order of `csrc/params.h`."""
-        length = self.states.shape[1]
+        """To `(TAPE_PLANES, B, S)`, in the order of `csrc/params.h`."""
         at = 0
         for tensor in self:
             tensor = tensor[..., None] if tensor.dim() == 2 else tensor
-            planes[at : at + tensor.shape[-1], :, :length] = tensor.movedim(-1, 0)
+            planes[at : at + tensor.shape[-1]] = tensor.movedim(-1, 0)
             at += tensor.shape[-1]
 
     @classmethod
-    def read(cls, planes: torch.Tensor, length: int) -> _Saved:
-        planes = planes[..., :length]
+    def read(cls, planes: torch.Tensor) -> _Saved:
         points = [planes[at : at + 2].movedim(0, -1).contiguous() for at in range(0, 8, 2)]
         return cls(*points, *planes[8:].unbind(0))
 
@@ -354,9 +352,7 @@ def _evolve(states, dt, dt_value, skip, skip_value, *rest):
     _check_points(states, None, None)
     batch, length, _ = states.shape
     inside = _inside(pairs, states)
-    tape = states.new_zeros(
-        steps if save else 0, autograd.TAPE_PLANES, batch, autograd.padded(length)
-    )
+    tape = states.new_empty(steps if save else 0, autograd.TAPE_PLANES, batch, length)
     x = states.contiguous()
     for step in range(steps):
         step_dt, step_skip = _of_step(dt, dt_value, step), _of_step(skip, skip_value, step)
@@ -385,7 +381,7 @@ def _evolve_backward(grad_states, grad_strength, tape, dt, dt_value, skip, skip_
     grad_alpha = tape.new_zeros(len(grad_states))
     grad = grad_states.contiguous()
     for step in reversed(range(steps)):
-        saved = _Saved.read(tape[step], grad_states.shape[1])
+        saved = _Saved.read(tape[step])
         step_dt, step_skip = _of_step(dt, dt_value, step), _of_step(skip, skip_value, step)
 
         moved = _end_of_heun(saved, step_dt)
