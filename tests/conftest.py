@@ -13,6 +13,12 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
+# Two processes with a thread for each core would spend their time waiting for one another. Programs
+# that tests start inherit it.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
+
 DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 
 
