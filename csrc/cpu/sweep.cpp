@@ -572,26 +572,36 @@ class Sweep {
     return sorted;
   }
 
-  // One group of rows against the keys of a rectangle; false, having added nothing, where so many
-  // pairs would have to be tested that the dense loop is as fast.
-  bool meet_by_arcs(const Frame& frame, Interval h, const std::vector<int32_t>& list,
-                    const double* angle, const Rectangle& where) {
-    Directions sorted = sort_by_direction(list, angle);
-    const CellMap map = sorted.map();
-    const int64_t keys = where.keys(), rows = list.size();
-    const int32_t blocks = map.blocks();
-    Shares shares(keys);
+  // What each key is to the blocks of a group's rows, and the number of tests that leaves.
+  struct Classes {
+    Shares shares;  // of the keys
+    int32_t blocks;
+    std::unique_ptr<Span[]> spans;  // [keys]
+    // [share][blocks + 1]: keys of a share that the rows of a block have to test
+    std::vector<int32_t> tested;
+
+    int64_t entries(int32_t block) const {
+      int64_t sum = 0;
+      for (int64_t share = 0; share < shares.count; ++share)
+        sum += tested[share * (blocks + 1) + block];
+      return sum;
+    }
+  };
+
+  Classes classify(const Frame& frame, Interval h, const CellMap& map,
+                   const Rectangle& where) const {
+    Classes classes{Shares(where.keys()), map.blocks(), room<Span>(where.keys()), {}};
+    Shares& shares = classes.shares;
+    const int32_t blocks = classes.blocks;
     const int64_t bin_size = 2 * width_ * (blocks + 1);
     shares.count = std::clamp<int64_t>((int64_t(1) << 23) / bin_size, 1, shares.count);
-
-    const auto spans = room<Span>(keys);
-    // tested[share][block]: pairs of that block's rows with the share's keys that need a test.
-    std::vector<int32_t> tested(shares.count * (blocks + 1), 0);
+    classes.tested.assign(shares.count * (blocks + 1), 0);
     each(shares.count, [&](int64_t share) {
       const int64_t begin = shares.begin(share), end = shares.begin(share + 1);
+      Span* spans = classes.spans.get();
       loops_.view_keys(frame, map, h, s_.key_x + where.key_begin + begin,
-                       s_.key_y + where.key_begin + begin, end - begin, spans.get() + begin);
-      int32_t* change = &tested[share * (blocks + 1)];
+                       s_.key_y + where.key_begin + begin, end - begin, spans + begin);
+      int32_t* change = &classes.tested[share * (blocks + 1)];
       for (int64_t j = begin; j < end; ++j) {
         const Band band = band_of(spans[j], blocks);
         for (const BlockRange& range : {band.before, band.after}) {
@@ -604,26 +614,32 @@ class Sweep {
       }
       for (int32_t b = 1; b <= blocks; ++b) change[b] += change[b - 1];
     });
-    std::vector<int64_t> in_block(blocks, 0);
+    return classes;
+  }
+
+  // One group of rows against the keys of a rectangle; false, having added nothing, where so many
+  // pairs would have to be tested that the dense loop is as fast.
+  bool meet_by_arcs(const Frame& frame, Interval h, const std::vector<int32_t>& list,
+                    const double* angle, const Rectangle& where) {
+    Directions sorted = sort_by_direction(list, angle);
+    const Classes classes = classify(frame, h, sorted.map(), where);
+    const int64_t keys = where.keys(), rows = list.size();
     double entries = 0;
-    for (int64_t share = 0; share < shares.count; ++share)
-      for (int32_t b = 0; b < blocks; ++b) in_block[b] += tested[share * (blocks + 1) + b];
-    for (const int64_t n : in_block) entries += double(n);
+    for (int32_t b = 0; b < classes.blocks; ++b) entries += double(classes.entries(b));
     if (entries * (kRankBlock + kEntryCost) > double(rows) * double(keys)) return false;
 
     for (int32_t& n : sorted.order) n += static_cast<int32_t>(where.row_begin);
     const RowSet<T> set(s_, std::move(sorted.order), backward());
-    const auto moments = inner_moments(spans.get(), shares, blocks, where);
-    if (backward() && gradients_->key)
-      keys_from_inner_rows(set, spans.get(), shares, blocks, where);
+    const auto moments = inner_moments(classes, where);
+    if (backward() && gradients_->key) keys_from_inner_rows(set, classes, where);
     // Lists of a few blocks at a time, so that memory stays O(S) however wide the band.
     const int64_t most = std::max<int64_t>(8 * keys, int64_t(1) << 16);
-    for (int32_t begin = 0; begin < blocks;) {
+    for (int32_t begin = 0; begin < classes.blocks;) {
       int32_t end = begin;
       int64_t size = 0;
-      while (end < blocks && (end == begin || size + in_block[end] <= most))
-        size += in_block[end++];
-      meet_bands(set, spans.get(), shares, tested, begin, end, size, blocks, moments.get(), where);
+      while (end < classes.blocks && (end == begin || size + classes.entries(end) <= most))
+        size += classes.entries(end++);
+      meet_bands(set, classes, begin, end, size, moments.get(), where);
       begin = end;
     }
     return true;
@@ -651,8 +667,9 @@ class Sweep {
   }
 
   // For each block of rows the moments of the keys that all of them keep for certain.
-  std::unique_ptr<double[]> inner_moments(const Span* spans, const Shares& shares, int32_t blocks,
-                                          const Rectangle& where) const {
+  std::unique_ptr<double[]> inner_moments(const Classes& classes, const Rectangle& where) const {
+    const Shares& shares = classes.shares;
+    const int32_t blocks = classes.blocks;
     constexpr int64_t kTile = 64;
     const int64_t size = 2 * width_;
     std::vector<double> bins(shares.count * (blocks + 1) * size, 0.0);
@@ -662,7 +679,7 @@ class Sweep {
       for (int64_t j = shares.begin(share); j < shares.begin(share + 1); j += kTile) {
         const int64_t end = std::min(j + kTile, shares.begin(share + 1));
         key_vectors(where.key_begin + j, where.key_begin + end, vectors.get());
-        loops_.add_spans(vectors.get(), width_, spans + j, end - j, blocks, own);
+        loops_.add_spans(vectors.get(), width_, &classes.spans[j], end - j, blocks, own);
       }
     });
     auto moments = room<double>(blocks * width_);
@@ -745,8 +762,9 @@ class Sweep {
   }
 
   // The gradients that keys get from the rows that keep them for certain.
-  void keys_from_inner_rows(const RowSet<T>& set, const Span* spans, const Shares& shares,
-                            int32_t blocks, const Rectangle& where) {
+  void keys_from_inner_rows(const RowSet<T>& set, const Classes& classes, const Rectangle& where) {
+    const Shares& shares = classes.shares;
+    const int32_t blocks = classes.blocks;
     const int64_t size = 2 * width_;
     // Running sums over blocks, each in two doubles.
     std::vector<double> sums((blocks + 1) * size, 0.0);
@@ -763,7 +781,7 @@ class Sweep {
     each(shares.count, [&](int64_t share) {
       const auto total = room<double>(width_);
       for (int64_t j = shares.begin(share); j < shares.begin(share + 1); ++j) {
-        const Span& span = spans[j];
+        const Span& span = classes.spans[j];
         if (span.inner_count == 0) continue;
         const int32_t stop = span.inner + span.inner_count;
         const auto add = [&](int32_t begin, int32_t end, bool more) {
@@ -802,9 +820,10 @@ class Sweep {
   }
 
   // Blocks begin .. end - 1: certain keys from their moments, the others from lists, pair by pair.
-  void meet_bands(const RowSet<T>& set, const Span* spans, const Shares& shares,
-                  const std::vector<int32_t>& tested, int32_t begin, int32_t end, int64_t entries,
-                  int32_t blocks, const double* moments, const Rectangle& where) {
+  void meet_bands(const RowSet<T>& set, const Classes& classes, int32_t begin, int32_t end,
+                  int64_t entries, const double* moments, const Rectangle& where) {
+    const Shares& shares = classes.shares;
+    const int32_t blocks = classes.blocks;
     const int64_t count = end - begin, parts = shares.count;
     count_work(1, entries * kRankBlock);
     // starts[block][share]: where the share's keys begin in the list of a block.
@@ -812,7 +831,7 @@ class Sweep {
     for (int64_t b = 0; b < count; ++b)
       for (int64_t share = 0; share < parts; ++share)
         starts[b * parts + share + 1] =
-            starts[b * parts + share] + tested[share * (blocks + 1) + begin + b];
+            starts[b * parts + share] + classes.tested[share * (blocks + 1) + begin + b];
     const auto list = room<int32_t>(entries);
     each(parts, [&](int64_t share) {
       std::vector<int64_t> next(count);
@@ -822,7 +841,7 @@ class Sweep {
           list[next[b - begin]++] = key;
       };
       for (int64_t j = shares.begin(share); j < shares.begin(share + 1); ++j) {
-        const Band band = band_of(spans[j], blocks);
+        const Band band = band_of(classes.spans[j], blocks);
         for (const BlockRange& range : {band.before, band.after}) {
           const int32_t stop = range.start + range.count;
           append(range.start, std::min(stop, blocks), static_cast<int32_t>(j));
