@@ -6,88 +6,33 @@ import json
 import math
 import numbers
 from dataclasses import asdict, dataclass, fields
+from typing import TYPE_CHECKING, ClassVar
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 SCORES = ("threshold", "inverse_gate")
 REDUCTIONS = ("sum", "mean")
 BACKENDS = ("auto", "reference", "cpu", "cuda", "triton")
 
 
-@dataclass(frozen=True)
-class QuantumFluxConfig:
-    """Hyperparameters of `QuantumFluxLM`.
+class Record:
+    """What configurations share: checks that name the argument, and JSON.
 
-    Args:
-        vocab_size: number of token ids V, >= 1.
-        num_layers: evolution layers, >= 0; 0 leaves embedding and readout only (an ablation).
-        num_cylinders: cylinders C per token, >= 1; each carries a state (radius, phase).
-        hidden_dim: width H of the hidden stream that the states are projected to, >= 1.
-        context_length: tokens seen at once when generating, and the default window for training;
-            the model itself accepts any length.
-        value_dim: width of the value that a token hands to its listeners on every cylinder.
-            0 switches the value path off and leaves the seeds' system: states alone.
-        mlp_ratio: width of the MLP after the value path, in multiples of `hidden_dim`; 0: no MLP.
-        conv_width: taps of the causal depthwise convolution before the value path; 0: none.
-        score: pair score of both documents, "threshold" (first) or "inverse_gate" (second).
-        sigma_min, sigma_max: selectivity of the threshold, spread linearly over the cylinders. At
-            exactly 0, a row whose visible keys all score the same stands on its threshold, and
-            rounding decides what it keeps.
-        alpha: weight of the orthogonal term of the inverse gate.
-        reduction: "mean" keeps the dynamics independent of the length; "sum" is the seeds'.
-        dt: initial time step of every layer and cylinder, > 0, and the `dt_scale` of the skip.
-        skip_beta: steepness of the dynamic skip sigmoid(skip_beta * (dt - dt_scale)).
-        radius_min, radius_max, radius_rate, radius_reversion, radius_target: the radius rule,
-            see `qflux_kernels.Radius`.
-        dropout: probability of dropping an element of each residual branch in training, [0, 1).
-        backend: passed to `qflux_kernels`.
-
-    Raises:
-        TypeError, ValueError: naming the argument, its value and the allowed values.
-
-    Source: first seed, sections 1 and 5; second seed, "Key Components"; SPEC 2-5.
+    `architecture` tells the files of one kind of model from those of another.
     """
 
-    vocab_size: int
-    num_layers: int = 4
-    num_cylinders: int = 16
-    hidden_dim: int = 128
-    context_length: int = 256
-    value_dim: int = 8
-    mlp_ratio: float = 4.0
-    conv_width: int = 4
-    score: str = "threshold"
-    sigma_min: float = 0.1
-    sigma_max: float = 1.4
-    alpha: float = 0.5
-    reduction: str = "mean"
-    dt: float = 0.1
-    skip_beta: float = 5.0
-    radius_min: float = 0.1
-    radius_max: float = 2.0
-    radius_rate: float = 0.01
-    radius_reversion: float = 0.0
-    radius_target: float = 1.0
-    dropout: float = 0.0
-    backend: str = "auto"
+    architecture: ClassVar[str]
 
-    def __post_init__(self) -> None:
-        for name in ("vocab_size", "num_cylinders", "hidden_dim"):
-            self._check_integer(name, 1)
-        self._check_integer("context_length", 2)
-        for name in ("num_layers", "value_dim", "conv_width"):
-            self._check_integer(name, 0)
-        for name, choices in (("score", SCORES), ("reduction", REDUCTIONS), ("backend", BACKENDS)):
-            value = getattr(self, name)
-            if value not in choices:
-                raise ValueError(f"{name} must be one of {choices}, got {value!r}")
-        for name in ("mlp_ratio", "radius_min"):
-            self._check_real(name, minimum=0.0)
-        for name in ("alpha", "skip_beta", "radius_rate", "radius_reversion", "radius_target"):
-            self._check_real(name)
-        self._check_real("sigma_min")
-        self._check_real("sigma_max", minimum=self.sigma_min, why=" = sigma_min")
-        self._check_real("radius_max", minimum=self.radius_min, why=" = radius_min")
-        self._check_real("dt", above=0.0)
-        self._check_real("dropout", minimum=0.0, below=1.0)
+    def _check_choice(self, name: str, allowed: tuple[str, ...]) -> None:
+        value = getattr(self, name)
+        if value not in allowed:
+            raise ValueError(f"{name} must be one of {allowed}, got {value!r}")
+
+    def _check_flag(self, name: str) -> None:
+        value = getattr(self, name)
+        if not isinstance(value, bool):
+            raise TypeError(f"{name} must be True or False, got {value!r}")
 
     def _check_integer(self, name: str, minimum: int) -> None:
         value = getattr(self, name)
@@ -123,10 +68,10 @@ class QuantumFluxConfig:
 
     def to_json(self) -> str:
         """The configuration as a JSON object, one key a line."""
-        return json.dumps(asdict(self), indent=2) + "\n"
+        return json.dumps({"architecture": self.architecture, **asdict(self)}, indent=2) + "\n"
 
     @classmethod
-    def from_json(cls, text: str) -> QuantumFluxConfig:
+    def from_json(cls, text: str) -> Self:
         """The inverse of `to_json`; absent keys take their defaults.
 
         Raises:
@@ -138,6 +83,9 @@ class QuantumFluxConfig:
             raise ValueError(f"the configuration is not valid JSON: {error}") from None
         if not isinstance(given, dict):
             raise ValueError(f"the configuration must be a JSON object, got {type(given).__name__}")
+        architecture = given.pop("architecture", cls.architecture)
+        if architecture != cls.architecture:
+            raise ValueError(f"architecture must be {cls.architecture!r}, got {architecture!r}")
         known = [field.name for field in fields(cls)]
         unknown = sorted(set(given) - set(known))
         if unknown:
@@ -147,3 +95,81 @@ class QuantumFluxConfig:
         if "vocab_size" not in given:
             raise ValueError("the configuration lacks vocab_size")
         return cls(**given)
+
+
+@dataclass(frozen=True)
+class QuantumFluxConfig(Record):
+    """Hyperparameters of `QuantumFluxLM`.
+
+    Args:
+        vocab_size: number of token ids V, >= 1.
+        num_layers: evolution layers, >= 0; 0 leaves embedding and readout only (an ablation).
+        num_cylinders: cylinders C per token, >= 1; each carries a state (radius, phase).
+        hidden_dim: width H of the hidden stream that the states are projected to, >= 1.
+        context_length: tokens seen at once when generating, and the default window for training;
+            the model itself accepts any length.
+        value_dim: width of the value that a token hands to its listeners on every cylinder.
+            0 switches the value path off and leaves the seeds' system: states alone.
+        mlp_ratio: width of the MLP after the value path, in multiples of `hidden_dim`; 0: no MLP.
+        conv_width: taps of the causal depthwise convolution before the value path; 0: none.
+        score: pair score of both documents, "threshold" (first) or "inverse_gate" (second).
+        sigma_min, sigma_max: selectivity of the threshold, spread linearly over the cylinders. At
+            exactly 0, a row whose visible keys all score the same stands on its threshold, and
+            rounding decides what it keeps.
+        alpha: weight of the orthogonal term of the inverse gate.
+        reduction: "mean" keeps the dynamics independent of the length; "sum" is the seeds'.
+        dt: initial time step of every layer and cylinder, > 0, and the `dt_scale` of the skip.
+        skip_beta: steepness of the dynamic skip sigmoid(skip_beta * (dt - dt_scale)).
+        radius_min, radius_max, radius_rate, radius_reversion, radius_target: the radius rule,
+            see `qflux_kernels.Radius`.
+        dropout: probability of dropping an element of each residual branch in training, [0, 1).
+        backend: passed to `qflux_kernels`.
+
+    Raises:
+        TypeError, ValueError: naming the argument, its value and the allowed values.
+
+    Source: first seed, sections 1 and 5; second seed, "Key Components"; SPEC 2-5.
+    """
+
+    architecture: ClassVar[str] = "values"
+
+    vocab_size: int
+    num_layers: int = 4
+    num_cylinders: int = 16
+    hidden_dim: int = 128
+    context_length: int = 256
+    value_dim: int = 8
+    mlp_ratio: float = 4.0
+    conv_width: int = 4
+    score: str = "threshold"
+    sigma_min: float = 0.1
+    sigma_max: float = 1.4
+    alpha: float = 0.5
+    reduction: str = "mean"
+    dt: float = 0.1
+    skip_beta: float = 5.0
+    radius_min: float = 0.1
+    radius_max: float = 2.0
+    radius_rate: float = 0.01
+    radius_reversion: float = 0.0
+    radius_target: float = 1.0
+    dropout: float = 0.0
+    backend: str = "auto"
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "num_cylinders", "hidden_dim"):
+            self._check_integer(name, 1)
+        self._check_integer("context_length", 2)
+        for name in ("num_layers", "value_dim", "conv_width"):
+            self._check_integer(name, 0)
+        for name, choices in (("score", SCORES), ("reduction", REDUCTIONS), ("backend", BACKENDS)):
+            self._check_choice(name, choices)
+        for name in ("mlp_ratio", "radius_min"):
+            self._check_real(name, minimum=0.0)
+        for name in ("alpha", "skip_beta", "radius_rate", "radius_reversion", "radius_target"):
+            self._check_real(name)
+        self._check_real("sigma_min")
+        self._check_real("sigma_max", minimum=self.sigma_min, why=" = sigma_min")
+        self._check_real("radius_max", minimum=self.radius_min, why=" = radius_min")
+        self._check_real("dt", above=0.0)
+        self._check_real("dropout", minimum=0.0, below=1.0)
