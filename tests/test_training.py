@@ -1,5 +1,6 @@
 """The training loop: it learns, stops, resumes exactly and writes whole files."""
 
+import dataclasses
 import json
 import math
 import os
@@ -44,7 +45,7 @@ def curve(folder):
 
 @pytest.mark.parametrize("changes", [{}, {"value_dim": 0}], ids=["values", "states alone"])
 def test_training_learns_a_pattern(tmp_path, changes):
-    config = QuantumFluxConfig(**{**json.loads(CONFIG.to_json()), **changes})
+    config = dataclasses.replace(CONFIG, **changes)
     result = run(tmp_path, config=config, max_steps=150, epochs=100, learning_rate=1e-2)
     first, last = metrics(tmp_path)[0], metrics(tmp_path)[-1]
     assert first["train_loss"] == pytest.approx(math.log(9), abs=0.5)
@@ -183,7 +184,7 @@ def stop_at(monkeypatch, step):
 
 
 def test_a_resumed_run_is_the_uninterrupted_run(tmp_path, monkeypatch):
-    config = QuantumFluxConfig(**{**json.loads(CONFIG.to_json()), "dropout": 0.2})
+    config = dataclasses.replace(CONFIG, dropout=0.2)
     options = {"config": config, "max_steps": 26, "epochs": 10, "eval_interval": 5}
     whole = run(tmp_path / "whole", **options)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
@@ -226,7 +227,7 @@ def test_resume_needs_a_state_and_the_same_model(tmp_path):
     run(tmp_path / "b", max_steps=1)
     with pytest.raises(FileExistsError, match="resume it"):
         run(tmp_path / "b")
-    wider = QuantumFluxConfig(**{**json.loads(CONFIG.to_json()), "hidden_dim": 20})
+    wider = dataclasses.replace(CONFIG, hidden_dim=20)
     with pytest.raises(ValueError, match="hidden_dim 16 -> 20"):
         run(tmp_path / "b", config=wider, resume=True)
     other = TrainingOptions(tmp_path / "b", resume=True, progress=False)
