@@ -10,8 +10,8 @@ import safetensors.torch
 import torch
 
 from .causal_lm import CausalLM
-from .data import Vocabulary, vocabulary_from_json
 from .presets import config_from_json, make_model
+from .vocabulary import Vocabulary, vocabulary_from_json
 
 CONFIG_FILE = "config.json"
 VOCABULARY_FILE = "vocabulary.json"

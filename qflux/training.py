@@ -30,10 +30,11 @@ from .checkpoint import (
     write_atomically,
 )
 from .config import Record
-from .data import IGNORED_LABEL, TextSplit, TrainingWindows, Vocabulary, evaluation_batches
+from .data import IGNORED_LABEL, TextSplit, TrainingWindows, evaluation_batches
 from .hebbian import ERRORS, apply_update, delta_rule
 from .presets import make_model
 from .trackers import TRACKERS, open_trackers
+from .vocabulary import Vocabulary
 
 METRICS_FILE = "metrics.jsonl"
 LEARNING = ("backprop", "hebbian", "hybrid")

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from qflux import ByteVocabulary, CharacterVocabulary, load_text, make_vocabulary, ngram_losses
-from qflux.data import TrainingWindows, evaluation_batches, vocabulary_from_json
+from qflux.data import TrainingWindows, evaluation_batches
+from qflux.vocabulary import vocabulary_from_json
 
 # --- vocabularies ---
 
