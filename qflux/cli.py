@@ -113,6 +113,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--top-p", type=float, help="keep the most likely tokens of this total probability")
     add("--seed", type=int, default=0, help="of the sampling")
     add("--device", default="cpu", help="cpu, cuda, cuda:1 ...")
+
+    exporting = commands.add_parser("export", help="write a Hugging Face model")
+    exporting.set_defaults(run=_export)
+    add = exporting.add_argument
+    add("--model-path", "--model-dir", required=True, help="folder that training wrote")
+    add("--output-dir", required=True, help="folder for the Hugging Face model")
     return parser
 
 
@@ -193,3 +199,11 @@ def _generate(options: argparse.Namespace) -> None:
         generator=torch.Generator(options.device).manual_seed(options.seed),
     )
     print(vocabulary.decode(ids[0]))
+
+
+def _export(options: argparse.Namespace) -> None:
+    # Only here: importing transformers takes seconds, and it may be missing.
+    from .hf import export
+
+    export(options.model_path, options.output_dir)
+    print(f"Hugging Face model in {options.output_dir}")

@@ -217,7 +217,7 @@ def to_tokenizer(vocabulary: Vocabulary) -> tokenizers.Tokenizer:
         return _byte_level(library, library.models.BPE(vocab=letters, merges=[]))
     ids = {character: i for i, character in enumerate(vocabulary.characters)}
     tokenizer = library.Tokenizer(library.models.WordLevel(ids, unk_token=vocabulary.characters[0]))
-    single = library.Regex(r"(?s:.)")
+    single = library.Regex(r"[\s\S]")
     tokenizer.pre_tokenizer = library.pre_tokenizers.Split(single, "isolated")
     tokenizer.decoder = library.decoders.Fuse()
     return tokenizer
