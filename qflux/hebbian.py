@@ -96,13 +96,14 @@ def delta_rule(
         part = slice(first, first + chunk)
         inputs, valid = features[part], scored[part, None]
         target = targets[part].clamp(min=0)[:, None]
-        logits = head(inputs).float()
+        logits = head(inputs)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         log_normaliser = logits.logsumexp(-1, keepdim=True)
         loss += ((log_normaliser - logits.gather(1, target)) * valid).sum()
         output = (logits - log_normaliser).exp()
         if gradient is not None:
             residual = output.scatter_add(1, target, -torch.ones_like(target, dtype=output.dtype))
-            gradient[part] = (residual * valid) @ head.weight / count
+            gradient[part] = (residual * valid).to(head.weight.dtype) @ head.weight / count
         if error == "logits":
             output = logits
         output.neg_().scatter_add_(1, target, torch.ones_like(target, dtype=output.dtype))
