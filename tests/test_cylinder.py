@@ -31,7 +31,7 @@ from qflux.cylinder import (
 )
 from qflux.presets import config_from_json
 from qflux.vocabulary import CharacterVocabulary
-from qflux_kernels import InverseGate, Radius, Threshold, evolve, reference
+from qflux_kernels import InverseGate, Radius, Threshold, evolve, interact, reference
 
 SMALL = {"num_layers": 2, "hidden_dim": 12, "context_length": 16}
 VARIANTS = {
@@ -240,6 +240,7 @@ def test_layer_is_the_documents_step(preset, changes):
     expected = reference.evolve(states, dt, score=score, radius=radius, skip=skip)
     torch.testing.assert_close(moved, expected.states)
     torch.testing.assert_close(metrics.skip, skip)
+    assert not model.head.bias.any()
     torch.testing.assert_close(metrics.strength, expected.strength.mean())
 
 
@@ -410,6 +411,19 @@ def test_memory_changes_the_evolution_and_is_reset_for_every_sequence():
     assert not torch.allclose(first[2], plain(ids).states[2])
     remembering(ids.flip(1))
     assert torch.equal(remembering(ids).states[2], first[2])
+
+
+def test_memory_is_divided_like_the_interaction():
+    layer = CylinderLayer(config_of("flux", {"reduction": "mean", "radius_rate": 0.0}))
+    layer = layer.double().eval()
+    states = 0.5 * torch.randn(1, 1, 16, 2).double()
+    memory = ConnectionMemory.empty(states).update(states, layer.score)
+    _, metrics, after = layer(states, memory)
+    count = torch.arange(1, 17)
+    heard = interact(states, score=layer.score, reduction="mean").strength
+    remembered = memory.context(states)[1] / count
+    torch.testing.assert_close(metrics.strength, (heard + remembered).mean())
+    torch.testing.assert_close(after.values, memory.update(states, layer.score).values)
 
 
 def test_generation_and_files(tmp_path):
