@@ -88,6 +88,17 @@ def test_presets_have_the_documents_values():
     assert make_config("lm", 65) == QuantumFluxConfig(65)
 
 
+def test_a_network_has_the_documents_parameters():
+    """2 V for the tokens; nothing in a layer but its projection and LayerNorm; the output layer."""
+    for preset, readouts, norms in (("flux", 2, 2), ("qfnn", 1, 0)):
+        model = model_of(preset)
+        assert sum(value.numel() for value in model.embedding.state_dict().values()) == 2 * 11
+        assert not list(model.layers.parameters())
+        found = sum(parameter.numel() for parameter in model.readouts.parameters())
+        assert found == readouts * (2 * 12 + 12) + norms * 2 * 12
+        assert sum(parameter.numel() for parameter in model.head.parameters()) == 12 * 11 + 11
+
+
 @pytest.mark.parametrize("preset", PRESETS)
 def test_presets_take_changes_and_make_their_model(preset):
     config = config_of(preset)

@@ -125,7 +125,7 @@ def test_nothing_to_score_changes_nothing():
 
 # --- connection memory ---
 
-RULE = {"decay": 0.9, "strength": 0.2, "gate": 0.4, "cap": 0.25, "weight": 0.5}
+RULE = {"decay": 0.9, "strength": 0.2, "gate": 0.9, "cap": 0.25, "weight": 0.5}
 
 
 def dense(memory, sequences):
@@ -141,8 +141,9 @@ def test_memory_follows_its_rule_on_kept_pairs_only():
     for _ in range(4):
         states = torch.randn(2, 3, 9, 2).double()
         w = scores(states, score=score).flatten(0, 1)
-        expected = 0.9 * expected + torch.where(w > 0.4, 0.2 * w, 0.0)
+        expected = 0.9 * expected + torch.where(w > 0.9, 0.2 * w, 0.0)
         expected = expected.clamp(-0.25, 0.25)
+        assert ((w > 0) & (w < 0.9)).any()
         before, memory = memory, memory.update(states, score)
         torch.testing.assert_close(dense(memory, 6), expected)
     assert (expected == 0.25).any()
