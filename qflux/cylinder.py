@@ -239,7 +239,9 @@ class TimeStep(nn.Module):
             return states.new_full(batch, self.scale)
         a, b = self.shape
         if self.training:
-            u = torch.distributions.Beta(states.new_tensor(a), states.new_tensor(b)).sample(batch)
+            # Checked arguments and numbers from the host would make it wait for the device.
+            a, b = states.new_full((), a), states.new_full((), b)
+            u = torch.distributions.Beta(a, b, validate_args=False).sample(batch)
         else:
             u = states.new_full(batch, a / (a + b))
         return (self.scale / u.clamp(1e-3, 0.999)).clamp(1e-6, self.limit)
@@ -270,7 +272,8 @@ class AdaptiveBounds(nn.Module):
             seen = torch.cat((states, radius), -1).cumsum(-2)
             count = torch.arange(1, states.shape[-2] + 1, device=states.device)[:, None]
             inputs = torch.cat((torch.ones_like(radius), seen / count), -1)
-            logits = inputs @ self.weight
+            # No matrix product, which autocast would take in half precision.
+            logits = (inputs[..., None] * self.weight[:, None]).sum(-2)
         else:
             logits = self.weight
         a, b = logits.unbind(-1)
@@ -361,11 +364,13 @@ class CylinderLayer(nn.Module):
     def _move_radius(self, states: Tensor, moved: Tensor, strength: Tensor) -> Tensor:
         """The radius rule of `qflux_kernels.Radius`, with bounds that have gradients."""
         rule = self.radius
-        low, high = (rule.min, rule.max) if self.bounds is None else self.bounds(states)
         radius = torch.linalg.vector_norm(moved, dim=-1).clamp(min=1e-6)
         target = radius + rule.rate * strength - rule.reversion * (radius - rule.target)
-        low, high = (torch.as_tensor(bound, device=moved.device) for bound in (low, high))
-        target = torch.minimum(torch.maximum(target, low), high)
+        if self.bounds is None:
+            target = target.clamp(rule.min, rule.max)
+        else:
+            low, high = self.bounds(states)
+            target = torch.minimum(torch.maximum(target, low), high)
         return moved * (target / radius)[..., None]
 
 

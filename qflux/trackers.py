@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
+from .checkpoint import write_atomically
 from .config import Record
 from .optional import require
 
@@ -74,14 +76,18 @@ class TensorBoardTracker:
 class WandbTracker:
     """A Weights & Biases run named after the folder; needs the package wandb.
 
-    Project, mode (`WANDB_MODE=offline`) and the like come from wandb's environment variables.
+    A resumed run continues the one whose id `folder/wandb_id` holds. Project, mode
+    (`WANDB_MODE=offline`) and the like come from wandb's environment variables.
     """
 
     def __init__(self, folder: Path, config: Record) -> None:
         wandb = require("wandb", "tracking with Weights & Biases", extra="wandb")
+        file = folder / "wandb_id"
+        if not file.exists():
+            write_atomically(file, uuid.uuid4().hex[:8].encode())
         self.run = wandb.init(
             name=folder.name,
-            id=folder.name,
+            id=file.read_text(),
             resume="allow",
             dir=str(folder),
             config=json.loads(config.to_json()),

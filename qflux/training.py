@@ -273,7 +273,7 @@ def train(
         while (share := progress_made()) < 1:
             length = window_length(share, config.context_length, options)
             batch = shorten(windows.batch(step), length).to(device)
-            with radius_rate(rules, min(1.0, share / (options.radius_warmup or 1e-9))):
+            with radius_rate(rules, radius_factor(share, options.radius_warmup)):
                 taken = learner.step(batch, share)
             losses.append(taken.loss)
             tokens += batch.numel()
@@ -475,6 +475,11 @@ def radius_rules(model: nn.Module) -> list[tuple[nn.Module, Radius]]:
         for module in model.modules()
         if isinstance(getattr(module, "radius", None), Radius)
     ]
+
+
+def radius_factor(share: float, warmup: float) -> float:
+    """The part of the growth rate that radii have when `share` of the run is behind."""
+    return share / warmup if share < warmup else 1.0
 
 
 @contextmanager

@@ -281,6 +281,9 @@ def test_radii_learn_to_grow_and_evaluation_has_the_configured_rate(tmp_path, mo
     run(tmp_path, config, radius_warmup=0.5)
     assert rates["step"] == pytest.approx([0.01 * min(1, 2 * at / 12) for at in range(12)])
     assert rates["evaluate"] == [0.01] * 3
+    rates["step"].clear()
+    run(tmp_path / "constant", config, max_steps=2)
+    assert rates["step"] == [0.01] * 2
 
 
 def test_the_radius_rate_is_restored_after_an_error():

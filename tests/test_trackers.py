@@ -78,6 +78,12 @@ def test_wandb_gets_configuration_lines_and_an_end(tmp_path, monkeypatch):
         patch.setattr(wandb, "log", lambda *_, **__: 1 / 0)
         run(tmp_path / "second", "wandb")
     assert wandb.finished == 2
+    run(tmp_path / "first", "wandb", max_steps=8, resume=True)
+    assert [options["id"] == wandb.started[0]["id"] for options in wandb.started] == [
+        True, False, True,
+    ]  # fmt: skip
+    assert {options["resume"] for options in wandb.started} == {"allow"}
+    assert wandb.logged[-1][0] == 8
 
 
 def test_tensorboard_files_hold_the_scalars(tmp_path):
