@@ -254,8 +254,16 @@ def test_curriculum_doubles_the_windows_and_keeps_the_tokens():
     assert torch.equal(shorten(batch, 12), batch)
 
 
-def test_a_run_with_a_curriculum_grows_its_windows(tmp_path):
+def test_a_run_with_a_curriculum_grows_its_windows(tmp_path, monkeypatch):
+    shapes, original = [], Learner.step
+
+    def step(self, batch, share):
+        shapes.append(tuple(batch.shape))
+        return original(self, batch, share)
+
+    monkeypatch.setattr(Learner, "step", step)
     result = run(tmp_path, curriculum_length=3, curriculum_share=0.5)
+    assert shapes == [(16, 3)] * 3 + [(8, 6)] * 3 + [(4, 12)] * 6
     assert [line["window_length"] for line in metrics(tmp_path)] == [3] * 3 + [6] * 3 + [12] * 6
     assert result.steps == 12
 
