@@ -18,22 +18,27 @@ class QuantumFluxConfig:
 
     Args:
         vocab_size: number of token ids V, >= 1.
-        num_layers: evolution layers, >= 0; 0 leaves embedding and readout only (an ablation).
+        num_layers: layers, >= 0; 0 leaves embedding and readout only (an ablation).
         num_cylinders: cylinders C per token, >= 1; each carries a state (radius, phase).
         hidden_dim: width H of the hidden stream that the states are projected to, >= 1.
         context_length: tokens seen at once when generating, and the default window for training;
             the model itself accepts any length.
         value_dim: width of the value that a token hands to its listeners on every cylinder.
             0 switches the value path off and leaves the seeds' system: states alone.
-        mlp_ratio: width of the MLP after the value path, in multiples of `hidden_dim`; 0: no MLP.
-        conv_width: taps of the causal depthwise convolution before the value path; 0: none.
+        mlp_ratio: size of the gated MLP after the value path: it has the weights of a plain one
+            this many times as wide as `hidden_dim`; 0: no MLP.
+        conv_width: taps of the causal depthwise convolutions, one before the value path and one
+            before the MLP; 0: none.
+        evolution: whether each layer also moves the token's states by a Heun-Euler step, adds them
+            to the keys and projects them into the hidden stream. Without values it always does.
         score: pair score of both documents, "threshold" (first) or "inverse_gate" (second).
         sigma_min, sigma_max: selectivity of the threshold, spread linearly over the cylinders. At
             exactly 0, a row whose visible keys all score the same stands on its threshold, and
             rounding decides what it keeps.
         alpha: weight of the orthogonal term of the inverse gate.
-        reduction: "mean" keeps the dynamics independent of the length; "sum" is the seeds'.
-        dt: initial time step of every layer and cylinder, > 0, and the `dt_scale` of the skip.
+        reduction: of the evolution: "mean" makes it independent of the length; "sum" is the seeds'.
+        dt: initial time step of the evolution in every layer and cylinder, > 0, and the `dt_scale`
+            of the skip.
         skip_beta: steepness of the dynamic skip sigmoid(skip_beta * (dt - dt_scale)).
         radius_min, radius_max, radius_rate, radius_reversion, radius_target: the radius rule,
             see `qflux_kernels.Radius`.
@@ -48,12 +53,13 @@ class QuantumFluxConfig:
 
     vocab_size: int
     num_layers: int = 4
-    num_cylinders: int = 16
+    num_cylinders: int = 32
     hidden_dim: int = 128
     context_length: int = 256
-    value_dim: int = 8
+    value_dim: int = 4
     mlp_ratio: float = 4.0
     conv_width: int = 4
+    evolution: bool = False
     score: str = "threshold"
     sigma_min: float = 0.1
     sigma_max: float = 1.4
@@ -79,6 +85,8 @@ class QuantumFluxConfig:
             value = getattr(self, name)
             if value not in choices:
                 raise ValueError(f"{name} must be one of {choices}, got {value!r}")
+        if not isinstance(self.evolution, bool):
+            raise TypeError(f"evolution must be True or False, got {self.evolution!r}")
         for name in ("mlp_ratio", "radius_min"):
             self._check_real(name, minimum=0.0)
         for name in ("alpha", "skip_beta", "radius_rate", "radius_reversion", "radius_target"):
