@@ -17,12 +17,14 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
+from unittest import mock
 
 import torch
 from common import environment
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import qflux.layers
 from qflux import QuantumFluxConfig, QuantumFluxLM
 from qflux.data import (
     IGNORED_LABEL,
@@ -33,10 +35,11 @@ from qflux.data import (
     make_vocabulary,
 )
 from qflux.training import TrainingOptions, learning_rate_at, make_optimizer
+from qflux_kernels import Interaction, interact
 
 COLUMNS = [
     "dataset", "provider", "changes", "context", "batch", "rate", "seed", "parameters", "steps",
-    "seconds", "ms_per_step", "train_loss", "validation_loss", "vocabulary", "weight_decay",
+    "seconds", "ms_per_step", "train_loss", "validation_loss", "kept", "vocabulary", "weight_decay",
     "beta2", "warmup", "device", "threads", "machine", "instruction_set", "torch", "python",
     "commit", "date",
 ]  # fmt: skip
@@ -268,6 +271,22 @@ def validate(model: nn.Module, works: Sequence[Tensor], context: int, batch: int
     return total / count
 
 
+@torch.no_grad()
+def kept_share(model: nn.Module, works: Sequence[Tensor], context: int) -> float | None:
+    """Of the pairs that causality allows, the share that passes the threshold; None without one."""
+    kept = []
+
+    def recording(*args: Tensor, **options: object) -> Interaction:
+        heard = interact(*args, **options)
+        kept.append(heard.degree.double().mean() / ((heard.degree.shape[-1] + 1) / 2))
+        return heard
+
+    ids = max(works, key=len)[:context].to(next(model.parameters()).device)
+    with mock.patch.object(qflux.layers, "interact", recording):
+        model(ids[None])
+    return torch.stack(kept).mean().item() if kept else None
+
+
 def train(
     model: nn.Module,
     works: Sequence[Tensor],
@@ -407,6 +426,7 @@ def main() -> None:
         model.to(arguments.device)
         result = train(model, works, arguments, seed)
         loss = validate(model, held_out, arguments.context, arguments.batch)
+        kept = kept_share(model, held_out, arguments.context)
         report(
             {
                 "provider": arguments.provider,
@@ -421,6 +441,7 @@ def main() -> None:
                 "warmup": arguments.warmup,
                 **result,
                 "validation_loss": round(loss, 4),
+                "kept": "" if kept is None else round(kept, 4),
             }
         )
 

@@ -1,12 +1,15 @@
 """The language model benchmark: its baselines, and that a run leaves a row."""
 
 import csv
+import dataclasses
 import math
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+
+from qflux.embedding import rotate
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 import lm
@@ -54,7 +57,7 @@ def test_ngram_loss_is_the_formula(order):
 )
 def test_transformer_is_causal_and_ordered(changes):
     torch.manual_seed(0)
-    model = lm.Transformer(lm.TransformerConfig(11, hidden_dim=16, num_layers=2, **changes))
+    model = lm.Transformer(lm.TransformerConfig(11, hidden_dim=16, num_layers=1, **changes))
     model = model.double().eval()
     ids = torch.randint(11, (2, 12))
     whole = model(ids)
@@ -98,3 +101,28 @@ def test_a_run_appends_rows(provider, tmp_path, monkeypatch):
     if provider != "ngram":
         assert rows[0]["steps"] == "3" and rows[0]["validation_loss"] == rows[1]["validation_loss"]
         assert int(rows[0]["parameters"]) > 1000
+
+
+def test_kept_share_counts_pairs():
+    config = lm.QuantumFluxConfig(5, num_layers=1, num_cylinders=2, sigma_min=-1e3, sigma_max=-1e3)
+    works = [torch.randint(5, (40,))]
+    assert lm.kept_share(lm.QuantumFluxLM(config), works, 16) == 1
+    config = dataclasses.replace(config, sigma_min=0.5, sigma_max=0.5, backend="reference")
+    model = lm.QuantumFluxLM(config)
+    assert 0.1 < lm.kept_share(model, works, 16) < 0.6
+    inputs = []
+    model.layers[0].attention.register_forward_hook(lambda *call: inputs.append(call[1]))
+    share = lm.kept_share(model, works, 16)
+    [(hidden, _, angle)] = inputs
+    attention = model.layers[0].attention
+    queries, keys = attention.inputs(attention.conv(hidden))[0, :, :8].chunk(2, -1)
+    queries, keys = (
+        rotate(part.unflatten(-1, (2, 2)).transpose(0, 1), angle) for part in (queries, keys)
+    )
+    scores = (queries @ keys.transpose(-1, -2) + 1) / 2
+    kept = sum(
+        int((row >= row.mean() + 0.5 * (row.var(correction=0) + 1e-6).sqrt()).sum())
+        for cylinder in scores
+        for row in (cylinder[i, : i + 1] for i in range(16))
+    )
+    assert share == pytest.approx(kept / (2 * 16 * 17 / 2))
