@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .config import Record
 from .data import IGNORED_LABEL
 from .generation import generate
+from .record import Record
 
 
 class LanguageModelOutput(NamedTuple):

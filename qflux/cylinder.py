@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from qflux_kernels import InverseGate, Radius, Threshold, evolve, interact, project_norm
 
 from .causal_lm import CausalLM, check_ids, next_token_loss
-from .config import BACKENDS, REDUCTIONS, SCORES, Record
+from .config import BACKENDS, REDUCTIONS, SCORES
 from .embedding import CylinderEmbedding, rotate
 from .hebbian import ConnectionMemory
 from .layers import flatten_states
+from .record import Record
 
 EMBEDDINGS = ("cardioid", "annulus", "learned")
 POSITIONS = ("none", "phase")

@@ -1,4 +1,4 @@
-"""The language model: cylinder embedding, evolution layers, LayerNorm and output head."""
+"""The language model: cylinder embedding, layers, LayerNorm and output head."""
 
 from __future__ import annotations
 
@@ -13,10 +13,12 @@ from .layers import EvolutionLayer, flatten_states
 class QuantumFluxLM(CausalLM):
     """A causal language model of tokens that move on cylinders.
 
-    A token id becomes a state (radius, phase) on each cylinder, a position turns the phases, and
-    every evolution layer moves the states under their interaction and adds them, turned back, to
-    the hidden stream. LayerNorm and one linear map read the logits off that stream. The logits at
-    a position depend on the tokens up to that position only.
+    A token id becomes a state (radius, phase) on each cylinder, whose projection starts the hidden
+    stream. In every layer the stream is projected to states again, a position turns their phases,
+    and the geometry of the states decides which tokens' values are gathered into the stream; with
+    `evolution` the token's own states move along under their interaction. LayerNorm and one linear
+    map read the logits off the stream. The logits at a position depend on the tokens up to that
+    position only.
 
     Args:
         config: a `QuantumFluxConfig`.

@@ -6,9 +6,10 @@ import json
 from typing import Any
 
 from .causal_lm import CausalLM
-from .config import QuantumFluxConfig, Record
+from .config import QuantumFluxConfig
 from .cylinder import CylinderConfig, CylinderLM
 from .model import QuantumFluxLM
+from .record import Record
 
 MODELS: dict[type[Record], type[CausalLM]] = {
     QuantumFluxConfig: QuantumFluxLM,

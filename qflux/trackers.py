@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from .checkpoint import write_atomically
-from .config import Record
 from .optional import require
+from .record import Record
 
 # The names of the first document's training program.
 NAMES = {

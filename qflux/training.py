@@ -29,10 +29,10 @@ from .checkpoint import (
     usable_device,
     write_atomically,
 )
-from .config import Record
 from .data import IGNORED_LABEL, TextSplit, TrainingWindows, evaluation_batches
 from .hebbian import ERRORS, apply_update, delta_rule
 from .presets import make_model
+from .record import Record
 from .trackers import TRACKERS, open_trackers
 from .vocabulary import Vocabulary
 

@@ -36,7 +36,9 @@ from qflux.vocabulary import CharacterVocabulary
 PATTERN = TextSplit({"a": "abcdefgh " * 60}, {"b": "abcdefgh " * 7})
 VOCABULARY = CharacterVocabulary(PATTERN.text)
 SMALL = {"num_layers": 1, "num_cylinders": 2, "hidden_dim": 16, "context_length": 12}
-CONFIG = make_config("lm", VOCABULARY.size, **SMALL, value_dim=4, mlp_ratio=2, dropout=0.1)
+CONFIG = make_config(
+    "lm", VOCABULARY.size, **SMALL, value_dim=4, mlp_ratio=2, dropout=0.1, evolution=True
+)
 FLUX = make_config("flux", VOCABULARY.size, **SMALL)
 CPU = torch.device("cpu")
 
@@ -91,9 +93,8 @@ def test_hebbian_learning_builds_no_graph():
 
 def test_hebbian_learning_converges_on_real_text(tmp_path):
     """The loss of the untrained network falls below that of counting single characters."""
-    works = load_text()
-    [(name, held_out)] = works.validation.items()
-    text = TextSplit({"a": works.train["sonnets.txt.xz"][:40000]}, {name: held_out[:4000]})
+    sonnets = load_text().train["sonnets.txt.xz"]
+    text = TextSplit({"a": sonnets[:40000]}, {"b": sonnets[40000:44000]})
     vocabulary = CharacterVocabulary(text.text)
     config = make_config(
         "lm", vocabulary.size, num_layers=1, num_cylinders=4, hidden_dim=64, context_length=32
@@ -358,7 +359,7 @@ def test_a_killed_process_resumes_to_the_identical_curve(tmp_path, run_python):
     arguments = [
         "train", "--preset", "flux", "--data", str(tmp_path / "text.txt"), "--num-layers", "1",
         "--hidden-dim", "8", "--context-length", "16", "--batch-size", "2", "--max-steps", "14",
-        "--log-interval", "1", "--eval-interval", "9", "--save-interval", "3",
+        "--log-interval", "1", "--eval-interval", "7", "--save-interval", "3",
         "--curriculum-length", "4", "--radius-warmup", "0.9", "--warmup", "0.3",
     ]  # fmt: skip
     whole, parts = (str(tmp_path / name) for name in ("whole", "parts"))
@@ -390,6 +391,15 @@ def test_every_rule_resumes_exactly(tmp_path, monkeypatch, options):
     torch.manual_seed(99)
     run(tmp_path / "parts", **options, resume=True)
     assert curve(tmp_path / "parts") == curve(tmp_path / "whole")
+
+
+def test_the_loss_scale_is_part_of_the_state():
+    _, first = learner_of(precision="float16")
+    first.step(BATCH, 0.0)
+    first.scaler.update(1234.0)
+    _, second = learner_of(precision="float16")
+    second.load_state_dict(first.state_dict())
+    assert second.scaler.get_scale() == 1234
 
 
 # --- options ---
