@@ -27,7 +27,9 @@ from torch.nn import functional as F
 import qflux.layers
 from qflux import QuantumFluxConfig, QuantumFluxLM
 from qflux.data import IGNORED_LABEL, TrainingWindows, evaluation_batches, load_text
-from qflux.training import TrainingOptions, learning_rate_at, make_optimizer
+from qflux.learner import make_optimizer
+from qflux.schedules import learning_rate_at
+from qflux.training import TrainingOptions
 from qflux.vocabulary import VOCABULARIES, make_vocabulary
 from qflux_kernels import Interaction, interact
 

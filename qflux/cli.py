@@ -14,9 +14,10 @@ from qflux_kernels import BackendUnavailableError
 from .checkpoint import load_model
 from .data import TextSplit, load_dataset_text, load_text, ngram_losses
 from .hebbian import ERRORS
+from .learner import LEARNING, PRECISIONS
 from .presets import PRESETS, make_config
 from .trackers import TRACKERS
-from .training import LEARNING, PRECISIONS, NonFiniteLossError, TrainingOptions, train
+from .training import NonFiniteLossError, TrainingOptions, train
 from .vocabulary import (
     DEFAULT_BPE_SIZE,
     VOCABULARIES,

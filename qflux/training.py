@@ -6,19 +6,13 @@ import json
 import math
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch import Tensor
 from tqdm import tqdm
-
-from qflux_kernels import Radius
 
 from .causal_lm import CausalLM
 from .checkpoint import (
@@ -30,19 +24,15 @@ from .checkpoint import (
     write_atomically,
 )
 from .data import IGNORED_LABEL, TextSplit, TrainingWindows, evaluation_batches
-from .hebbian import ERRORS, apply_update, delta_rule
+from .hebbian import ERRORS
+from .learner import LEARNING, PRECISIONS, Learner, checkpoint_layers
 from .presets import make_model
 from .record import Record
+from .schedules import radius_factor, radius_rate, radius_rules, shorten, window_length
 from .trackers import TRACKERS, open_trackers
 from .vocabulary import Vocabulary
 
 METRICS_FILE = "metrics.jsonl"
-LEARNING = ("backprop", "hebbian", "hybrid")
-PRECISIONS = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}
 
 
 class NonFiniteLossError(RuntimeError):
@@ -349,154 +339,6 @@ def train(
     return TrainingResult(model.eval(), validation_loss, best, step, seconds)
 
 
-class Taken(NamedTuple):
-    """What a step did: loss and gradient norm on the device, the rate, the layers' metrics."""
-
-    loss: Tensor
-    norm: Tensor
-    rate: float
-    layers: tuple[NamedTuple, ...]
-
-
-class Learner:
-    """How a batch changes a model: by backpropagation, by the delta rule, or by both.
-
-    Args:
-        model: what learns.
-        options: `learning`, its rates, `precision`, `accumulation` and `max_gradient_norm` count.
-        device: of the model.
-    """
-
-    def __init__(self, model: CausalLM, options: TrainingOptions, device: torch.device) -> None:
-        self.model, self.options = model, options
-        self.optimizer = make_optimizer(model, options)
-        self.moved = [p for group in self.optimizer.param_groups for p in group["params"]]
-        dtype = PRECISIONS[options.precision]
-        self.autocast = partial(
-            torch.autocast, device.type, dtype=dtype, enabled=dtype != torch.float32
-        )
-        self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-
-    def step(self, batch: Tensor, share: float) -> Taken:
-        """Learn from token ids `(B, S)` when `share` of the run is behind."""
-        options = self.options
-        rate = learning_rate_at(share, options.learning_rate, options.warmup)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        if options.learning == "backprop":
-            return self._backpropagate(batch, rate)
-        return self._hebbian(batch, rate, share)
-
-    def _backpropagate(self, batch: Tensor, rate: float) -> Taken:
-        self.optimizer.zero_grad()
-        loss = 0.0
-        for part in batch.chunk(self.options.accumulation):
-            with self.autocast():
-                output = self.model(part, labels=part)
-            mean = output.loss * (len(part) / len(batch))
-            self.scaler.scale(mean).backward()
-            loss = loss + mean.detach()
-        return Taken(loss, self._move(), rate, getattr(output, "layers", ()))
-
-    def _hebbian(self, batch: Tensor, rate: float, share: float) -> Taken:
-        options, model = self.options, self.model
-        hybrid = options.learning == "hybrid"
-        self.optimizer.zero_grad()
-        updates = []
-        for part in batch.chunk(options.accumulation):
-            with torch.set_grad_enabled(hybrid), self.autocast():
-                features = model.features(part)[:, :-1].flatten(0, 1)
-            update = delta_rule(
-                model.head,
-                features.detach().float(),
-                part[:, 1:].flatten(),
-                error=options.hebbian_error,
-                features_gradient=hybrid,
-            )
-            weight = len(part) / len(batch)
-            if hybrid:
-                features.backward(weight * update.features.to(features.dtype))
-            updates.append((weight, update))
-        loss = sum(weight * update.loss for weight, update in updates)
-        norm = self._move() if hybrid else torch.zeros_like(loss)
-        step = learning_rate_at(share, options.hebbian_rate, options.warmup)
-        for weight, update in updates:
-            apply_update(model.head, update, weight * step)
-        return Taken(loss, norm, rate if hybrid else step, ())
-
-    def _move(self) -> Tensor:
-        self.scaler.unscale_(self.optimizer)
-        norm = nn.utils.clip_grad_norm_(self.moved, self.options.max_gradient_norm)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        return norm
-
-    def state_dict(self) -> dict[str, object]:
-        """What has to be kept to go on exactly."""
-        return {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
-
-    def load_state_dict(self, state: dict[str, object]) -> None:
-        """The inverse of `state_dict`."""
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
-
-
-def checkpoint_layers(model: nn.Module) -> None:
-    """Let every layer of `model.layers` be recomputed in the backward pass, random draws included.
-
-    Source: first seed, section 7.4.
-    """
-    for layer in model.layers:
-        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
-
-
-def window_length(share: float, context_length: int, options: TrainingOptions) -> int:
-    """Tokens in a window when `share` of the run is behind: the curriculum.
-
-    Source: first seed, section 7.5 ("curriculum learning based on sequence length").
-    """
-    first = options.curriculum_length
-    if first is None or first >= context_length or share >= options.curriculum_share:
-        return context_length
-    doublings = math.ceil(math.log2(context_length / first))
-    return min(context_length, first << int(doublings * share / options.curriculum_share))
-
-
-def shorten(batch: Tensor, length: int) -> Tensor:
-    """Windows `(B, S)` cut into windows of `length`; what is left over at their ends is dropped."""
-    whole = batch.shape[1] // length * length
-    return batch[:, :whole].reshape(-1, length)
-
-
-def radius_rules(model: nn.Module) -> list[tuple[nn.Module, Radius]]:
-    """The modules that have a radius rule, each with the one it was configured with."""
-    return [
-        (module, module.radius)
-        for module in model.modules()
-        if isinstance(getattr(module, "radius", None), Radius)
-    ]
-
-
-def radius_factor(share: float, warmup: float) -> float:
-    """The part of the growth rate that radii have when `share` of the run is behind."""
-    return share / warmup if share < warmup else 1.0
-
-
-@contextmanager
-def radius_rate(rules: list[tuple[nn.Module, Radius]], factor: float) -> Iterator[None]:
-    """Meanwhile radii grow at `factor` times the configured rate.
-
-    Source: first seed, section 7.5 ("Schedule radius parameters to focus on important tokens").
-    """
-    for module, rule in rules:
-        module.radius = replace(rule, rate=factor * rule.rate)
-    try:
-        yield
-    finally:
-        for module, rule in rules:
-            module.radius = rule
-
-
 def peak_memory(device: torch.device) -> float:
     """Largest memory so far, in bytes: allocated on a GPU, resident of the process on a CPU.
 
@@ -519,41 +361,6 @@ def layer_metrics(layers: tuple[NamedTuple, ...]) -> dict[str, list[float]]:
         return {}
     table = torch.stack([torch.stack(tuple(layer)).detach() for layer in layers]).T.tolist()
     return dict(zip(layers[0]._fields, table, strict=True))
-
-
-def learning_rate_at(share: float, peak: float, warmup: float) -> float:
-    """Linear warm-up to `peak` over the first `warmup` of the run, then a cosine down to 0.
-
-    Args:
-        share: how much of the run is behind, in [0, 1].
-        peak: the highest rate.
-        warmup: share of the run at which the peak is reached, in [0, 1).
-    """
-    if share < warmup:
-        # A tenth to start with: the first step must not be empty.
-        return peak * (0.1 + 0.9 * share / warmup)
-    return peak * 0.5 * (1 + math.cos(math.pi * (share - warmup) / (1 - warmup)))
-
-
-def make_optimizer(model: nn.Module, options: TrainingOptions) -> torch.optim.AdamW:
-    """AdamW that decays the weights of linear maps and convolutions only.
-
-    Biases, norms, time steps, frequencies, and the radii and phases of the embedding have no
-    reason to be small. An output layer that learns by the delta rule is left out.
-    """
-    own_rule = set(map(id, model.head.parameters())) if options.learning == "hybrid" else set()
-    decayed = [
-        module.weight
-        for module in model.modules()
-        if isinstance(module, nn.Linear | nn.Conv1d) and id(module.weight) not in own_rule
-    ]
-    chosen = set(map(id, decayed)) | own_rule
-    rest = [parameter for parameter in model.parameters() if id(parameter) not in chosen]
-    groups = [
-        {"params": decayed, "weight_decay": options.weight_decay},
-        {"params": rest, "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=options.learning_rate, betas=(0.9, 0.99))
 
 
 @torch.no_grad()

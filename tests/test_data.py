@@ -321,7 +321,7 @@ def dataset(request, tmp_path, monkeypatch):
 
 def test_dataset_splits_become_works(dataset):
     name = dataset({
-        "train": ["One line.\n", "", "Another.\n"],
+        "train": ["", "One line.\n", "", "Another.\n"],
         "validation": ["Held out.\n"],
         "test": ["Never seen.\n"],
     })  # fmt: skip

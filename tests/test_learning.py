@@ -20,17 +20,15 @@ from qflux import (
 from qflux import training as training_module
 from qflux.cli import main
 from qflux.data import TrainingWindows
-from qflux.training import (
-    Learner,
-    checkpoint_layers,
+from qflux.learner import Learner, checkpoint_layers, make_optimizer
+from qflux.schedules import (
     learning_rate_at,
-    make_optimizer,
-    peak_memory,
     radius_rate,
     radius_rules,
     shorten,
     window_length,
 )
+from qflux.training import peak_memory
 from qflux.vocabulary import CharacterVocabulary
 
 PATTERN = TextSplit({"a": "abcdefgh " * 60}, {"b": "abcdefgh " * 7})
@@ -228,7 +226,7 @@ def test_the_host_waits_for_the_device_once_an_interval(tmp_path, monkeypatch):
 
         def reading(self, *args, original=original):
             caller = sys._getframe(1).f_globals["__name__"]
-            if caller in ("qflux.training", "qflux.cylinder", "qflux.hebbian", "qflux.layers"):
+            if caller in ("qflux.training", "qflux.learner", "qflux.cylinder", "qflux.layers"):
                 waits.append(sys._getframe(1).f_code.co_name)
             return original(self, *args)
 

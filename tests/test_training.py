@@ -13,7 +13,9 @@ from qflux import checkpoint as checkpoint_module
 from qflux import training as training_module
 from qflux.checkpoint import write_atomically
 from qflux.data import TrainingWindows
-from qflux.training import NonFiniteLossError, evaluate, learning_rate_at, make_optimizer
+from qflux.learner import make_optimizer
+from qflux.schedules import learning_rate_at
+from qflux.training import NonFiniteLossError, evaluate
 from qflux.vocabulary import CharacterVocabulary
 
 PATTERN = TextSplit({"a": "abcdefgh " * 60}, {"b": "abcdefgh " * 7})
