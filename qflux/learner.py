@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .causal_lm import CausalLM
-from .hebbian import apply_update, delta_rule
+from .hebbian import apply_update, delta_rule, largest_moment
 from .schedules import learning_rate_at
 
 if TYPE_CHECKING:
@@ -77,18 +77,20 @@ class Learner:
         options, model = self.options, self.model
         hybrid = options.learning == "hybrid"
         self.optimizer.zero_grad()
-        updates = []
+        updates, moment = [], 0.0
         for part in batch.chunk(options.accumulation):
             with torch.set_grad_enabled(hybrid), self.autocast():
                 features = model.features(part)[:, :-1].flatten(0, 1)
+            heard = features.detach().float()
+            weight = len(part) / len(batch)
+            moment = moment + weight * largest_moment(heard)
             update = delta_rule(
                 model.head,
-                features.detach().float(),
+                heard,
                 part[:, 1:].flatten(),
                 error=options.hebbian_error,
                 features_gradient=hybrid,
             )
-            weight = len(part) / len(batch)
             if hybrid:
                 features.backward(weight * update.features.to(features.dtype))
             updates.append((weight, update))
@@ -96,7 +98,7 @@ class Learner:
         norm = self._move() if hybrid else torch.zeros_like(loss)
         step = learning_rate_at(share, options.hebbian_rate, options.warmup)
         for weight, update in updates:
-            apply_update(model.head, update, weight * step)
+            apply_update(model.head, update, weight * step / moment)
         return Taken(loss, norm, rate if hybrid else step, ())
 
     def _move(self) -> Tensor:

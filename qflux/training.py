@@ -55,7 +55,8 @@ class TrainingOptions:
         learning: "backprop": AdamW on every parameter. "hebbian": the delta rule moves the output
             layer, nothing else changes and nothing is backpropagated. "hybrid": the delta rule for
             the output layer, backpropagation of the cross entropy for the layers below.
-        hebbian_rate: peak step of the delta rule, > 0, on the same schedule.
+        hebbian_rate: peak rate of the delta rule, > 0, on the same schedule, in units of one over
+            `qflux.hebbian.largest_moment` of the batch, so that it suits every model.
         hebbian_error: "softmax" or "logits", see `qflux.hebbian.delta_rule`.
         precision: of matrix products in the forward pass of training: "float32", "bfloat16" or
             "float16" (with loss scaling). States evolve in float32, and evaluation is float32.
@@ -99,7 +100,7 @@ class TrainingOptions:
     accumulation: int = 1
     learning_rate: float = 5e-3
     learning: str = "backprop"
-    hebbian_rate: float = 1.0
+    hebbian_rate: float = 10.0
     hebbian_error: str = "softmax"
     precision: str = "float32"
     gradient_checkpointing: bool = False

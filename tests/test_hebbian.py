@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from qflux import ConnectionMemory, apply_update, delta_rule
+from qflux.hebbian import largest_moment
 from qflux_kernels import Threshold, scores
 
 
@@ -121,6 +122,31 @@ def test_nothing_to_score_changes_nothing():
     head, features, _ = make_case()
     update = delta_rule(head, features, torch.full((37,), -100))
     assert update.loss == 0 and update.weight.abs().max() == 0
+
+
+def test_the_largest_moment_is_the_largest_eigenvalue():
+    for scale in (1.0, 30.0):
+        features = scale * torch.randn(50, 6, dtype=torch.float64) + torch.arange(6)
+        augmented = torch.cat((features, torch.ones(50, 1)), 1)
+        expected = torch.linalg.eigvalsh(augmented.T @ augmented / 50)[-1]
+        found = largest_moment(features, iterations=200)
+        torch.testing.assert_close(found, expected)
+        assert 0.7 * expected < largest_moment(features) <= expected * (1 + 1e-9)
+    assert largest_moment(torch.zeros(3, 2)) == 1  # the bias
+
+
+@pytest.mark.parametrize("scale", [0.1, 1.0, 100.0])
+def test_no_rate_below_four_moments_raises_the_loss(scale):
+    head, features, targets = make_case()
+    features = scale * features
+    head.weight.data /= scale
+    moment = largest_moment(features, iterations=100)
+    losses = []
+    for _ in range(30):
+        update = delta_rule(head, features, targets)
+        apply_update(head, update, 3.9 / moment)
+        losses.append(update.loss.item())
+    assert losses == sorted(losses, reverse=True) and losses[-1] < losses[0] - 0.1
 
 
 # --- connection memory ---

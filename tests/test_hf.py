@@ -73,7 +73,7 @@ def test_padding_on_either_side_changes_nothing(exported):
     for side in ("left", "right"):
         batch = tokenizer(texts, return_tensors="pt", padding=True, padding_side=side)
         assert batch.input_ids.max() >= vocabulary.size
-        output = loaded(**batch, labels=batch.input_ids)
+        output = loaded(**batch, labels=batch.input_ids.masked_fill(batch.attention_mask == 0, 1))
         losses = []
         for row, text in enumerate(texts):
             ids = vocabulary.encode(text)[None]
@@ -108,6 +108,9 @@ def test_the_end_of_text_token_is_read_as_a_line_break(transformers, tmp_path):
         ids = torch.tensor([[tokenizer.eos_token_id, *vocabulary.encode("To").tolist()]])
         expected = model(vocabulary.encode("\nTo")[None]).logits
         assert torch.equal(loaded(ids).logits, expected)
+        ended = ids.roll(-1, 1)
+        plain = ended[:, :-1]
+        torch.testing.assert_close(loaded(ended, labels=ended).loss, model(plain, plain).loss)
 
 
 def test_resized_or_read_heads_are_those_of_the_model(transformers):
