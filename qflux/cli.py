@@ -80,7 +80,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--learning", choices=LEARNING, default=defaults.learning, help="how weights change")
     add("--use-hebbian", action="store_const", const="hebbian", dest="learning",
         default=argparse.SUPPRESS, help="the same as --learning hebbian")  # fmt: skip
-    add("--hebbian-rate", type=float, default=defaults.hebbian_rate, help="peak step")
+    add("--hebbian-rate", type=float, default=defaults.hebbian_rate, help="peak rate")
     add("--hebbian-error", choices=ERRORS, default=defaults.hebbian_error, help="of an output")
     add("--weight-decay", type=float, default=defaults.weight_decay, help="of weight matrices")
     add("--warmup", type=float, default=defaults.warmup, help="share of the run")
