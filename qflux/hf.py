@@ -147,8 +147,6 @@ class QFluxForCausalLM(transformers.PreTrainedModel, transformers.GenerationMixi
     ) -> dict[str, Any]:
         """The last `context_length` tokens, since nothing is cached."""
         window = self.config.max_position_embeddings
-        if attention_mask is not None:
-            attention_mask = attention_mask[:, -window:]
         return {"input_ids": input_ids[:, -window:], "attention_mask": attention_mask}
 
     def get_output_embeddings(self) -> torch.nn.Linear:
