@@ -1,5 +1,6 @@
 """The training loop: it learns, stops, resumes exactly and writes whole files."""
 
+import dataclasses
 import json
 import math
 import os
@@ -121,13 +122,13 @@ def test_schedule_warms_up_and_decays_to_zero():
 
 
 def test_only_weights_of_maps_and_convolutions_decay():
-    model = QuantumFluxLM(CONFIG)
+    model = QuantumFluxLM(dataclasses.replace(CONFIG, evolution=True))
     groups = make_optimizer(model, TrainingOptions("", weight_decay=0.3)).param_groups
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     decayed, rest = ({names[id(p)] for p in group["params"]} for group in groups)
     assert [group["weight_decay"] for group in groups] == [0.3, 0.0]
     assert decayed | rest == set(names.values()) and not decayed & rest
-    assert {"head.weight", "layers.0.attention.conv.weight", "layers.0.mlp.0.weight"} <= decayed
+    assert {"head.weight", "layers.0.attention.conv.weight", "layers.0.mlp.input.weight"} <= decayed
     assert {"head.bias", "embedding.phase", "embedding.radius_logit", "norm.weight"} <= rest
     assert {"rotation.log_frequency", "layers.0.evolution.log_dt"} <= rest
 
