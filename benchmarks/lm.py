@@ -58,6 +58,8 @@ class TransformerConfig:
         conv_width: taps of a causal depthwise convolution before the projections; 0: none.
         mlp_conv: one before the MLP too, of the same width.
         mlp: "gelu" or "swiglu" (at two thirds of the width: equal parameters).
+        init: "torch" (its defaults) or "gpt2" (0.02, residual outputs by 1/sqrt(2 L)).
+        theta: base of the rotary frequencies.
         dropout: on the residual branches.
     """
 
@@ -73,15 +75,17 @@ class TransformerConfig:
     conv_width: int = 0
     mlp_conv: bool = False
     mlp: str = "gelu"
+    init: str = "torch"
+    theta: float = 10000.0
     dropout: float = 0.0
 
 
 class Rotary(nn.Module):
     """Rotary positions of a head of even width (Su et al. 2021)."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, theta: float) -> None:
         super().__init__()
-        frequency = 10000.0 ** (-torch.arange(0, width, 2) / width)
+        frequency = theta ** (-torch.arange(0, width, 2) / width)
         self.register_buffer("frequency", frequency, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -115,8 +119,9 @@ class TransformerLayer(nn.Module):
             self.mlp_conv = Convolution(hidden, config.conv_width)
         self.inputs = nn.Linear(hidden, 3 * hidden, bias=bias)
         self.output = nn.Linear(hidden, hidden, bias=bias)
-        rotary = config.positions == "rotary"
-        self.rotary = Rotary(hidden // self.heads) if rotary else nn.Identity()
+        self.rotary = nn.Identity()
+        if config.positions == "rotary":
+            self.rotary = Rotary(hidden // self.heads, config.theta)
         self.mlp_norm = nn.LayerNorm(hidden, bias=bias)
         inner = round(config.mlp_ratio * hidden * (2 / 3 if self.swiglu else 1))
         self.up = nn.Linear(hidden, inner * (2 if self.swiglu else 1), bias=bias)
@@ -141,7 +146,7 @@ class TransformerLayer(nn.Module):
 
 
 class Transformer(nn.Module):
-    """GPT-2's form and initialisation (0.02, residual outputs by 1/sqrt(2 L))."""
+    """GPT-2's form."""
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
@@ -154,6 +159,12 @@ class Transformer(nn.Module):
         self.layers = nn.ModuleList(TransformerLayer(config) for _ in range(config.num_layers))
         self.norm = nn.LayerNorm(config.hidden_dim, bias=config.bias)
         self.head = nn.Linear(config.hidden_dim, config.vocab_size, bias=False)
+        if config.init == "gpt2":
+            self.initialise_like_gpt2()
+        if config.tied:
+            self.head.weight = self.embedding.weight
+
+    def initialise_like_gpt2(self) -> None:
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding):
                 nn.init.normal_(module.weight, std=0.02)
@@ -161,9 +172,7 @@ class Transformer(nn.Module):
                 nn.init.zeros_(module.bias)
         for layer in self.layers:
             for last in (layer.output, layer.down):
-                nn.init.normal_(last.weight, std=0.02 / math.sqrt(2 * config.num_layers))
-        if config.tied:
-            self.head.weight = self.embedding.weight
+                nn.init.normal_(last.weight, std=0.02 / math.sqrt(2 * len(self.layers)))
 
     def forward(self, ids: Tensor) -> Tensor:
         x = self.embedding(ids)

@@ -53,7 +53,12 @@ def test_ngram_loss_is_the_formula(order):
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"positions": "learned"}, {"conv_width": 3, "mlp_conv": True}, {"mlp": "swiglu"}],
+    [
+        {"init": "gpt2"},
+        {"positions": "learned"},
+        {"conv_width": 3, "mlp_conv": True},
+        {"mlp": "swiglu"},
+    ],
 )
 def test_transformer_is_causal_and_ordered(changes):
     torch.manual_seed(0)
