@@ -9,9 +9,9 @@ from pathlib import Path
 import safetensors.torch
 import torch
 
-from .config import QuantumFluxConfig
-from .data import Vocabulary, vocabulary_from_json
-from .model import QuantumFluxLM
+from .causal_lm import CausalLM
+from .presets import config_from_json, make_model
+from .vocabulary import Vocabulary, vocabulary_from_json
 
 CONFIG_FILE = "config.json"
 VOCABULARY_FILE = "vocabulary.json"
@@ -53,7 +53,7 @@ def usable_device(device: str | torch.device) -> torch.device:
         ) from None
 
 
-def save_model(folder: str | Path, model: QuantumFluxLM, vocabulary: Vocabulary) -> None:
+def save_model(folder: str | Path, model: CausalLM, vocabulary: Vocabulary) -> None:
     """Write `config.json`, `vocabulary.json` and `model.safetensors` into `folder`."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -65,7 +65,7 @@ def save_model(folder: str | Path, model: QuantumFluxLM, vocabulary: Vocabulary)
 
 def load_model(
     folder: str | Path, device: str | torch.device = "cpu"
-) -> tuple[QuantumFluxLM, Vocabulary]:
+) -> tuple[CausalLM, Vocabulary]:
     """Read what `save_model` wrote; the model is in evaluation mode.
 
     Raises:
@@ -76,9 +76,9 @@ def load_model(
     for name in (CONFIG_FILE, VOCABULARY_FILE, MODEL_FILE):
         if not (folder / name).is_file():
             raise FileNotFoundError(f"model folder {str(folder)!r} has no {name}")
-    config = QuantumFluxConfig.from_json((folder / CONFIG_FILE).read_text())
+    config = config_from_json((folder / CONFIG_FILE).read_text())
     vocabulary = vocabulary_from_json((folder / VOCABULARY_FILE).read_text())
-    model = QuantumFluxLM(config)
+    model = make_model(config)
     try:
         model.load_state_dict(safetensors.torch.load((folder / MODEL_FILE).read_bytes()))
     except (RuntimeError, safetensors.SafetensorError) as error:

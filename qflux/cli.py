@@ -4,17 +4,30 @@ from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import fields
+from typing import Any
 
 import torch
 
 from qflux_kernels import BackendUnavailableError
 
 from .checkpoint import load_model
-from .config import BACKENDS, SCORES, QuantumFluxConfig
-from .data import VOCABULARIES, load_text, make_vocabulary, ngram_losses
+from .data import TextSplit, load_dataset_text, load_text, ngram_losses
+from .hebbian import ERRORS
+from .learner import LEARNING, PRECISIONS
+from .presets import PRESETS, make_config
+from .trackers import TRACKERS
 from .training import NonFiniteLossError, TrainingOptions, train
+from .vocabulary import (
+    DEFAULT_BPE_SIZE,
+    VOCABULARIES,
+    BpeVocabulary,
+    Vocabulary,
+    make_vocabulary,
+)
 
-_USER_ERRORS = (ValueError, OSError, BackendUnavailableError, NonFiniteLossError)
+_USER_ERRORS = (ValueError, OSError, ImportError, BackendUnavailableError, NonFiniteLossError)
+_PARSERS = {"int": int, "int | None": int, "float": float, "float | None": float, "str": str}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -50,26 +63,45 @@ def _parser() -> argparse.ArgumentParser:
     training = commands.add_parser("train", help="train on a text", formatter_class=show)
     training.set_defaults(run=_train)
     add = training.add_argument
+    defaults = TrainingOptions
     add("--output-dir", required=True, help="folder for the model, its state and the metrics")
+    add("--preset", choices=PRESETS, default="lm", help="network: of a document, or recommended")
     add("--data", help="text file, or folder of .txt files; by default the Shakespeare inside")
+    add("--dataset", help="instead of --data, name of a Hugging Face dataset, or its folder")
+    add("--dataset-config", help="configuration of the dataset")
+    add("--text-column", default="text", help="of the dataset")
     add("--vocabulary", choices=VOCABULARIES, default="char", help="what a token is")
-    add("--epochs", type=float, default=TrainingOptions.epochs, help="passes over the text")
-    add("--batch-size", type=int, default=TrainingOptions.batch_size, help="windows a step")
-    add("--context-length", type=int, default=QuantumFluxConfig.context_length, help="tokens")
-    add("--learning-rate", type=float, default=TrainingOptions.learning_rate, help="peak rate")
-    add("--num-layers", type=int, default=QuantumFluxConfig.num_layers, help="evolution layers")
-    add("--hidden-dim", type=int, default=QuantumFluxConfig.hidden_dim, help="hidden width")
-    add("--num-cylinders", type=int, default=QuantumFluxConfig.num_cylinders, help="a token")
-    add("--value-dim", type=int, default=QuantumFluxConfig.value_dim, help="0: states alone")
-    add("--score", choices=SCORES, default=QuantumFluxConfig.score, help="pair score")
-    add("--dropout", type=float, default=QuantumFluxConfig.dropout, help="probability")
+    add("--vocab-size", type=int, default=DEFAULT_BPE_SIZE, help="tokens of --vocabulary bpe")
+    add("--vocabulary-file", help="GPT-2's vocab.json (beside merges.txt) or a tokenizer.json")
+    add("--epochs", type=float, default=defaults.epochs, help="passes over the text")
+    add("--batch-size", type=int, default=defaults.batch_size, help="windows a step")
+    add("--accumulation", type=int, default=defaults.accumulation, help="parts of a batch")
+    add("--learning-rate", type=float, default=defaults.learning_rate, help="peak rate")
+    add("--learning", choices=LEARNING, default=defaults.learning, help="how weights change")
+    add("--use-hebbian", action="store_const", const="hebbian", dest="learning",
+        default=argparse.SUPPRESS, help="the same as --learning hebbian")  # fmt: skip
+    add("--hebbian-rate", type=float, default=defaults.hebbian_rate, help="peak rate")
+    add("--hebbian-error", choices=ERRORS, default=defaults.hebbian_error, help="of an output")
+    add("--weight-decay", type=float, default=defaults.weight_decay, help="of weight matrices")
+    add("--warmup", type=float, default=defaults.warmup, help="share of the run")
+    add("--max-gradient-norm", type=float, default=defaults.max_gradient_norm, help="clipping")
+    add("--precision", choices=PRECISIONS, default=defaults.precision, help="of matrix products")
+    add("--gradient-checkpointing", action="store_true", help="recompute layers in backward")
+    add("--curriculum-length", type=int, help="window length to begin with")
+    add("--curriculum-share", type=float, default=defaults.curriculum_share, help="of the run")
+    add("--radius-warmup", type=float, default=defaults.radius_warmup, help="share of the run")
+    add("--patience", type=int, help="stop after so many evaluations without improvement")
     add("--max-steps", type=int, help="stop after so many steps")
     add("--max-seconds", type=float, help="stop after so much time, the rate decayed by then")
-    add("--eval-interval", type=int, default=TrainingOptions.eval_interval, help="steps")
-    add("--seed", type=int, default=TrainingOptions.seed, help="of weights and batches")
-    add("--device", default=TrainingOptions.device, help="cpu, cuda, cuda:1 ...")
-    add("--backend", choices=BACKENDS, default=QuantumFluxConfig.backend, help="of the kernels")
+    add("--log-interval", type=int, default=defaults.log_interval, help="steps")
+    add("--eval-interval", type=int, default=defaults.eval_interval, help="steps")
+    add("--save-interval", type=int, help="steps; by default states are saved with evaluations")
+    add("--seed", type=int, default=defaults.seed, help="of weights and batches")
+    add("--device", default=defaults.device, help="cpu, cuda, cuda:1 ...")
+    add("--tracker", choices=TRACKERS, action="append", dest="trackers", default=[],
+        help="send the metrics there too; may be repeated")  # fmt: skip
     add("--resume", action="store_true", help="continue the run in --output-dir")
+    _add_model_options(training)
 
     generation = commands.add_parser("generate", help="continue a prompt", formatter_class=show)
     generation.set_defaults(run=_generate)
@@ -82,40 +114,68 @@ def _parser() -> argparse.ArgumentParser:
     add("--top-p", type=float, help="keep the most likely tokens of this total probability")
     add("--seed", type=int, default=0, help="of the sampling")
     add("--device", default="cpu", help="cpu, cuda, cuda:1 ...")
+
+    exporting = commands.add_parser("export", help="write a Hugging Face model")
+    exporting.set_defaults(run=_export)
+    add = exporting.add_argument
+    add("--model-path", "--model-dir", required=True, help="folder that training wrote")
+    add("--output-dir", required=True, help="folder for the Hugging Face model")
     return parser
 
 
+def _add_model_options(parser: argparse.ArgumentParser) -> None:
+    """An option for every field of the presets' configurations."""
+    group = parser.add_argument_group(
+        "network", "replace values of the preset; qflux.QuantumFluxConfig (lm) and "
+        "qflux.CylinderConfig (flux, qfnn) say what they mean",
+    )  # fmt: skip
+    found: dict[str, tuple[str, list[str]]] = {}
+    for preset, (kind, _) in PRESETS.items():
+        for field in fields(kind):
+            found.setdefault(field.name, (field.type, []))[1].append(preset)
+    del found["vocab_size"]
+    for name, (annotation, presets) in found.items():
+        how: dict[str, Any] = (
+            {"action": argparse.BooleanOptionalAction}
+            if annotation == "bool"
+            else {"type": _PARSERS[annotation]}
+        )
+        flag = "--" + name.replace("_", "-")
+        group.add_argument(
+            flag, dest=f"model_{name}", default=argparse.SUPPRESS, help=", ".join(presets), **how
+        )
+
+
+def _text(options: argparse.Namespace) -> TextSplit:
+    if options.dataset is None:
+        return load_text(options.data)
+    if options.data is not None:
+        raise ValueError("data and dataset cannot both be given")
+    return load_dataset_text(options.dataset, options.dataset_config, column=options.text_column)
+
+
+def _vocabulary(options: argparse.Namespace, text: TextSplit) -> Vocabulary:
+    if options.vocabulary_file is not None:
+        return BpeVocabulary.read(options.vocabulary_file)
+    # Characters of the held-out works need ids; their pairs must not be counted.
+    source = text.text if options.vocabulary == "char" else "".join(text.train.values())
+    return make_vocabulary(options.vocabulary, source, options.vocab_size)
+
+
 def _train(options: argparse.Namespace) -> None:
-    text = load_text(options.data)
-    vocabulary = make_vocabulary(options.vocabulary, text.text)
-    config = QuantumFluxConfig(
-        vocab_size=vocabulary.size,
-        num_layers=options.num_layers,
-        num_cylinders=options.num_cylinders,
-        hidden_dim=options.hidden_dim,
-        context_length=options.context_length,
-        value_dim=options.value_dim,
-        score=options.score,
-        dropout=options.dropout,
-        backend=options.backend,
-    )
-    result = train(
-        config,
-        text,
-        vocabulary,
-        TrainingOptions(
-            output_dir=options.output_dir,
-            epochs=options.epochs,
-            batch_size=options.batch_size,
-            learning_rate=options.learning_rate,
-            max_steps=options.max_steps,
-            max_seconds=options.max_seconds,
-            eval_interval=options.eval_interval,
-            seed=options.seed,
-            device=options.device,
-            resume=options.resume,
-        ),
-    )
+    text = _text(options)
+    vocabulary = _vocabulary(options, text)
+    given = vars(options)
+    changes = {
+        name.removeprefix("model_"): value
+        for name, value in given.items()
+        if name.startswith("model_")
+    }
+    config = make_config(options.preset, vocabulary.size, **changes)
+    names = {field.name for field in fields(TrainingOptions)}
+    training = {name: value for name, value in given.items() if name in names}
+    training["trackers"] = tuple(options.trackers)
+    result = train(config, text, vocabulary, TrainingOptions(**training))
     baselines = ngram_losses(
         [vocabulary.encode(work) for work in text.train.values()],
         [vocabulary.encode(work) for work in text.validation.values()],
@@ -140,3 +200,11 @@ def _generate(options: argparse.Namespace) -> None:
         generator=torch.Generator(options.device).manual_seed(options.seed),
     )
     print(vocabulary.decode(ids[0]))
+
+
+def _export(options: argparse.Namespace) -> None:
+    # Only here: importing transformers takes seconds, and it may be missing.
+    from .hf import export
+
+    export(options.model_path, options.output_dir)
+    print(f"Hugging Face model in {options.output_dir}")

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
-import math
-import numbers
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
+from typing import ClassVar
+
+from .record import Record
 
 SCORES = ("threshold", "inverse_gate")
 REDUCTIONS = ("sum", "mean")
@@ -13,27 +13,32 @@ BACKENDS = ("auto", "reference", "cpu", "cuda", "triton")
 
 
 @dataclass(frozen=True)
-class QuantumFluxConfig:
+class QuantumFluxConfig(Record):
     """Hyperparameters of `QuantumFluxLM`.
 
     Args:
         vocab_size: number of token ids V, >= 1.
-        num_layers: evolution layers, >= 0; 0 leaves embedding and readout only (an ablation).
+        num_layers: layers, >= 0; 0 leaves embedding and readout only (an ablation).
         num_cylinders: cylinders C per token, >= 1; each carries a state (radius, phase).
         hidden_dim: width H of the hidden stream that the states are projected to, >= 1.
         context_length: tokens seen at once when generating, and the default window for training;
             the model itself accepts any length.
         value_dim: width of the value that a token hands to its listeners on every cylinder.
             0 switches the value path off and leaves the seeds' system: states alone.
-        mlp_ratio: width of the MLP after the value path, in multiples of `hidden_dim`; 0: no MLP.
-        conv_width: taps of the causal depthwise convolution before the value path; 0: none.
+        mlp_ratio: size of the gated MLP after the value path: it has the weights of a plain one
+            this many times as wide as `hidden_dim`; 0: no MLP.
+        conv_width: taps of the causal depthwise convolutions, one before the value path and one
+            before the MLP; 0: none.
+        evolution: whether each layer also moves the token's states by a Heun-Euler step, adds them
+            to the keys and projects them into the hidden stream. Without values it always does.
         score: pair score of both documents, "threshold" (first) or "inverse_gate" (second).
         sigma_min, sigma_max: selectivity of the threshold, spread linearly over the cylinders. At
             exactly 0, a row whose visible keys all score the same stands on its threshold, and
             rounding decides what it keeps.
         alpha: weight of the orthogonal term of the inverse gate.
-        reduction: "mean" keeps the dynamics independent of the length; "sum" is the seeds'.
-        dt: initial time step of every layer and cylinder, > 0, and the `dt_scale` of the skip.
+        reduction: of the evolution: "mean" makes it independent of the length; "sum" is the seeds'.
+        dt: initial time step of the evolution in every layer and cylinder, > 0, and the `dt_scale`
+            of the skip.
         skip_beta: steepness of the dynamic skip sigmoid(skip_beta * (dt - dt_scale)).
         radius_min, radius_max, radius_rate, radius_reversion, radius_target: the radius rule,
             see `qflux_kernels.Radius`.
@@ -46,14 +51,17 @@ class QuantumFluxConfig:
     Source: first seed, sections 1 and 5; second seed, "Key Components"; SPEC 2-5.
     """
 
+    architecture: ClassVar[str] = "values"
+
     vocab_size: int
     num_layers: int = 4
-    num_cylinders: int = 16
+    num_cylinders: int = 32
     hidden_dim: int = 128
     context_length: int = 256
-    value_dim: int = 8
+    value_dim: int = 4
     mlp_ratio: float = 4.0
     conv_width: int = 4
+    evolution: bool = False
     score: str = "threshold"
     sigma_min: float = 0.1
     sigma_max: float = 1.4
@@ -76,9 +84,8 @@ class QuantumFluxConfig:
         for name in ("num_layers", "value_dim", "conv_width"):
             self._check_integer(name, 0)
         for name, choices in (("score", SCORES), ("reduction", REDUCTIONS), ("backend", BACKENDS)):
-            value = getattr(self, name)
-            if value not in choices:
-                raise ValueError(f"{name} must be one of {choices}, got {value!r}")
+            self._check_choice(name, choices)
+        self._check_flag("evolution")
         for name in ("mlp_ratio", "radius_min"):
             self._check_real(name, minimum=0.0)
         for name in ("alpha", "skip_beta", "radius_rate", "radius_reversion", "radius_target"):
@@ -88,62 +95,3 @@ class QuantumFluxConfig:
         self._check_real("radius_max", minimum=self.radius_min, why=" = radius_min")
         self._check_real("dt", above=0.0)
         self._check_real("dropout", minimum=0.0, below=1.0)
-
-    def _check_integer(self, name: str, minimum: int) -> None:
-        value = getattr(self, name)
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise TypeError(f"{name} must be an integer >= {minimum}, got {value!r}")
-        if value < minimum:
-            raise ValueError(f"{name} must be >= {minimum}, got {value!r}")
-
-    def _check_real(
-        self,
-        name: str,
-        *,
-        minimum: float = -math.inf,
-        above: float = -math.inf,
-        below: float = math.inf,
-        why: str = "",
-    ) -> None:
-        value = getattr(self, name)
-        limits = [
-            text
-            for text, given in (
-                (f">= {minimum}{why}", minimum > -math.inf),
-                (f"> {above}", above > -math.inf),
-                (f"< {below}", below < math.inf),
-            )
-            if given
-        ]
-        allowed = " and ".join(["finite", *limits])
-        if isinstance(value, bool) or not isinstance(value, numbers.Real):
-            raise TypeError(f"{name} must be a real number, {allowed}, got {value!r}")
-        if not (math.isfinite(value) and value >= minimum and above < value < below):
-            raise ValueError(f"{name} must be {allowed}, got {value!r}")
-
-    def to_json(self) -> str:
-        """The configuration as a JSON object, one key a line."""
-        return json.dumps(asdict(self), indent=2) + "\n"
-
-    @classmethod
-    def from_json(cls, text: str) -> QuantumFluxConfig:
-        """The inverse of `to_json`; absent keys take their defaults.
-
-        Raises:
-            ValueError: not a JSON object, unknown or missing keys (named), or a bad value.
-        """
-        try:
-            given = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"the configuration is not valid JSON: {error}") from None
-        if not isinstance(given, dict):
-            raise ValueError(f"the configuration must be a JSON object, got {type(given).__name__}")
-        known = [field.name for field in fields(cls)]
-        unknown = sorted(set(given) - set(known))
-        if unknown:
-            raise ValueError(
-                f"unknown configuration keys {', '.join(unknown)}; allowed: {', '.join(known)}"
-            )
-        if "vocab_size" not in given:
-            raise ValueError("the configuration lacks vocab_size")
-        return cls(**given)

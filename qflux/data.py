@@ -1,102 +1,20 @@
-"""Vocabularies, texts split by whole works, windows for training, and n-gram baselines."""
+"""Texts split by whole works, windows for training, and n-gram baselines."""
 
 from __future__ import annotations
 
-import json
 import lzma
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from .optional import require
+
 DEFAULT_TEXT = Path(__file__).parent / "texts" / "shakespeare"
 IGNORED_LABEL = -100
 _SUFFIXES = (".txt", ".txt.xz")
-
-
-class ByteVocabulary:
-    """The 256 bytes of UTF-8: every text can be encoded."""
-
-    kind = "byte"
-    size = 256
-
-    def encode(self, text: str) -> Tensor:
-        """Token ids, int64, one a byte."""
-        return torch.tensor(list(text.encode()), dtype=torch.int64)
-
-    def decode(self, ids: Iterable[int] | Tensor) -> str:
-        """Text; bytes that are not UTF-8 become U+FFFD."""
-        return bytes(_integers(ids)).decode(errors="replace")
-
-    def to_json(self) -> str:
-        """A JSON object that `vocabulary_from_json` reads."""
-        return json.dumps({"kind": self.kind}) + "\n"
-
-
-class CharacterVocabulary:
-    """The characters of a text, in code point order.
-
-    Args:
-        characters: every character that is to have an id; duplicates are dropped.
-
-    Raises:
-        ValueError: no characters.
-    """
-
-    kind = "char"
-
-    def __init__(self, characters: Iterable[str]) -> None:
-        self.characters = "".join(sorted(set(characters)))
-        if not self.characters:
-            raise ValueError("characters must contain at least one character, got none")
-        self.size = len(self.characters)
-        self._ids = {character: i for i, character in enumerate(self.characters)}
-
-    def encode(self, text: str) -> Tensor:
-        """Token ids, int64, one a character.
-
-        Raises:
-            ValueError: a character without an id, named with its place.
-        """
-        try:
-            return torch.tensor([self._ids[character] for character in text], dtype=torch.int64)
-        except KeyError as error:
-            unknown = error.args[0]
-            raise ValueError(
-                f"text contains {unknown!r} at position {text.index(unknown)}, which is not one "
-                f"of the {self.size} characters of the vocabulary: {self.characters!r}"
-            ) from None
-
-    def decode(self, ids: Iterable[int] | Tensor) -> str:
-        """The text of the ids."""
-        return "".join(self.characters[i] for i in _integers(ids))
-
-    def to_json(self) -> str:
-        """A JSON object that `vocabulary_from_json` reads."""
-        return json.dumps({"kind": self.kind, "characters": self.characters}) + "\n"
-
-
-Vocabulary = ByteVocabulary | CharacterVocabulary
-VOCABULARIES = (ByteVocabulary.kind, CharacterVocabulary.kind)
-
-
-def _integers(ids: Iterable[int] | Tensor) -> list[int]:
-    return ids.tolist() if isinstance(ids, Tensor) else list(ids)
-
-
-def make_vocabulary(kind: str, text: str) -> Vocabulary:
-    """The vocabulary of that kind, "byte" or "char", for `text`."""
-    if kind not in VOCABULARIES:
-        raise ValueError(f"vocabulary must be one of {VOCABULARIES}, got {kind!r}")
-    return ByteVocabulary() if kind == ByteVocabulary.kind else CharacterVocabulary(text)
-
-
-def vocabulary_from_json(text: str) -> Vocabulary:
-    """The inverse of `to_json` of either vocabulary."""
-    given = json.loads(text)
-    return make_vocabulary(given["kind"], given.get("characters", ""))
 
 
 @dataclass(frozen=True)
@@ -127,8 +45,7 @@ def load_text(path: str | Path | None = None, validation_share: float = 0.1) -> 
         FileNotFoundError: nothing at `path`.
         ValueError: no text files, an empty text, or text that is not UTF-8.
     """
-    if not 0 < validation_share < 1:
-        raise ValueError(f"validation_share must lie between 0 and 1, got {validation_share!r}")
+    _check_share(validation_share)
     root = DEFAULT_TEXT if path is None else Path(path)
     if not root.exists():
         raise FileNotFoundError(f"data must be an existing file or folder, got {str(root)!r}")
@@ -145,6 +62,65 @@ def load_text(path: str | Path | None = None, validation_share: float = 0.1) -> 
         held_out += len(works[names.pop()])
     train = {name: works[name] for name in names}
     return TextSplit(train, {name: works[name] for name in works if name not in train})
+
+
+def load_dataset_text(
+    name: str,
+    config: str | None = None,
+    *,
+    column: str = "text",
+    validation_share: float = 0.1,
+) -> TextSplit:
+    """Read a text dataset with the package `datasets`.
+
+    The rows of a split become one work, joined as they are if they end in line breaks and by line
+    breaks otherwise. The split "validation" is held out, or else "test", or else the last rows of
+    "train", as few as make up `validation_share` of the characters.
+
+    Args:
+        name: name of a Hugging Face dataset, or a local folder of the same layout.
+        config: its configuration, "wikitext-103-raw-v1" say.
+        column: of the text.
+        validation_share: in (0, 1).
+
+    Raises:
+        ImportError: `datasets` is not installed; the message says how to install it.
+        FileNotFoundError: no such dataset.
+        ValueError: no training split, no such column (named), or no text.
+    """
+    _check_share(validation_share)
+    datasets = require("datasets", "a Hugging Face dataset", extra="datasets")
+    try:
+        splits = datasets.load_dataset(name, config)
+    except (FileNotFoundError, ConnectionError) as error:
+        raise FileNotFoundError(f"dataset {name!r} cannot be loaded: {error}") from None
+    if "train" not in splits:
+        raise ValueError(f"dataset {name!r} has no split 'train', only {sorted(splits)}")
+    for split, rows in splits.items():
+        if column not in rows.column_names:
+            raise ValueError(
+                f"column must be one of {rows.column_names} of split {split!r}, got {column!r}"
+            )
+    rows = [row for row in splits["train"][column] if row]
+    held_out = next((part for part in ("validation", "test") if part in splits), None)
+    if held_out is not None:
+        kept = [row for row in splits[held_out][column] if row]
+    else:
+        wanted, kept = validation_share * sum(map(len, rows)), []
+        while rows and sum(map(len, kept)) < wanted:
+            kept.insert(0, rows.pop())
+    if not rows or not kept:
+        raise ValueError(f"dataset {name!r} needs text to train on and text to validate on")
+    return TextSplit({"train": _join(rows)}, {held_out or "train (end)": _join(kept)})
+
+
+def _join(rows: list[str]) -> str:
+    return ("" if rows[0].endswith("\n") else "\n").join(rows)
+
+
+def _check_share(validation_share: float) -> None:
+    if not 0 < validation_share < 1:
+        raise ValueError(f"validation_share must lie between 0 and 1, got {validation_share!r}")
 
 
 def _read_works(root: Path) -> dict[str, str]:
@@ -273,19 +249,33 @@ def ngram_losses(
     Returns:
         {"unigram": loss, "bigram": loss}.
     """
-    pairs = torch.zeros(vocab_size, vocab_size, dtype=torch.float64)
     singles = torch.zeros(vocab_size, dtype=torch.float64)
     for work in train:
         singles += torch.bincount(work, minlength=vocab_size)
-        flat = torch.bincount(work[:-1] * vocab_size + work[1:], minlength=vocab_size**2)
-        pairs += flat.view(vocab_size, vocab_size)
     unigram = (singles + 1) / (singles.sum() + vocab_size)
-    followers = (pairs > 0).sum(1, keepdim=True)
-    total = pairs.sum(1, keepdim=True) + followers
-    bigram = torch.where(total > 0, (pairs + followers * unigram) / total.clamp(min=1), unigram)
-    before = torch.cat([work[:-1] for work in validation])
-    after = torch.cat([work[1:] for work in validation])
+
+    # Only pairs that occur are stored, so that large vocabularies cost no V x V table.
+    codes, counts = torch.cat([_pair_codes(work, vocab_size) for work in train]).unique(
+        return_counts=True
+    )
+    first = codes.div(vocab_size, rounding_mode="floor")
+    followers = torch.bincount(first, minlength=vocab_size)
+    total = torch.bincount(first, weights=counts.double(), minlength=vocab_size) + followers
+
+    wanted = torch.cat([_pair_codes(work, vocab_size) for work in validation])
+    before, after = wanted.div(vocab_size, rounding_mode="floor"), wanted % vocab_size
+    place = torch.searchsorted(codes, wanted).clamp(max=max(0, len(codes) - 1))
+    seen = torch.zeros(len(wanted), dtype=torch.float64)
+    if len(codes):
+        seen = torch.where(codes[place] == wanted, counts[place].double(), seen)
+    interpolated = (seen + followers[before] * unigram[after]) / total[before].clamp(min=1)
+    bigram = torch.where(total[before] > 0, interpolated, unigram[after])
     return {
         "unigram": -unigram[after].log().mean().item(),
-        "bigram": -bigram[before, after].log().mean().item(),
+        "bigram": -bigram.log().mean().item(),
     }
+
+
+def _pair_codes(work: Tensor, vocab_size: int) -> Tensor:
+    """The pairs (a, b) of neighbours as a V + b."""
+    return work[:-1] * vocab_size + work[1:]

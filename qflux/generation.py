@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from .model import QuantumFluxLM
+    from .causal_lm import CausalLM
 
 
 def sample(
@@ -52,7 +52,7 @@ def sample(
 
 @torch.no_grad()
 def generate(
-    model: QuantumFluxLM,
+    model: CausalLM,
     input_ids: Tensor,
     max_new_tokens: int,
     *,

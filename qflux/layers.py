@@ -1,4 +1,4 @@
-"""The evolution layer: states move under their interaction, and tokens hear each other."""
+"""A layer: tokens hear each other by geometry, and their states may move under interaction."""
 
 from __future__ import annotations
 
@@ -87,12 +87,20 @@ class CausalConvolution(nn.Conv1d):
         return super().forward(padded).transpose(1, 2)
 
 
+def causal_convolution(config: QuantumFluxConfig) -> nn.Module:
+    """The convolution in front of a branch, if the configuration has one."""
+    if not config.conv_width:
+        return nn.Identity()
+    return CausalConvolution(config.hidden_dim, config.conv_width)
+
+
 class GeometricAttention(nn.Module):
     """The value path: geometry decides whom a token hears, a vector says what was heard.
 
-    Queries, keys and values are projections of the hidden stream, the keys added to the evolved
-    states. What the cylinders gathered is normalised together, so that its scale does not depend
-    on how many keys passed the threshold, and each element passes a gate of the listener's own.
+    Queries, keys and values are projections of the hidden stream. Each cylinder's context is
+    divided by the number of keys it kept, so that sharp cylinders speak as loud as broad ones, and
+    the token's own value is added, since the geometry may or may not let a token keep itself.
+    LayerNorm follows, and each element passes a gate of the listener's own.
 
     Source: SPEC 5, "Keys and values".
     """
@@ -101,38 +109,65 @@ class GeometricAttention(nn.Module):
         super().__init__()
         hidden, cylinders = config.hidden_dim, config.num_cylinders
         gathered = config.value_dim * cylinders
-        self.conv = (
-            CausalConvolution(hidden, config.conv_width) if config.conv_width else nn.Identity()
-        )
+        self.conv = causal_convolution(config)
         self.cylinders = cylinders
         self.widths = (2 * cylinders, 2 * cylinders, gathered, gathered)
         self.inputs = nn.Linear(hidden, sum(self.widths))
         self.norm = nn.LayerNorm(gathered)
         self.output = nn.Linear(gathered, hidden)
         self.score = PairScore(config)
-        self.reduction, self.backend = config.reduction, config.backend
+        self.backend = config.backend
 
-    def forward(self, hidden: Tensor, states: Tensor, angle: Tensor) -> Tensor:
-        """Hidden `(B, S, H)` and states `(B, C, S, 2)` to what was heard, `(B, S, H)`."""
+    def forward(self, hidden: Tensor, states: Tensor | None, angle: Tensor) -> Tensor:
+        """What was heard, `(B, S, H)`.
+
+        Args:
+            hidden: `(B, S, H)`.
+            states: `(B, C, S, 2)` to add to the keys, or None.
+            angle: `(C, S)`, the turn of each position.
+        """
         *points, gate = self.inputs(self.conv(hidden)).split(self.widths, -1)
         queries, keys, values = (
             part.unflatten(-1, (self.cylinders, -1)).transpose(1, 2) for part in points
         )
-        context = interact(
-            rotate(queries, angle),
-            states + rotate(keys, angle),
+        queries, keys = rotate(queries, angle), rotate(keys, angle)
+        heard = interact(
+            queries,
+            keys if states is None else states + keys,
             values,
             score=self.score(),
-            reduction=self.reduction,
             backend=self.backend,
-        ).context
-        return self.output(self.norm(context.transpose(1, 2).flatten(2)) * F.silu(gate))
+        )
+        mean = heard.context / heard.degree.clamp(min=1).unsqueeze(-1)
+        gathered = (mean + values).transpose(1, 2).flatten(2)
+        return self.output(self.norm(gathered) * F.silu(gate))
+
+
+class GatedMLP(nn.Module):
+    """Down(silu(gate) * up) behind a causal convolution of its own.
+
+    It has as many weights as a plain MLP `mlp_ratio` times as wide as the hidden stream, or a few
+    fewer: its width is rounded down to whole vectors.
+    """
+
+    def __init__(self, config: QuantumFluxConfig) -> None:
+        super().__init__()
+        inner = max(8, int(config.mlp_ratio * config.hidden_dim * 2 / 3) // 8 * 8)
+        self.conv = causal_convolution(config)
+        self.input = nn.Linear(config.hidden_dim, 2 * inner)
+        self.output = nn.Linear(inner, config.hidden_dim)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """`(B, S, H)` to `(B, S, H)`."""
+        gate, up = self.input(self.conv(hidden)).chunk(2, -1)
+        return self.output(F.silu(gate) * up)
 
 
 class EvolutionLayer(nn.Module):
     """States evolve and are projected into the hidden stream; then the value path and an MLP.
 
-    Without values (`value_dim=0`) the layer is the seeds' own: evolution and projection.
+    Without values (`value_dim=0`) the layer is the seeds' own: evolution and projection. With
+    values the evolution is optional (`evolution`).
 
     Source: first seed, section 5 ("Feed-Forward Processing"); SPEC 5.
     """
@@ -140,24 +175,27 @@ class EvolutionLayer(nn.Module):
     def __init__(self, config: QuantumFluxConfig) -> None:
         super().__init__()
         hidden = config.hidden_dim
-        self.evolution = StateEvolution(config)
-        self.projection = nn.Linear(2 * config.num_cylinders, hidden)
-        self.attention = self.mlp = None
+        self.evolution = self.attention = self.mlp = None
+        if config.evolution or not config.value_dim:
+            self.evolution = StateEvolution(config)
+            self.projection = nn.Linear(2 * config.num_cylinders, hidden)
         if config.value_dim:
-            self.attention = GeometricAttention(config)
             self.attention_norm = nn.LayerNorm(hidden)
+            self.attention = GeometricAttention(config)
         if config.value_dim and config.mlp_ratio:
-            inner = max(1, round(config.mlp_ratio * hidden))
             self.mlp_norm = nn.LayerNorm(hidden)
-            self.mlp = nn.Sequential(nn.Linear(hidden, inner), nn.GELU(), nn.Linear(inner, hidden))
+            self.mlp = GatedMLP(config)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, states: Tensor, hidden: Tensor, angle: Tensor) -> tuple[Tensor, Tensor]:
         """States `(B, C, S, 2)` and hidden `(B, S, H)` after the layer; `angle` is `(C, S)`."""
-        states = self.evolution(states)
-        hidden = hidden + self.dropout(self.projection(flatten_states(rotate(states, -angle))))
+        evolved = None
+        if self.evolution is not None:
+            states = evolved = self.evolution(states)
+            projected = self.projection(flatten_states(rotate(states, -angle)))
+            hidden = hidden + self.dropout(projected)
         if self.attention is not None:
-            heard = self.attention(self.attention_norm(hidden), states, angle)
+            heard = self.attention(self.attention_norm(hidden), evolved, angle)
             hidden = hidden + self.dropout(heard)
         if self.mlp is not None:
             hidden = hidden + self.dropout(self.mlp(self.mlp_norm(hidden)))

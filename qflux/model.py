@@ -1,34 +1,24 @@
-"""The language model: cylinder embedding, evolution layers, LayerNorm and output head."""
+"""The language model: cylinder embedding, layers, LayerNorm and output head."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
-import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from .causal_lm import CausalLM, LanguageModelOutput, check_ids, next_token_loss
 from .config import QuantumFluxConfig
-from .data import IGNORED_LABEL
 from .embedding import CylinderEmbedding, PhaseRotation, rotate
-from .generation import generate
 from .layers import EvolutionLayer, flatten_states
 
 
-class LanguageModelOutput(NamedTuple):
-    """logits: `(B, S, V)`. loss: the mean in nats a token, or None without labels."""
-
-    logits: Tensor
-    loss: Tensor | None
-
-
-class QuantumFluxLM(nn.Module):
+class QuantumFluxLM(CausalLM):
     """A causal language model of tokens that move on cylinders.
 
-    A token id becomes a state (radius, phase) on each cylinder, a position turns the phases, and
-    every evolution layer moves the states under their interaction and adds them, turned back, to
-    the hidden stream. LayerNorm and one linear map read the logits off that stream. The logits at
-    a position depend on the tokens up to that position only.
+    A token id becomes a state (radius, phase) on each cylinder, whose projection starts the hidden
+    stream. In every layer the stream is projected to states again, a position turns their phases,
+    and the geometry of the states decides which tokens' values are gathered into the stream; with
+    `evolution` the token's own states move along under their interaction. LayerNorm and one linear
+    map read the logits off the stream. The logits at a position depend on the tokens up to that
+    position only.
 
     Args:
         config: a `QuantumFluxConfig`.
@@ -37,8 +27,7 @@ class QuantumFluxLM(nn.Module):
     """
 
     def __init__(self, config: QuantumFluxConfig) -> None:
-        super().__init__()
-        self.config = config
+        super().__init__(config)
         self.embedding = CylinderEmbedding(config)
         self.projection = nn.Linear(2 * config.num_cylinders, config.hidden_dim)
         if config.num_layers:
@@ -59,7 +48,13 @@ class QuantumFluxLM(nn.Module):
         Raises:
             TypeError, ValueError: wrong dtype, shape or (checked on the CPU) token ids.
         """
-        self._check("input_ids", input_ids)
+        logits = self.head(self.features(input_ids))
+        loss = None if labels is None else next_token_loss(logits, input_ids, labels)
+        return LanguageModelOutput(logits, loss)
+
+    def features(self, input_ids: Tensor) -> Tensor:
+        """What the head reads, `(B, S, H)`."""
+        check_ids("input_ids", input_ids, self.config.vocab_size)
         states = self.embedding(input_ids)
         hidden = self.projection(flatten_states(states))
         if self.config.num_layers:
@@ -67,52 +62,4 @@ class QuantumFluxLM(nn.Module):
             states = rotate(states, angle)
             for layer in self.layers:
                 states, hidden = layer(states, hidden, angle)
-        logits = self.head(self.norm(hidden))
-        if labels is None:
-            return LanguageModelOutput(logits, None)
-        if labels.shape != input_ids.shape:
-            raise ValueError(
-                f"labels must have the shape of input_ids, {tuple(input_ids.shape)}, "
-                f"got {tuple(labels.shape)}"
-            )
-        loss = F.cross_entropy(
-            logits[:, :-1].flatten(0, 1).float(),
-            labels[:, 1:].flatten(),
-            ignore_index=IGNORED_LABEL,
-        )
-        return LanguageModelOutput(logits, loss)
-
-    def generate(
-        self,
-        input_ids: Tensor,
-        max_new_tokens: int,
-        *,
-        temperature: float = 1.0,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        generator: torch.Generator | None = None,
-    ) -> Tensor:
-        """Prompt and continuation, `(B, S + max_new_tokens)`; see `qflux.generation.generate`."""
-        return generate(
-            self,
-            input_ids,
-            max_new_tokens,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            generator=generator,
-        )
-
-    def _check(self, name: str, ids: Tensor) -> None:
-        if ids.dtype not in (torch.int64, torch.int32):
-            raise TypeError(f"{name} must be an int64 or int32 tensor, got dtype {ids.dtype}")
-        if ids.dim() != 2 or ids.shape[1] < 1:
-            raise ValueError(f"{name} must have shape (batch, length >= 1), got {tuple(ids.shape)}")
-        # Reading the ids would synchronise a GPU and break a traced graph.
-        if ids.device.type == "cpu" and ids.numel() and not torch.compiler.is_compiling():
-            low, high = int(ids.min()), int(ids.max())
-            if low < 0 or high >= self.config.vocab_size:
-                raise ValueError(
-                    f"{name} must lie in [0, {self.config.vocab_size - 1}], "
-                    f"got ids in [{low}, {high}]"
-                )
+        return self.norm(hidden)

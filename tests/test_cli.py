@@ -1,11 +1,21 @@
 """The command line from the outside."""
 
+import dataclasses
 import json
 import subprocess
 import sys
+import types
 
 import pytest
 
+from qflux import (
+    BpeVocabulary,
+    CylinderConfig,
+    QuantumFluxConfig,
+    TrainingOptions,
+    cli,
+    make_config,
+)
 from qflux.cli import main
 
 SMALL = ["--num-layers", "1", "--hidden-dim", "8", "--num-cylinders", "2", "--context-length", "16"]
@@ -106,6 +116,90 @@ def test_byte_vocabulary_and_states_alone(tmp_path, run):
     assert status == 0 and out.startswith("é"), err
 
 
+@pytest.mark.parametrize("preset", ["flux", "qfnn"])
+def test_presets_train_and_given_options_override_them(tmp_path, run, preset):
+    (tmp_path / "text.txt").write_text(TEXT)
+    status, out, err = run(
+        "train", "--preset", preset, "--data", tmp_path / "text.txt", "--output_dir",
+        tmp_path / "run", "--use_hebbian", "--num_layers=2", "--hidden_dim=8",
+        "--context-length", "16", "--radius_rate=.02", "--no-train-embedding", "--max-steps", "2",
+        "--batch-size", "2",
+    )  # fmt: skip
+    assert status == 0, err
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    chosen = make_config(preset, len(set(TEXT)), num_layers=2, hidden_dim=8, context_length=16,
+                         radius_rate=0.02, train_embedding=False)  # fmt: skip
+    assert config == json.loads(chosen.to_json())
+    assert "model " in out and "bigram" in out
+
+
+def test_use_hebbian_chooses_the_rule_and_its_rate(tmp_path, run, monkeypatch):
+    seen = []
+
+    def stop(config, text, vocabulary, options):
+        seen.append(options)
+        raise ValueError("enough")
+
+    monkeypatch.setattr(cli, "train", stop)
+    base = ["train", "--output-dir", tmp_path]
+    for more in ([], ["--use-hebbian"], ["--learning", "hybrid"]):
+        run(*base, *more, "--hebbian_rate", "0.25", "--tracker", "wandb", "--precision", "bfloat16")
+    assert [options.learning for options in seen] == ["backprop", "hebbian", "hybrid"]
+    assert {options.hebbian_rate for options in seen} == {0.25}
+    assert seen[0].trackers == ("wandb",) and seen[0].precision == "bfloat16"
+
+
+def test_every_option_of_training_and_of_every_model_is_there(capsys):
+    with pytest.raises(SystemExit):
+        main(["train", "--help"])
+    out = capsys.readouterr().out
+    for kind in (TrainingOptions, QuantumFluxConfig, CylinderConfig):
+        for field in dataclasses.fields(kind):
+            if field.name not in ("progress", "trackers"):
+                assert f"--{field.name.replace('_', '-')}" in out, field.name
+
+
+def test_datasets_and_vocabularies_from_files(tmp_path, run, monkeypatch):
+    pytest.importorskip("tokenizers", reason="reads the vocabulary")
+    module = types.ModuleType("datasets")
+    names = []
+
+    class Rows(dict):
+        column_names = ("body",)
+
+    def load_dataset(name, config):
+        names.append((name, config))
+        return {"train": Rows(body=[TEXT]), "validation": Rows(body=[TEXT])}
+
+    module.load_dataset = load_dataset
+    monkeypatch.setitem(sys.modules, "datasets", module)
+    BpeVocabulary.train(TEXT, 260).tokenizer.model.save(str(tmp_path))
+    data = ["--dataset", "wikitext", "--dataset-config", "raw", "--text-column", "body"]
+    base = ["train", *SMALL, *data, "--max-steps", "1", "--batch-size", "1"]
+    for folder, more in (
+        ("file", ["--vocabulary-file", tmp_path / "vocab.json"]),
+        ("trained", ["--vocabulary", "bpe", "--vocab-size", "260"]),
+    ):
+        status, _, err = run(*base, *more, "--output-dir", tmp_path / folder)
+        assert status == 0, err
+        assert json.loads((tmp_path / folder / "config.json").read_text())["vocab_size"] == 260
+        status, out, err = run("generate", "--model-path", tmp_path / folder, "--prompt", "To be")
+        assert status == 0 and out.startswith("To be"), err
+    assert names == [("wikitext", "raw")] * 2
+
+
+def test_pairs_are_counted_in_the_training_text_only(tmp_path, run, monkeypatch):
+    seen = []
+    monkeypatch.setattr(cli, "make_vocabulary", lambda kind, text, size: seen.append(text) or 1 / 0)
+    for part, text in (("train", "ab"), ("validation", "xy")):
+        (tmp_path / part).mkdir()
+        (tmp_path / part / "a.txt").write_text(text)
+    for kind in ("bpe", "char"):
+        with pytest.raises(ZeroDivisionError):
+            run("train", "--output-dir", tmp_path, "--data", tmp_path, "--vocabulary", kind)
+    assert seen == ["ab", "abxy"]
+
+
 def test_help_lists_the_commands(capsys):
     with pytest.raises(SystemExit) as caught:
         main(["--help"])
@@ -128,6 +222,11 @@ def test_an_error_reaches_the_shell():
         (["train", "--learning-rate", "-1"], "learning_rate"),
         (["train", "--device", "abacus"], "abacus"),
         (["train", "--resume"], "nothing to resume"),
+        (["train", "--preset", "flux", "--value-dim", "8"], "value_dim"),
+        (["train", "--learning", "hybrid", "--precision", "float16"], "precision"),
+        (["train", "--data", "{root}/short.txt", "--dataset", "wikitext"], "dataset"),
+        (["train", "--vocabulary-file", "{root}/nowhere.json"], "nowhere.json"),
+        (["train", "--tracker", "wandb"], "qflux[wandb]"),
         (["generate", "--model-path", "{root}/nowhere"], "nowhere"),
         (["generate", "--model-path", "{run}", "--prompt", "~"], "'~'"),
         (["generate", "--model-path", "{run}", "--prompt", ""], "length >= 1"),

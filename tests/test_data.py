@@ -1,13 +1,26 @@
 """Vocabularies, text splits, windows, n-gram baselines."""
 
+import json
 import lzma
 import math
+import sys
+import types
 
 import pytest
 import torch
 
-from qflux import ByteVocabulary, CharacterVocabulary, load_text, make_vocabulary, ngram_losses
-from qflux.data import TrainingWindows, evaluation_batches, vocabulary_from_json
+from qflux import (
+    BpeVocabulary,
+    ByteVocabulary,
+    CharacterVocabulary,
+    TextSplit,
+    load_dataset_text,
+    load_text,
+    make_vocabulary,
+    ngram_losses,
+)
+from qflux.data import TrainingWindows, evaluation_batches
+from qflux.vocabulary import to_tokenizer, vocabulary_from_json
 
 # --- vocabularies ---
 
@@ -46,6 +59,64 @@ def test_vocabulary_errors_name_the_trouble():
         CharacterVocabulary("")
     with pytest.raises(ValueError, match=r"vocabulary must be .*'byte', 'char'.* got 'word'"):
         make_vocabulary("word", "text")
+
+
+def test_byte_pairs_are_merged_and_every_text_can_be_encoded():
+    pytest.importorskip("tokenizers", reason="merges byte pairs")
+    text = "the cat sat on the mat, the cat\nsat\n" * 20
+    vocabulary = make_vocabulary("bpe", text, size=265)
+    assert vocabulary.size == 265 and vocabulary.kind == "bpe"
+    ids = vocabulary.encode(text)
+    assert ids.dtype == torch.int64 and ids.max() < 265 and len(ids) < 0.7 * len(text)
+    assert vocabulary.decode(ids) == vocabulary.decode(ids.tolist()) == text
+    other = "Größe: 12 €\n\ttail  end"
+    assert vocabulary.decode(vocabulary.encode(other)) == other
+    assert vocabulary.encode("").shape == (0,) and vocabulary.encode("").dtype == torch.int64
+    again = vocabulary_from_json(vocabulary.to_json())
+    assert type(again) is BpeVocabulary and torch.equal(
+        again.encode(other), vocabulary.encode(other)
+    )
+    assert make_vocabulary("bpe", text, size=265).to_json() == vocabulary.to_json()
+    with pytest.raises(ValueError, match=r"size must be >= 256.* got 255"):
+        make_vocabulary("bpe", text, size=255)
+
+
+def test_gpt2_files_are_read(tmp_path):
+    """vocab.json and merges.txt as GPT-2 comes with them, and a tokenizer.json."""
+    pytest.importorskip("tokenizers", reason="reads the files")
+    trained = BpeVocabulary.train("low lower lowest newer wider\n" * 9, 270)
+    trained.tokenizer.model.save(str(tmp_path))
+    text = "slower\nwidest \u00e9"
+    (tmp_path / "other").mkdir()
+    trained.tokenizer.save(str(tmp_path / "other" / "tokenizer.json"))
+    for path in ("vocab.json", ".", "other/tokenizer.json", "other"):
+        found = BpeVocabulary.read(tmp_path / path)
+        assert found.size == 270
+        assert torch.equal(found.encode(text), trained.encode(text))
+        assert found.decode(found.encode(text)) == text
+    (tmp_path / "merges.txt").unlink()
+    with pytest.raises(FileNotFoundError, match=r"merges\.txt"):
+        BpeVocabulary.read(tmp_path)
+    (tmp_path / "other" / "tokenizer.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"tokenizer\.json.* is not a vocabulary"):
+        BpeVocabulary.read(tmp_path / "other")
+
+
+@pytest.mark.parametrize("make", [ByteVocabulary, lambda: CharacterVocabulary("Gtail \n\tröße €")])
+def test_other_libraries_get_the_same_ids(make):
+    pytest.importorskip("tokenizers", reason="what other libraries use")
+    vocabulary, text = make(), "Größe\n\n  \ttail €"
+    tokenizer = to_tokenizer(vocabulary)
+    assert tokenizer.get_vocab_size() == vocabulary.size
+    assert tokenizer.encode(text).ids == vocabulary.encode(text).tolist()
+    assert tokenizer.decode(vocabulary.encode(text).tolist()) == text
+
+
+def test_tokenizers_missing_says_how_to_install_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    for call in (lambda: make_vocabulary("bpe", "text"), lambda: to_tokenizer(ByteVocabulary())):
+        with pytest.raises(ImportError, match=r"'tokenizers'.*qflux\[bpe\]"):
+            call()
 
 
 # --- texts ---
@@ -199,3 +270,96 @@ def test_ngram_losses_of_the_shipped_text_are_ordered():
     )
     losses = ngram_losses(train, held_out, vocabulary.size)
     assert 2.4 < losses["bigram"] < 2.7 < 3.2 < losses["unigram"] < math.log(vocabulary.size)
+
+
+def test_bigrams_of_a_large_vocabulary_need_no_table():
+    """V x V numbers would take 20 GB here."""
+    train = torch.arange(0, 50000, 7).repeat(2)
+    losses = ngram_losses([train], [train[:500], torch.tensor([3, 5])], 50257)
+    assert 0 < losses["bigram"] < 2 < 9 < losses["unigram"] < math.log(50257)
+
+
+# --- datasets ---
+
+
+class Rows(dict):
+    """What is used of a dataset's split."""
+
+    @property
+    def column_names(self):
+        return list(self)
+
+
+def stub_datasets(monkeypatch, splits):
+    module = types.ModuleType("datasets")
+    module.load_dataset = lambda name, config=None: {
+        split: Rows(text=rows) for split, rows in splits.items()
+    }
+    monkeypatch.setitem(sys.modules, "datasets", module)
+
+
+@pytest.fixture(params=["stub", "package"])
+def dataset(request, tmp_path, monkeypatch):
+    """Make a dataset of these splits, with the package if it is installed; returns its name."""
+
+    def make(splits):
+        if request.param == "stub":
+            stub_datasets(monkeypatch, splits)
+            return "local"
+        folder = tmp_path / "dataset"
+        folder.mkdir()
+        for split, rows in splits.items():
+            lines = [json.dumps({"id": i, "text": row}) + "\n" for i, row in enumerate(rows)]
+            (folder / f"{split}.jsonl").write_text("".join(lines))
+        return str(folder)
+
+    if request.param == "package":
+        datasets = pytest.importorskip("datasets", reason="loads the dataset")
+        monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    return make
+
+
+def test_dataset_splits_become_works(dataset):
+    name = dataset({
+        "train": ["", "One line.\n", "", "Another.\n"],
+        "validation": ["Held out.\n"],
+        "test": ["Never seen.\n"],
+    })  # fmt: skip
+    split = load_dataset_text(name)
+    assert split.train == {"train": "One line.\nAnother.\n"}
+    assert split.validation == {"validation": "Held out.\n"}
+
+
+def test_dataset_without_validation_holds_out_its_last_rows(dataset):
+    name = dataset({"train": ["a" * 50, "b" * 30, "c" * 15, "d" * 5]})
+    split = load_dataset_text(name)
+    assert split.train == {"train": "a" * 50 + "\n" + "b" * 30}
+    assert split.validation == {"train (end)": "c" * 15 + "\n" + "d" * 5}
+
+
+def test_dataset_with_a_test_split_is_validated_on_it(dataset):
+    split = load_dataset_text(dataset({"train": ["abc"], "test": ["def"]}))
+    assert split == TextSplit({"train": "abc"}, {"test": "def"})
+
+
+def test_dataset_errors_name_the_trouble(dataset):
+    name = dataset({"train": ["abc"], "test": ["def"]})
+    with pytest.raises(ValueError, match=r"column .*'text'.* got 'body'"):
+        load_dataset_text(name, column="body")
+    with pytest.raises(ValueError, match="validation_share"):
+        load_dataset_text(name, validation_share=0)
+
+
+def test_dataset_without_training_text_is_an_error(monkeypatch):
+    stub_datasets(monkeypatch, {"test": ["abc"]})
+    with pytest.raises(ValueError, match=r"no split 'train', only \['test'\]"):
+        load_dataset_text("local")
+    stub_datasets(monkeypatch, {"train": ["abc"]})
+    with pytest.raises(ValueError, match="text to train on and text to validate on"):
+        load_dataset_text("local")
+
+
+def test_datasets_missing_says_how_to_install_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(ImportError, match=r"'datasets'.*qflux\[datasets\]"):
+        load_dataset_text("wikitext", "wikitext-103-raw-v1")

@@ -1,6 +1,7 @@
 """The network: configuration, causality, gradients, loss, generation."""
 
 import dataclasses
+import itertools
 import json
 
 import pytest
@@ -11,7 +12,7 @@ import qflux
 from qflux import QuantumFluxConfig, QuantumFluxLM
 from qflux.embedding import CylinderEmbedding, PhaseRotation, rotate
 from qflux.generation import sample
-from qflux.layers import EvolutionLayer, StateEvolution
+from qflux.layers import EvolutionLayer, GatedMLP, GeometricAttention, StateEvolution
 from qflux_kernels import Radius, Threshold, reference
 
 SMALL = {"vocab_size": 11, "num_layers": 2, "num_cylinders": 3, "hidden_dim": 12, "value_dim": 4}
@@ -21,12 +22,13 @@ VARIANTS = {
     "one layer": {"num_layers": 1},
     "states alone": {"value_dim": 0},
     "states alone, one cylinder": {"value_dim": 0, "num_cylinders": 1},
+    "evolution": {"evolution": True},
     "no mlp": {"mlp_ratio": 0},
     "no convolution": {"conv_width": 0},
     "inverse gate": {"score": "inverse_gate"},
     "inverse gate, states alone": {"score": "inverse_gate", "value_dim": 0},
-    "sum": {"reduction": "sum"},
-    "mean reversion": {"radius_reversion": 0.1},
+    "sum": {"evolution": True, "reduction": "sum"},
+    "mean reversion": {"evolution": True, "radius_reversion": 0.1},
     "reference": {"backend": "reference"},
 }
 
@@ -57,6 +59,7 @@ def make_ids(batch=2, length=16, seed=0):
         ("value_dim", -1, ValueError),
         ("mlp_ratio", -0.5, ValueError),
         ("conv_width", -1, ValueError),
+        ("evolution", 1, TypeError),
         ("score", "softmax", ValueError),
         ("sigma_max", -0.1, ValueError),
         ("alpha", float("nan"), ValueError),
@@ -150,7 +153,10 @@ def test_evolution_applies_time_step_and_dynamic_skip():
     torch.testing.assert_close(evolution(states), skip * states + (1 - skip) * moved)
 
 
-@pytest.mark.parametrize("changes", [{}, {"value_dim": 0}, {"score": "inverse_gate"}])
+LAYERS = [{}, {"evolution": True}, {"value_dim": 0}, {"score": "inverse_gate"}]
+
+
+@pytest.mark.parametrize("changes", LAYERS)
 def test_a_layer_sees_distances_between_positions_only(changes):
     torch.manual_seed(0)
     config = QuantumFluxConfig(**{**SMALL, **changes})
@@ -161,6 +167,65 @@ def test_a_layer_sees_distances_between_positions_only(changes):
     there_states, there_hidden = layer(rotate(states, shift), hidden, rotation(9) + shift)
     torch.testing.assert_close(there_hidden, here_hidden)
     torch.testing.assert_close(there_states, rotate(here_states, shift))
+
+
+def test_heard_values_are_averaged_over_what_was_kept():
+    torch.manual_seed(0)
+    config = QuantumFluxConfig(**SMALL)
+    attention = GeometricAttention(config).double()
+    torch.nn.init.normal_(attention.norm.weight)
+    hidden, angle = torch.randn(2, 9, 12).double(), torch.randn(3, 9).double()
+    states = torch.randn(2, 3, 9, 2).double()
+    projected = attention.inputs(attention.conv(hidden))
+    queries, keys = (projected[..., at : at + 6].unflatten(-1, (3, 2)) for at in (0, 6))
+    values, gate = projected[..., 12:24].unflatten(-1, (3, 4)), projected[..., 24:]
+    rows = torch.zeros(2, 9, 3, 4).double()
+    for batch, cylinder, row in itertools.product(range(2), range(3), range(9)):
+        turn = [
+            torch.tensor([[a.cos(), -a.sin()], [a.sin(), a.cos()]]).double()
+            for a in angle[cylinder]
+        ]
+        query = turn[row] @ queries[batch, row, cylinder]
+        scores = torch.stack(
+            [
+                (query @ (turn[j] @ keys[batch, j, cylinder] + states[batch, cylinder, j]) + 1) / 2
+                for j in range(row + 1)
+            ]
+        )
+        sigma = attention.score.sigma[cylinder]
+        kept = scores >= scores.mean() + sigma * (scores.var(correction=0) + 1e-6).sqrt()
+        heard = (scores * kept) @ values[batch, : row + 1, cylinder] / max(1, int(kept.sum()))
+        rows[batch, row, cylinder] = heard + values[batch, row, cylinder]
+    normal = F.layer_norm(rows.flatten(2), (12,), attention.norm.weight, attention.norm.bias)
+    expected = attention.output(normal * gate * gate.sigmoid())
+    torch.testing.assert_close(attention(hidden, states, angle), expected)
+
+
+def test_mlp_gates_and_weighs_as_much_as_a_plain_one():
+    torch.manual_seed(0)
+    mlp = GatedMLP(QuantumFluxConfig(**SMALL, mlp_ratio=2.0))
+    hidden = torch.randn(2, 5, 12)
+    gate, up = mlp.input(mlp.conv(hidden)).split(16, -1)
+    torch.testing.assert_close(mlp(hidden), mlp.output(gate * gate.sigmoid() * up))
+    assert mlp.input.weight.numel() + mlp.output.weight.numel() == 2 * 2.0 * 12 * 12
+
+
+def test_convolutions_reach_their_width_and_no_further():
+    for branch in (GeometricAttention, GatedMLP):
+        conv = branch(QuantumFluxConfig(**SMALL, conv_width=3)).conv
+        seen = torch.autograd.functional.jacobian(conv, torch.randn(1, 6, 12)).abs()
+        reach = seen.sum((0, 2, 3, 5)) > 0
+        assert torch.equal(reach, torch.ones(6, 6).tril().triu(-2).bool())
+
+
+def test_states_evolve_only_if_asked_or_alone():
+    assert make_model().layers[0].evolution is None
+    for changes in ({"evolution": True}, {"value_dim": 0}):
+        model, still = make_model(**changes), make_model(**changes)
+        ids = make_ids()
+        for layer in still.layers:
+            layer.evolution.forward = lambda states: states
+        assert not torch.allclose(model(ids).logits, still(ids).logits)
 
 
 # --- causality and gradients ---

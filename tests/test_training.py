@@ -1,5 +1,6 @@
 """The training loop: it learns, stops, resumes exactly and writes whole files."""
 
+import dataclasses
 import json
 import math
 import os
@@ -11,8 +12,11 @@ from qflux import QuantumFluxConfig, QuantumFluxLM, TextSplit, TrainingOptions, 
 from qflux import checkpoint as checkpoint_module
 from qflux import training as training_module
 from qflux.checkpoint import write_atomically
-from qflux.data import CharacterVocabulary, TrainingWindows
-from qflux.training import NonFiniteLossError, evaluate, learning_rate_at, make_optimizer
+from qflux.data import TrainingWindows
+from qflux.learner import make_optimizer
+from qflux.schedules import learning_rate_at
+from qflux.training import NonFiniteLossError, evaluate
+from qflux.vocabulary import CharacterVocabulary
 
 PATTERN = TextSplit({"a": "abcdefgh " * 60}, {"b": "abcdefgh " * 7})
 VOCABULARY = CharacterVocabulary(PATTERN.text)
@@ -44,7 +48,7 @@ def curve(folder):
 
 @pytest.mark.parametrize("changes", [{}, {"value_dim": 0}], ids=["values", "states alone"])
 def test_training_learns_a_pattern(tmp_path, changes):
-    config = QuantumFluxConfig(**{**json.loads(CONFIG.to_json()), **changes})
+    config = dataclasses.replace(CONFIG, **changes)
     result = run(tmp_path, config=config, max_steps=150, epochs=100, learning_rate=1e-2)
     first, last = metrics(tmp_path)[0], metrics(tmp_path)[-1]
     assert first["train_loss"] == pytest.approx(math.log(9), abs=0.5)
@@ -121,13 +125,13 @@ def test_schedule_warms_up_and_decays_to_zero():
 
 
 def test_only_weights_of_maps_and_convolutions_decay():
-    model = QuantumFluxLM(CONFIG)
+    model = QuantumFluxLM(dataclasses.replace(CONFIG, evolution=True))
     groups = make_optimizer(model, TrainingOptions("", weight_decay=0.3)).param_groups
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     decayed, rest = ({names[id(p)] for p in group["params"]} for group in groups)
     assert [group["weight_decay"] for group in groups] == [0.3, 0.0]
     assert decayed | rest == set(names.values()) and not decayed & rest
-    assert {"head.weight", "layers.0.attention.conv.weight", "layers.0.mlp.0.weight"} <= decayed
+    assert {"head.weight", "layers.0.attention.conv.weight", "layers.0.mlp.input.weight"} <= decayed
     assert {"head.bias", "embedding.phase", "embedding.radius_logit", "norm.weight"} <= rest
     assert {"rotation.log_frequency", "layers.0.evolution.log_dt"} <= rest
 
@@ -183,7 +187,7 @@ def stop_at(monkeypatch, step):
 
 
 def test_a_resumed_run_is_the_uninterrupted_run(tmp_path, monkeypatch):
-    config = QuantumFluxConfig(**{**json.loads(CONFIG.to_json()), "dropout": 0.2})
+    config = dataclasses.replace(CONFIG, dropout=0.2)
     options = {"config": config, "max_steps": 26, "epochs": 10, "eval_interval": 5}
     whole = run(tmp_path / "whole", **options)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
@@ -226,7 +230,7 @@ def test_resume_needs_a_state_and_the_same_model(tmp_path):
     run(tmp_path / "b", max_steps=1)
     with pytest.raises(FileExistsError, match="resume it"):
         run(tmp_path / "b")
-    wider = QuantumFluxConfig(**{**json.loads(CONFIG.to_json()), "hidden_dim": 20})
+    wider = dataclasses.replace(CONFIG, hidden_dim=20)
     with pytest.raises(ValueError, match="hidden_dim 16 -> 20"):
         run(tmp_path / "b", config=wider, resume=True)
     other = TrainingOptions(tmp_path / "b", resume=True, progress=False)
