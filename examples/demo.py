@@ -59,9 +59,7 @@ def main() -> int:
 
     layers = f"{config.num_layers} layers"
     result = run(f"{layers}", config, options.seconds)
-    ablation = run(
-        "no layers", dataclasses.replace(config, num_layers=0), options.ablation_seconds
-    )
+    ablation = run("no layers", dataclasses.replace(config, num_layers=0), options.ablation_seconds)
     baselines = ngram_losses(
         [vocabulary.encode(work) for work in text.train.values()],
         [vocabulary.encode(work) for work in text.validation.values()],
