@@ -1,7 +1,7 @@
 """Train on the Shakespeare that comes with the package, compare, generate, and time the kernels.
 
 `python examples/demo.py` takes about two and a half minutes on two cores. It prints the validation
-loss of the model, of the same model without its evolution layers, and of unigram and bigram
+loss of the model, of the same model without its layers, and of unigram and bigram
 counts, all on the held-out play; then a passage in the model's words; then the kernel table of
 `benchmarks/kernels.py`.
 """
@@ -57,11 +57,9 @@ def main() -> int:
                 ),
             )
 
-    layers = f"{config.num_layers} evolution layers"
+    layers = f"{config.num_layers} layers"
     result = run(f"{layers}", config, options.seconds)
-    ablation = run(
-        "no evolution layer", dataclasses.replace(config, num_layers=0), options.ablation_seconds
-    )
+    ablation = run("no layers", dataclasses.replace(config, num_layers=0), options.ablation_seconds)
     baselines = ngram_losses(
         [vocabulary.encode(work) for work in text.train.values()],
         [vocabulary.encode(work) for work in text.validation.values()],
@@ -71,7 +69,7 @@ def main() -> int:
     print("\nvalidation loss, nats per character")
     rows = [
         (layers, result.validation_loss, f"{parameters(result.model):,} parameters"),
-        ("no evolution layer", ablation.validation_loss, f"{parameters(ablation.model):,}"),
+        ("no layers", ablation.validation_loss, f"{parameters(ablation.model):,}"),
         ("bigram counts", baselines["bigram"], ""),
         ("unigram counts", baselines["unigram"], ""),
     ]
