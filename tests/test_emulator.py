@@ -136,6 +136,7 @@ class Case:
     lengths: tuple[int, ...] | None = None
     eps: float | None = None
     layout: str = "plain"
+    base: int = 0  # of a sweep; 0: every pair
 
     def __str__(self) -> str:
         parts = [f"{self.rows}"]
@@ -150,6 +151,7 @@ class Case:
         ]
         parts += [] if self.causal else ["full"]
         parts += [] if self.layout == "plain" else [self.layout]
+        parts += [f"base{self.base}"] if self.base else []
         return "-".join(parts)
 
     @property
@@ -220,6 +222,7 @@ class Inputs:
             "coefficient": memory.copy(self.coefficient.astype(dtype)),
             "min_gate": memory.copy(self.min_gate.astype(dtype)),
             "lengths": memory.copy(self.lengths),
+            "sweep_base": case.base,
         }
 
     def options(self, alpha: torch.Tensor | None = None) -> dict:
