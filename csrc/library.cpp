@@ -94,6 +94,14 @@ void* current_stream(const Tensor& states) {
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(states.get_device_index(), &stream));
   return stream;
 }
+
+// What a sweep needs, or nothing: no crossover is measured on a GPU yet, so kAuto is dense there.
+template <class T>
+OptionalTensor sweep_scratch(const Tensor& states, const PairParams<T>& pair, bool backward) {
+  if (pair.algorithm != Algorithm::kSweep || pair.score != Score::kThreshold) return std::nullopt;
+  return empty(states, {cuda::sweep_bytes(pair, backward)}, ScalarType::Byte);
+}
+void* memory_of(const OptionalTensor& scratch) { return scratch ? scratch->data_ptr() : nullptr; }
 #endif
 
 // Runs on_cpu(device) or on_cuda(stream), as the states demand.
@@ -218,7 +226,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> interact(
         states, [&](cpu::Device& device) { device.interact(params); },
         [&](void* stream) {
 #if defined(QFLUX_CUDA)
-          raise_if(cuda::interact(params, stream));
+          const OptionalTensor scratch = sweep_scratch(states, params.pair, false);
+          raise_if(cuda::interact(params, stream, memory_of(scratch)));
 #else
           (void)stream;
 #endif
@@ -274,7 +283,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> interact_backward(
         states, [&](cpu::Device& device) { device.interact_backward(params); },
         [&](void* stream) {
 #if defined(QFLUX_CUDA)
-          raise_if(cuda::interact_backward(params, stream));
+          const OptionalTensor scratch = sweep_scratch(states, params.pair, true);
+          raise_if(cuda::interact_backward(params, stream, memory_of(scratch)));
 #else
           (void)stream;
 #endif
@@ -364,7 +374,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> evolve(
         states, [&](cpu::Device& device) { qflux::evolve_forward(device, params); },
         [&](void* stream) {
 #if defined(QFLUX_CUDA)
-          raise_if(cuda::evolve(params, stream));
+          const OptionalTensor scratch = sweep_scratch(states, params.pair, false);
+          raise_if(cuda::evolve(params, stream, memory_of(scratch)));
 #else
           (void)stream;
 #endif
@@ -427,7 +438,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> evolve_backward(
         grad_states, [&](cpu::Device& device) { qflux::evolve_backward(device, params); },
         [&](void* stream) {
 #if defined(QFLUX_CUDA)
-          raise_if(cuda::evolve_backward(params, stream));
+          const OptionalTensor scratch = sweep_scratch(grad_states, params.forward.pair, true);
+          raise_if(cuda::evolve_backward(params, stream, memory_of(scratch)));
 #else
           (void)stream;
 #endif

@@ -111,6 +111,7 @@ class Scratch {
     start_ = memory_.data() + kGuard;
     start_ += (kAlignment - reinterpret_cast<uintptr_t>(start_) % kAlignment) % kAlignment;
   }
+  int64_t bytes() const { return bytes_; }
   void* data() { return start_; }
   void check() const {
     for (const unsigned char* at = memory_.data(); at < memory_.data() + memory_.size(); ++at)
@@ -131,8 +132,8 @@ void by_algorithm(const py::dict& d, const PairParams<T>& pair, bool backward, c
                   const Otherwise& otherwise) {
   const int64_t base = d.contains("sweep_base") ? d["sweep_base"].cast<int64_t>() : 0;
   if (base == 0) return check(otherwise());
-  Scratch scratch(cuda::sweep_bytes(pair, base, backward));
-  check(call(base, scratch.data()));
+  Scratch scratch(cuda::sweep_bytes_by(base, pair, backward));
+  check(call(base, scratch.bytes() > 0 ? scratch.data() : nullptr));
   scratch.check();
 }
 
@@ -171,13 +172,23 @@ void interact_backward(const py::dict& d) {
       [&] { return cuda::interact_backward(p, nullptr); });
 }
 
+template <class T, class Params>
+void evolve_by(const py::dict& d, const PairParams<T>& pair, bool backward, const Params& p) {
+  by_algorithm(
+      d, pair, backward,
+      [&](int64_t base, void* scratch) {
+        return cuda::evolve_by(launches(d), p, nullptr, {scratch, base});
+      },
+      [&] { return cuda::evolve_by(launches(d), p, nullptr); });
+}
+
 template <class T>
 void evolve(const py::dict& d) {
   EvolveParams<T> p = evolve_params<T>(d);
   p.out = view<T>(d["out"]);
   p.strength = view<T>(d["strength"]);
   p.degree = view<int32_t>(d["degree"]);
-  check(cuda::evolve_by(launches(d), p, nullptr));
+  evolve_by(d, p.pair, false, p);
 }
 
 template <class T>
@@ -191,7 +202,7 @@ void evolve_backward(const py::dict& d) {
   p.grad_skip = contiguous<T>(d["grad_skip"]);
   p.grad_alpha = view<T>(d["grad_alpha"]);
   p.scratch = contiguous<T>(d["scratch"]);
-  check(cuda::evolve_by(launches(d), p, nullptr));
+  evolve_by(d, p.forward.pair, true, p);
 }
 
 // In the precision of the states.

@@ -38,9 +38,16 @@ __device__ __forceinline__ bool bounded(T value) {
   return absolute(value) <= static_cast<T>(sizeof(T) == 4 ? 1e18 : 1e100);
 }
 
+// The first key of the base block of a row, of those that the row sees in it.
+__device__ __forceinline__ int base_begin(int64_t base, int row, const Visibility& v, int end) {
+  const int position = row + static_cast<int>(v.shift);
+  const int begin = position > 0 ? position & -static_cast<int>(base) : 0;
+  return begin < end ? begin : end;
+}
+
 // One level of a sweep over all sequences.
 struct Level {
-  int64_t size;  // keys of a rectangle; 0: all of them
+  int64_t size;            // keys of a rectangle; 0: all of them
   int rectangles, supers;  // of a sequence; of a rectangle
 };
 
@@ -68,7 +75,9 @@ __device__ __forceinline__ Rectangle rectangle(const Visibility& v, const Level&
 
 // A directed row: the code of its direction above, its index below.
 using Ranked = int64_t;
-__device__ __forceinline__ int row_of(Ranked ranked) { return static_cast<int>(ranked & 0xffffffff); }
+__device__ __forceinline__ int row_of(Ranked ranked) {
+  return static_cast<int>(ranked & 0xffffffff);
+}
 
 // The scratch of one sweep.
 template <class T>
@@ -83,6 +92,7 @@ struct Sweep {
   uint8_t* wild;                        // [batch][keys]: keys without geometry
   Moments* moments;                     // [batch][chunks]
   Frame* frames;                        // [batch][rectangles]
+  Whitening* whitenings;                // beside each frame
   RowsView* views;                      // [batch][rectangles][supers][kSuperBlocks + 1]
   double* sums;                         // beside each view: [kSlots], backward
   T* records;                           // [batch][rows][kRecord] by rank, backward
@@ -139,7 +149,8 @@ Sweep<T> divide(const PairParams<T>& pair, int64_t base, bool backward, Divider&
   const bool values = static_cast<bool>(pair.values);
   s.base = base;
   s.chunks = ceil_div(pair.keys, base);
-  s.zeroed_count = backward ? 2 * rows + 2 * keys + (values ? keys * depth : 0) : rows * (depth + 2);
+  s.zeroed_count =
+      backward ? 2 * rows + 2 * keys + (values ? keys * depth : 0) : rows * (depth + 2);
   s.zeroed = memory.take<double>(s.zeroed_count);
   if (backward) {
     s.query = s.zeroed;
@@ -163,6 +174,7 @@ Sweep<T> divide(const PairParams<T>& pair, int64_t base, bool backward, Divider&
   });
   const int64_t views = pair.batch * supers * (kSuperBlocks + 1);
   s.frames = memory.take<Frame>(pair.batch * rectangles);
+  s.whitenings = memory.take<Whitening>(pair.batch * rectangles);
   s.views = memory.take<RowsView>(views);
   if (backward) {
     using Own = SweepTraits<T, true>;
@@ -210,7 +222,8 @@ __device__ __forceinline__ double add_slots(unsigned bits, const T* records, dou
   return sum;
 }
 
-// Of sweep_order.cu. Sums of `sweep` at zero, keys looked through, and rows put in order one by one.
+// Of sweep_order.cu. Sums of `sweep` at zero, keys looked through, and rows put in order one by
+// one.
 const char* prepare(const PairParams<float>&, const View<const float>& limits, const Sweep<float>&,
                     void* stream);
 const char* prepare(const PairParams<double>&, const View<const double>& limits,

@@ -13,10 +13,9 @@ namespace qflux::cuda {
 // Rows and keys in front of which the dense kernels are as fast. Not measured on a GPU yet.
 constexpr int64_t kSweepBase = 1024;
 
-// A power of two for `base`, and what `sweep_bytes` says of scratch from a 256-byte boundary on;
-// otherwise as the functions of launch.h.
-template <class T>
-int64_t sweep_bytes(const PairParams<T>& pair, int64_t base, bool backward);
+// The functions of launch.h with base blocks of `base` keys, a power of two.
+int64_t sweep_bytes_by(int64_t base, const PairParams<float>& pair, bool backward);
+int64_t sweep_bytes_by(int64_t base, const PairParams<double>& pair, bool backward);
 const char* interact_by(int64_t base, const InteractParams<float>& params, void* scratch,
                         void* stream);
 const char* interact_by(int64_t base, const InteractParams<double>& params, void* scratch,

@@ -49,8 +49,8 @@ struct FarRows : RowPass<T, ThresholdPair, kOwn> {
     QFLUX_SHARED(Sums, shared);
     const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
     const int first = super.first + warp * kRankBlock;
-    const T* records = sweep.records + (b * params.pair.rows + super.where.row_begin + first) *
-                                           Slots::kRecord;
+    const T* records =
+        sweep.records + (b * params.pair.rows + super.where.row_begin + first) * Slots::kRecord;
     __syncwarp();  // the records are those of this warp
     double sum = 0;
     for (int n = 0; n < kRankBlock; n += kWarp) {
@@ -140,7 +140,7 @@ __global__ void __launch_bounds__(kKeyThreads, 2)
     typename Keys::Owner own{};
     WhiteKey white{};
     if (inside) {
-      const Whitening whiten(sweep.frames[b * level.rectangles + index]);
+      const Whitening& whiten = sweep.whitenings[b * level.rectangles + index];
       own = pass.load(key, column);
       white = white_key(whiten, Point<T>{own.point[0], own.point[1]},
                         sweep.wild[b * p.keys + key] != 0);
@@ -177,8 +177,7 @@ __global__ void __launch_bounds__(kKeyThreads, 2)
           const int begin = first + (__ffs(blocks) - 1) * kRankBlock + lane;
 #pragma unroll 1
           for (int rank = begin; rank < lesser(begin + kRankBlock, where.rows()); rank += kWarp) {
-            const T* from =
-                sweep.records + (b * p.rows + where.row_begin + rank) * Slots::kRecord;
+            const T* from = sweep.records + (b * p.rows + where.row_begin + rank) * Slots::kRecord;
             T record[Keys::Sizes::kWidth];
 #pragma unroll
             for (int c = 0; c < Slots::kRecord; ++c) record[c] = from[c];
@@ -216,16 +215,15 @@ struct NearRows : RowPass<T, ThresholdPair, kOwn> {
       : Base(p, sequence), sweep(p.sweep) {}
   QFLUX_INLINE static int64_t others(const Params& p) { return p.pair.causal ? p.sweep.base : 0; }
   __device__ __forceinline__ Range range(int row) const {
-    const int end = static_cast<int>(Base::visibility().visible_keys(row));
-    if (!params.pair.causal || end == 0) return {0, 0};
-    const int64_t position = row + Base::visibility().shift;
-    return {lesser(static_cast<int>(position / sweep.base * sweep.base), end), end};
+    const Visibility v = Base::visibility();
+    const int end = v.causal ? static_cast<int>(v.visible_keys(row)) : 0;
+    return {base_begin(sweep.base, row, v, end), end};
   }
   __device__ __forceinline__ void store(int row, int column, bool last,
                                         const T (&sums)[kSums]) const {
     const double* far = sweep.query + 2 * (b * params.pair.rows + row);
-    Base::store(row, column, last, {static_cast<T>(sums[0] + far[0]),
-                                    static_cast<T>(sums[1] + far[1])});
+    Base::store(row, column, last,
+                {static_cast<T>(sums[0] + far[0]), static_cast<T>(sums[1] + far[1])});
   }
 };
 
@@ -242,10 +240,11 @@ struct NearKeys : KeyPass<T, ThresholdPair, kOwn> {
   QFLUX_INLINE static int64_t others(const Params& p) { return p.pair.causal ? p.sweep.base : 0; }
   __device__ __forceinline__ Range range(int key) const {
     const Visibility v = Base::visibility();
-    if (!params.pair.causal) return {0, 0};
-    const int64_t end = (key / sweep.base + 1) * sweep.base;
-    return {lesser(static_cast<int>(v.first_row(key)), static_cast<int>(v.row_end)),
-            row_at(v, end)};
+    if (!v.causal) return {0, 0};
+    const int last = static_cast<int>(sweep.base) - 1;
+    const int end = static_cast<int>(v.row_end);
+    return {lesser(static_cast<int>(v.first_row(key)), end),
+            lesser(greater((key | last) + 1 - static_cast<int>(v.shift), 0), end)};
   }
   __device__ __forceinline__ void store(int key, int column, bool last,
                                         const T (&sums)[kSums]) const {
@@ -253,9 +252,8 @@ struct NearKeys : KeyPass<T, ThresholdPair, kOwn> {
     T both[kSums];
 #pragma unroll
     for (int c = 0; c < kColumnSums; ++c)
-      both[c] = column + c < depth
-                    ? static_cast<T>(sums[c] + sweep.values[at * depth + column + c])
-                    : T(0);
+      both[c] = column + c < depth ? static_cast<T>(sums[c] + sweep.values[at * depth + column + c])
+                                   : T(0);
     both[kColumnSums] = static_cast<T>(sums[kColumnSums] + sweep.key[2 * at]);
     both[kColumnSums + 1] = static_cast<T>(sums[kColumnSums + 1] + sweep.key[2 * at + 1]);
     Base::store(key, column, last, both);
@@ -291,8 +289,7 @@ const char* sweep(const SweptParams<T>& params, void* stream) {
       });
   if (error == nullptr && row_pass)
     error = launch_gather<NearRows<T, kOwn>>(swept, pair.causal, stream);
-  if (error == nullptr && key_pass)
-    error = launch_gather<NearKeys<T, kOwn>>(swept, false, stream);
+  if (error == nullptr && key_pass) error = launch_gather<NearKeys<T, kOwn>>(swept, false, stream);
   return error;
 }
 
@@ -301,7 +298,7 @@ const char* run(int64_t base, const InteractBackwardParams<T>& params, void* scr
                 void* stream) {
   const PairParams<T>& pair = params.pair;
   if (pair.batch == 0) return nullptr;
-  if (pair.rows == 0 || pair.keys == 0 || pair.rows > kMaxLength || pair.keys > kMaxLength)
+  if (scratch == nullptr || sweep_bytes_by(base, pair, true) == 0)
     return interact_backward(params, stream);
   SweptParams<T> swept{params, {}};
   Divider memory(scratch);

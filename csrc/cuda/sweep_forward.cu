@@ -28,8 +28,8 @@ struct FarForward : Forward<T, ThresholdPair, kOwn, true> {
     return bounded(x.x) && bounded(x.y) && bounded(limit(row));
   }
   __device__ __forceinline__ void keep(const Sweep<T>&, int64_t, int, int) const {}
-  __device__ __forceinline__ void sum_records(const Sweep<T>&, const SuperBlock<T>&, double*) const {
-  }
+  __device__ __forceinline__ void sum_records(const Sweep<T>&, const SuperBlock<T>&,
+                                              double*) const {}
   // `slots`: moments of the certain keys, `tested`: sums over the others.
   __device__ __forceinline__ void add(const Sweep<T>& sweep, int row, int column,
                                       const typename Base::Owner& owner, const double* slots,
@@ -44,8 +44,7 @@ struct FarForward : Forward<T, ThresholdPair, kOwn, true> {
     const int64_t at = b * params.pair.rows + row, depth = Base::columns(params);
 #pragma unroll
     for (int c = 0; c < kColumns; ++c)
-      if (column + c < depth)
-        sweep.context[at * depth + column + c] += weighted(c) + tested[c];
+      if (column + c < depth) sweep.context[at * depth + column + c] += weighted(c) + tested[c];
     if (column > 0) return;
     sweep.strength[at] += weighted(kColumns) + tested[kColumns];
     sweep.degree[at] += (slots ? slots[3 * kColumns] : 0.0) + tested[kColumns + 1];
@@ -66,10 +65,9 @@ struct NearForward : Forward<T, ThresholdPair, kOwn, true> {
   // What a row may meet here.
   QFLUX_INLINE static int64_t others(const Params& p) { return p.pair.causal ? p.sweep.base : 0; }
   __device__ __forceinline__ Range range(int row) const {
-    const int end = static_cast<int>(Base::visibility().visible_keys(row));
-    if (!params.pair.causal || end == 0) return {0, 0};
-    const int64_t position = row + Base::visibility().shift;
-    return {lesser(static_cast<int>(position / sweep.base * sweep.base), end), end};
+    const Visibility v = Base::visibility();
+    const int end = v.causal ? static_cast<int>(v.visible_keys(row)) : 0;
+    return {base_begin(sweep.base, row, v, end), end};
   }
   __device__ __forceinline__ void store(int row, int column, bool last,
                                         const T (&sums)[kSums]) const {
@@ -95,7 +93,8 @@ const char* sweep(const SweptParams<T>& params, void* stream) {
   const PairParams<T>& pair = params.pair;
   const InteractParams<T>& plain = params;
   const char* error = sweep_levels(
-      pair, as_const(params.threshold), swept.sweep, stream, [&](const Level& level) -> const char* {
+      pair, as_const(params.threshold), swept.sweep, stream,
+      [&](const Level& level) -> const char* {
         const Grid grid{super_blocks(pair, level), kSuperThreads};
         const char* failed = launch(view_blocks<Far>, grid, stream, plain, swept.sweep, level, 0);
         const int depth = static_cast<int>(Far::columns(plain));
@@ -107,11 +106,19 @@ const char* sweep(const SweptParams<T>& params, void* stream) {
 }
 
 template <class T>
+int64_t measure(const PairParams<T>& pair, int64_t base, bool backward) {
+  if (pair.batch == 0 || pair.rows == 0 || pair.keys == 0) return 0;
+  if (pair.rows > kMaxLength || pair.keys > kMaxLength) return 0;
+  Divider memory(nullptr);
+  divide(pair, base, backward, memory);
+  return memory.used();
+}
+
+template <class T>
 const char* run(int64_t base, const InteractParams<T>& params, void* scratch, void* stream) {
   const PairParams<T>& pair = params.pair;
   if (pair.batch == 0 || pair.rows == 0) return nullptr;
-  if (pair.keys == 0 || pair.rows > kMaxLength || pair.keys > kMaxLength)
-    return interact(params, stream);
+  if (scratch == nullptr || measure(pair, base, false) == 0) return interact(params, stream);
   if (const char* error = thresholds(pair, params.threshold, stream)) return error;
   SweptParams<T> swept{params, {}};
   Divider memory(scratch);
@@ -119,23 +126,19 @@ const char* run(int64_t base, const InteractParams<T>& params, void* scratch, vo
   return pair.values ? sweep<T, true>(swept, stream) : sweep<T, false>(swept, stream);
 }
 
-template <class T>
-int64_t measure(const PairParams<T>& pair, int64_t base, bool backward) {
-  if (pair.keys == 0 || pair.rows > kMaxLength || pair.keys > kMaxLength) return 0;
-  Divider memory(nullptr);
-  divide(pair, base, backward, memory);
-  return memory.used();
-}
-
 }  // namespace
 
-template <>
-int64_t sweep_bytes(const PairParams<float>& pair, int64_t base, bool backward) {
+int64_t sweep_bytes_by(int64_t base, const PairParams<float>& pair, bool backward) {
   return measure(pair, base, backward);
 }
-template <>
-int64_t sweep_bytes(const PairParams<double>& pair, int64_t base, bool backward) {
+int64_t sweep_bytes_by(int64_t base, const PairParams<double>& pair, bool backward) {
   return measure(pair, base, backward);
+}
+int64_t sweep_bytes(const PairParams<float>& pair, bool backward) {
+  return measure(pair, kSweepBase, backward);
+}
+int64_t sweep_bytes(const PairParams<double>& pair, bool backward) {
+  return measure(pair, kSweepBase, backward);
 }
 const char* interact_by(int64_t base, const InteractParams<float>& params, void* scratch,
                         void* stream) {

@@ -22,8 +22,8 @@ __device__ __forceinline__ Ranked ranked(const PairParams<T>& p, const View<cons
   constexpr uint32_t kLast = 0x7fffffff;
   const Point<T> x = load_point(p.states, b, row);
   // Rows without direction come last, in blocks of their own.
-  const bool directed = bounded(x.x) && bounded(x.y) && bounded(limits.at(b, row)) &&
-                        (x.x != T(0) || x.y != T(0));
+  const bool directed =
+      bounded(x.x) && bounded(x.y) && bounded(limits.at(b, row)) && (x.x != T(0) || x.y != T(0));
   uint32_t code = kLast;
   if (directed) code = static_cast<uint32_t>(pseudo_angle(x.x, x.y) * (kLast / kTurn));
   return static_cast<Ranked>(code) << 32 | row;
@@ -135,10 +135,13 @@ __global__ void __launch_bounds__(kThreadsOfTokens)
     const int64_t row = where.row_begin + int64_t(where.rows()) * lane / kWarp;
     const Point<T> x = load_point(p.states, b, row), shift = load_point(p.key_points, b, 0);
     const double rx = x.x, ry = x.y, square = sum_over_lanes(rx * rx + ry * ry) / kWarp;
-    if (lane == 0)
-      sweep.frames[n] =
+    if (lane == 0) {
+      const Frame frame =
           make_frame(window, {static_cast<double>(shift.x), static_cast<double>(shift.y)}, p.eps,
                      square, kUnit<T>);
+      sweep.frames[n] = frame;
+      sweep.whitenings[n] = Whitening(frame);
+    }
   }
 }
 
@@ -152,9 +155,9 @@ const char* run_prepare(const PairParams<T>& p, const View<const T>& limits, con
   const int64_t rows = p.batch * p.rows, keys = p.batch * p.keys;
   const char* error =
       launch(prepare_tokens<T>, grid_of(rows > keys ? rows : keys), stream, p, limits, sweep);
-  return error ? error
-               : launch(chunk_moments<T>, grid_of(p.batch * sweep.chunks * kWarp), stream, p,
-                        sweep);
+  return error
+             ? error
+             : launch(chunk_moments<T>, grid_of(p.batch * sweep.chunks * kWarp), stream, p, sweep);
 }
 
 template <class T>
@@ -194,8 +197,8 @@ const char* find_frames(const PairParams<float>& p, const Sweep<float>& sweep, c
                         void* stream) {
   return run_frames(p, sweep, level, stream);
 }
-const char* find_frames(const PairParams<double>& p, const Sweep<double>& sweep,
-                        const Level& level, void* stream) {
+const char* find_frames(const PairParams<double>& p, const Sweep<double>& sweep, const Level& level,
+                        void* stream) {
   return run_frames(p, sweep, level, stream);
 }
 

@@ -34,7 +34,7 @@ int64_t super_blocks(const PairParams<T>& p, const Level& level) {
 // Views of all blocks and super-blocks of a level. `Pass` says which rows are without geometry,
 // and whether keys want sums over rows: then their records of columns `column` on are kept.
 template <class Pass>
-__global__ void __launch_bounds__(kSuperThreads)
+__global__ void __launch_bounds__(kSuperThreads, 1)
     view_blocks(typename Pass::Params params, Sweep<typename Pass::Scalar> sweep, Level level,
                 int column) {
   using T = typename Pass::Scalar;
@@ -133,8 +133,8 @@ __global__ void __launch_bounds__(kSuperThreads, 1)
     const SuperBlock<T> super(p, sweep, level, work);
     if (super.empty()) continue;
     const Rectangle& where = super.where;
-    const Whitening whiten(sweep.frames[work / level.supers]);
     // Read again where they are used: held, they would cost the registers of the pair loop.
+    const Whitening& whiten = sweep.whitenings[work / level.supers];
     const RowsView* views = sweep.views + super.view;
     const Pass pass(params, super.b);
     const int first = super.first + warp * kRankBlock + lane;

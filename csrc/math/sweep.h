@@ -1,4 +1,5 @@
-// The geometry of the sub-quadratic sweep (docs/subquadratic.md): which rows keep a key for certain.
+// The geometry of the sub-quadratic sweep (docs/subquadratic.md): which rows keep a key for
+// certain.
 //
 // Row i keeps key k where x_i . k >= 2 tau_i - 1. With any invertible L and any m,
 //   z = L^-1 (k - m),  p_i = L' x_i,  h_i = (2 tau_i - 1 - x_i . m) / |p_i|
@@ -233,7 +234,8 @@ QFLUX_INLINE BlockRange touched_blocks(const CellMap& map, const Arc& arc) {
   const bool wide = arc.cosine < 0;
   double start = arc.start, end = arc.end;
   bool wraps = start > end;
-  if (wraps && !wide && start - end < kTurn / 4) {  // an arc of no width, ends exchanged by rounding
+  if (wraps && !wide &&
+      start - end < kTurn / 4) {  // an arc of no width, ends exchanged by rounding
     const double swap = start;
     start = end;
     end = swap;
@@ -253,7 +255,7 @@ QFLUX_INLINE BlockRange covered_blocks(const CellMap& map, const Arc& arc) {
   const int32_t all = map.blocks();
   if (!(arc.cosine <= 1)) return {0, 0};
   if (arc.cosine <= -1) return {0, all};
-  const bool wide = arc.cosine < 0, wraps = arc.start > arc.end;
+  const bool wide = arc.cosine<0, wraps = arc.start> arc.end;
   if (wraps && !wide && arc.start - arc.end < kTurn / 4) return {0, 0};
   if (!wraps && wide && arc.end - arc.start < kTurn / 4) return {0, 0};  // nearly all: not certain
   const int32_t from = map.first[map.cell(arc.start) + 1], to = map.first[map.cell(arc.end)];
