@@ -230,6 +230,9 @@ PYBIND11_MODULE(qflux_emulator, m) {
       py::arg("order"), py::arg("max_blocks"), py::arg("max_shared_bytes") = 227 * 1024);
   m.attr("SWEEP_BASE") = cuda::kSweepBase;
   m.def("count_launches", [] { return std::exchange(emulator::machine().launches, 0); });
+  m.def("sweep_bytes", [](const py::dict& d, bool backward) {
+    return cuda::sweep_bytes_by(d["sweep_base"].cast<int64_t>(), pair_params<float>(d), backward);
+  });
   m.def("count_picks", [] { return std::exchange(emulator::machine().picks, 0); });
   m.def("interact", &dispatch<interact<float>, interact<double>>);
   m.def("interact_backward", &dispatch<interact_backward<float>, interact_backward<double>>);

@@ -182,8 +182,9 @@ QFLUX_INLINE Certainty classify(const RowsView& rows, const WhiteKey& z) {
   const double before_last = z.x * rows.last.y - z.y * rows.last.x;
   double most = at_first > at_last ? at_first : at_last;
   double least = at_first > at_last ? at_last : at_first;
-  const bool ahead = after_first >= 0 && before_last >= 0;
-  const bool behind = after_first <= 0 && before_last <= 0;
+  // In a range of no width z and -z are told apart by the ends' own products.
+  const bool ahead = after_first >= 0 && before_last >= 0 && most >= 0;
+  const bool behind = after_first <= 0 && before_last <= 0 && least <= 0;
   if (ahead || behind) {
     const double length = square_root(z.x * z.x + z.y * z.y);
     most = ahead ? length : most;
