@@ -65,6 +65,16 @@ Tensor zeros_like(const Tensor& like) {
 
 Tensor nothing(const Tensor& like) { return empty(like, {0}, like.scalar_type()); }
 
+#if defined(QFLUX_CUDA)
+// What a sweep needs, or nothing: no crossover is measured on a GPU yet, so kAuto is dense there.
+template <class T>
+OptionalTensor sweep_scratch(const Tensor& states, const PairParams<T>& pair, bool backward) {
+  if (pair.algorithm != Algorithm::kSweep || pair.score != Score::kThreshold) return std::nullopt;
+  return empty(states, {cuda::sweep_bytes(pair, backward)}, ScalarType::Byte);
+}
+void* memory_of(const OptionalTensor& scratch) { return scratch ? scratch->data_ptr() : nullptr; }
+#endif
+
 // What interact and evolve share, as it stands in their schemas.
 struct PairArguments {
   OptionalTensor coefficient;
@@ -167,7 +177,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> interact(
         states, [&](cpu::Device& device) { device.interact(params); },
         [&](void* stream) {
 #if defined(QFLUX_CUDA)
-          raise_if(cuda::interact(params, stream));
+          const OptionalTensor scratch = sweep_scratch(states, params.pair, false);
+          raise_if(cuda::interact(params, stream, memory_of(scratch)));
 #else
           (void)stream;
 #endif
@@ -220,7 +231,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> interact_backward(
         states, [&](cpu::Device& device) { device.interact_backward(params); },
         [&](void* stream) {
 #if defined(QFLUX_CUDA)
-          raise_if(cuda::interact_backward(params, stream));
+          const OptionalTensor scratch = sweep_scratch(states, params.pair, true);
+          raise_if(cuda::interact_backward(params, stream, memory_of(scratch)));
 #else
           (void)stream;
 #endif
@@ -330,7 +342,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> evolve(
         states, [&](cpu::Device& device) { qflux::evolve_forward(device, params); },
         [&](void* stream) {
 #if defined(QFLUX_CUDA)
-          raise_if(cuda::evolve(params, stream));
+          const OptionalTensor scratch = sweep_scratch(states, params.pair, false);
+          raise_if(cuda::evolve(params, stream, memory_of(scratch)));
 #else
           (void)stream;
 #endif
@@ -388,7 +401,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> evolve_backward(
         grad_states, [&](cpu::Device& device) { qflux::evolve_backward(device, params); },
         [&](void* stream) {
 #if defined(QFLUX_CUDA)
-          raise_if(cuda::evolve_backward(params, stream));
+          const OptionalTensor scratch = sweep_scratch(grad_states, params.forward.pair, true);
+          raise_if(cuda::evolve_backward(params, stream, memory_of(scratch)));
 #else
           (void)stream;
 #endif

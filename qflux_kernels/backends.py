@@ -116,11 +116,10 @@ def check_algorithm(algorithm: str, score: Score, backend: str, device: torch.de
             f"algorithm='sweep' serves score=Threshold(...) only, got {type(score).__name__}: its "
             "weights are no polynomial of the inner product. Use 'auto' or 'dense'"
         )
-    if backend != "compiled" or device.type == "cuda":
-        what = f"backend={backend!r}" if backend != "compiled" else "backend='cuda'"
+    if backend != "compiled":
         raise BackendUnavailableError(
-            f"algorithm='sweep' is there for backend='cpu' only, and {what} would serve states on "
-            f"{device}. Use 'auto' or 'dense'"
+            "algorithm='sweep' is there for backend='cpu' and backend='cuda' only, and "
+            f"backend={backend!r} would serve states on {device}. Use 'auto' or 'dense'"
         )
 
 

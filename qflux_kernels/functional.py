@@ -72,8 +72,9 @@ def interact(
         reduction: "sum" (default), or "mean" over the visible keys.
         lengths: integer tensor that broadcasts to the batch shape, for right-padded sequences
             with K == S: padding rows get zeros, and nobody sees padding.
-        algorithm: "dense" meets every pair. "sweep" gives the same answer in about O(S log S): for
-            `Threshold` on a CPU only. "auto" (default) takes it there from 16,384 tokens on.
+        algorithm: "dense" meets every pair. "sweep" gives the same answer in about O(S log S), for
+            `Threshold` only. "auto" (default) takes it from 16,384 tokens on a CPU, and never on
+            a GPU, where no crossover is measured yet.
         backend: "auto" (the device of the states decides), "cpu", "cuda", "triton" or "reference".
             "auto" takes "triton" on a GPU for which nothing was compiled.
 

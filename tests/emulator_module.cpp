@@ -5,10 +5,12 @@
 #include <stdexcept>
 #include <string>
 #include <utility>
+#include <vector>
 
 #include "../csrc/cuda/launch.h"
 #include "../csrc/cuda/project.h"
 #include "../csrc/cuda/step.h"
+#include "../csrc/cuda/sweep.h"
 #include "../csrc/emulator/emulator.h"
 #include "../csrc/evolve.h"
 
@@ -102,6 +104,39 @@ void check(const char* error) {
   if (error != nullptr) throw std::runtime_error(error);
 }
 
+// Scratch of a sweep, full of NaN and guarded on both sides.
+class Scratch {
+ public:
+  explicit Scratch(int64_t bytes) : bytes_(bytes), memory_(bytes + 2 * kGuard + kAlignment, 0xff) {
+    start_ = memory_.data() + kGuard;
+    start_ += (kAlignment - reinterpret_cast<uintptr_t>(start_) % kAlignment) % kAlignment;
+  }
+  int64_t bytes() const { return bytes_; }
+  void* data() { return start_; }
+  void check() const {
+    for (const unsigned char* at = memory_.data(); at < memory_.data() + memory_.size(); ++at)
+      if ((at < start_ || at >= start_ + bytes_) && *at != 0xff)
+        throw std::runtime_error("a write outside the scratch");
+  }
+
+ private:
+  static constexpr int64_t kGuard = 4096, kAlignment = 256;
+  int64_t bytes_;
+  std::vector<unsigned char> memory_;
+  unsigned char* start_;
+};
+
+// Runs call(base, scratch) where the dict asks for a sweep, else otherwise().
+template <class T, class Call, class Otherwise>
+void by_algorithm(const py::dict& d, const PairParams<T>& pair, bool backward, const Call& call,
+                  const Otherwise& otherwise) {
+  const int64_t base = d.contains("sweep_base") ? d["sweep_base"].cast<int64_t>() : 0;
+  if (base == 0) return check(otherwise());
+  Scratch scratch(cuda::sweep_bytes_by(base, pair, backward));
+  check(call(base, scratch.bytes() > 0 ? scratch.data() : nullptr));
+  scratch.check();
+}
+
 template <class T>
 void interact(const py::dict& d) {
   InteractParams<T> p{};
@@ -110,7 +145,10 @@ void interact(const py::dict& d) {
   p.strength = view<T>(d["strength"]);
   p.degree = view<int32_t>(d["degree"]);
   p.threshold = view<T>(d["threshold"]);
-  check(cuda::interact(p, nullptr));
+  by_algorithm(
+      d, p.pair, false,
+      [&](int64_t base, void* scratch) { return cuda::interact_by(base, p, scratch, nullptr); },
+      [&] { return cuda::interact(p, nullptr); });
 }
 
 template <class T>
@@ -126,7 +164,22 @@ void interact_backward(const py::dict& d) {
   p.grad_alpha = view<T>(d["grad_alpha"]);
   p.accumulate = d["accumulate"].cast<bool>();
   p.keys_are_states = d["keys_are_states"].cast<bool>();
-  check(cuda::interact_backward(p, nullptr));
+  by_algorithm(
+      d, p.pair, true,
+      [&](int64_t base, void* scratch) {
+        return cuda::interact_backward_by(base, p, scratch, nullptr);
+      },
+      [&] { return cuda::interact_backward(p, nullptr); });
+}
+
+template <class T, class Params>
+void evolve_by(const py::dict& d, const PairParams<T>& pair, bool backward, const Params& p) {
+  by_algorithm(
+      d, pair, backward,
+      [&](int64_t base, void* scratch) {
+        return cuda::evolve_by(launches(d), p, nullptr, {scratch, base});
+      },
+      [&] { return cuda::evolve_by(launches(d), p, nullptr); });
 }
 
 template <class T>
@@ -135,7 +188,7 @@ void evolve(const py::dict& d) {
   p.out = view<T>(d["out"]);
   p.strength = view<T>(d["strength"]);
   p.degree = view<int32_t>(d["degree"]);
-  check(cuda::evolve_by(launches(d), p, nullptr));
+  evolve_by(d, p.pair, false, p);
 }
 
 template <class T>
@@ -149,7 +202,7 @@ void evolve_backward(const py::dict& d) {
   p.grad_skip = contiguous<T>(d["grad_skip"]);
   p.grad_alpha = view<T>(d["grad_alpha"]);
   p.scratch = contiguous<T>(d["scratch"]);
-  check(cuda::evolve_by(launches(d), p, nullptr));
+  evolve_by(d, p.forward.pair, true, p);
 }
 
 template <class T>
@@ -233,7 +286,12 @@ PYBIND11_MODULE(qflux_emulator, m) {
         machine.max_shared_bytes = max_shared_bytes;
       },
       py::arg("order"), py::arg("max_blocks"), py::arg("max_shared_bytes") = 227 * 1024);
+  m.attr("SWEEP_BASE") = cuda::kSweepBase;
   m.def("count_launches", [] { return std::exchange(emulator::machine().launches, 0); });
+  m.def("sweep_bytes", [](const py::dict& d, bool backward) {
+    return cuda::sweep_bytes_by(d["sweep_base"].cast<int64_t>(), pair_params<float>(d), backward);
+  });
+  m.def("count_picks", [] { return std::exchange(emulator::machine().picks, 0); });
   m.def("interact", &dispatch<interact<float>, interact<double>>);
   m.def("interact_backward", &dispatch<interact_backward<float>, interact_backward<double>>);
   m.def("evolve", &dispatch<evolve<float>, evolve<double>>);

@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <array>
 #include <utility>
 #include <vector>
@@ -9,6 +10,7 @@
 #include "math/score.h"
 #include "math/statistics.h"
 #include "math/step.h"
+#include "math/sweep.h"
 
 namespace py = pybind11;
 using namespace qflux;
@@ -52,6 +54,31 @@ RadiusRule<double> rule(const std::array<double, 5>& values) {
   return {true, values[0], values[1], values[2], values[3], values[4]};
 }
 
+Frame frame_of(const std::vector<Pair2>& keys, double eps, double square, double unit) {
+  Moments window;
+  for (const Pair2& key : keys) window.add(key[0] - keys[0][0], key[1] - keys[0][1]);
+  return make_frame(window, point(keys[0]), eps, square, unit);
+}
+
+// How many rows there are, and of each key: all keep it (1), none does (0), or it is open (2).
+std::vector<int> classified(const std::vector<Pair2>& keys, const std::vector<Pair2>& rows,
+                            const std::vector<double>& tau, double eps, double unit) {
+  double square = 0;
+  for (const Pair2& x : rows) square += (x[0] * x[0] + x[1] * x[1]) / double(rows.size());
+  const Frame frame = frame_of(keys, eps, square, unit);
+  double first = HUGE_VAL, last = -HUGE_VAL, low = HUGE_VAL, high = -HUGE_VAL;
+  for (size_t i = 0; i < rows.size(); ++i) {
+    const RowView view = view_row(frame, rows[i][0] / 2, rows[i][1] / 2, tau[i]);
+    first = std::min(first, view.angle), last = std::max(last, view.angle);
+    low = std::min(low, view.low), high = std::max(high, view.high);
+  }
+  const RowsView view = common_view(first, last, low, high);
+  std::vector<int> found;
+  for (const Pair2& key : keys)
+    found.push_back(static_cast<int>(classify(view, Whitening(frame)(key[0], key[1]))));
+  return found;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(math_module, m) {
@@ -80,6 +107,14 @@ PYBIND11_MODULE(math_module, m) {
         [](double eps, double p, double grad) { return Gate{eps, 0.0}.derivative(p, grad); });
 
   m.def("threshold", threshold_of_window);
+
+  m.def("pseudo_angle", &pseudo_angle);
+  m.def("direction_of", [](double angle) { return pair(direction_of(angle)); });
+  m.def("classify", classified);
+  m.def("classify_view", [](const Pair2& first, const Pair2& last, double low, double high,
+                            const Pair2& z, double slack) {
+    return static_cast<int>(classify({point(first), point(last), low, high}, {z[0], z[1], slack}));
+  });
 
   m.def("move_radius", [](const Pair2& moved, double strength, const std::array<double, 5>& r) {
     return pair(move_radius(point(moved), strength, rule(r)));

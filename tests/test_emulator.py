@@ -25,6 +25,7 @@ import numpy as np
 import pytest
 import torch
 from assertions import assert_interaction_close, assert_relative, count_borderline
+from inputs import STATES
 
 from qflux_kernels import Interaction, InverseGate, Radius, Threshold, reference
 
@@ -136,6 +137,7 @@ class Case:
     lengths: tuple[int, ...] | None = None
     eps: float | None = None
     layout: str = "plain"
+    base: int = 0  # of a sweep; 0: every pair
 
     def __str__(self) -> str:
         parts = [f"{self.rows}"]
@@ -150,6 +152,7 @@ class Case:
         ]
         parts += [] if self.causal else ["full"]
         parts += [] if self.layout == "plain" else [self.layout]
+        parts += [f"base{self.base}"] if self.base else []
         return "-".join(parts)
 
     @property
@@ -220,6 +223,7 @@ class Inputs:
             "coefficient": memory.copy(self.coefficient.astype(dtype)),
             "min_gate": memory.copy(self.min_gate.astype(dtype)),
             "lengths": memory.copy(self.lengths),
+            "sweep_base": case.base,
         }
 
     def options(self, alpha: torch.Tensor | None = None) -> dict:
@@ -389,12 +393,35 @@ OPTIONS = [
 ]
 
 
+# By sweep, with base blocks so small that short sequences have several levels.
+SWEEPS = [
+    Case(1, base=32),
+    Case(33, base=32, layout="planes"),
+    Case(64, base=64),
+    Case(257, base=32),
+    Case(300, base=32, lengths=(300, 77)),
+    Case(150, base=32, lengths=(0, 1, 77, 150, 149), batch=5, mean=True, row_window=True),
+    Case(150, causal=False, lengths=(0, 1, 77, 150, 149), batch=5, depth=3, base=32),
+    Case(140, depth=11, base=32, batch=1, layout="strided"),
+    Case(0, keys=7, depth=3, base=32),
+    Case(7, keys=0, base=32),
+    Case(5, keys=300, base=64),
+    Case(300, keys=5, depth=2, base=64),
+    Case(150, keys=530, depth=3, base=64, batch=1),
+    Case(530, keys=150, base=64, batch=1, layout="planes"),
+    Case(530, keys=150, causal=False, mean=True, batch=1, base=64),
+    # Several super-blocks, and more keys than a list holds.
+    Case(2300, causal=False, batch=1, base=64),
+    Case(1100, keys=1300, causal=False, batch=1, base=64, depth=2),
+]
+
+
 @pytest.fixture(autouse=True)
 def plain_order(emulator):
     emulator.configure(FORWARD, ALL_BLOCKS)
 
 
-@pytest.mark.parametrize("case", EDGES + SHAPES + OPTIONS, ids=str)
+@pytest.mark.parametrize("case", EDGES + SHAPES + OPTIONS + SWEEPS, ids=str)
 def test_interact_matches_the_reference(emulator, case):
     inputs = Inputs.random(case)
     truth = expected(inputs)
@@ -480,6 +507,8 @@ ORDERS = [
     Case(1100, batch=1, row_window=True),
     Case(150, keys=600, depth=11, layout="strided"),
     Case(150, keys=300, depth=3, gate=True, causal=False),
+    Case(200, base=32, batch=3),
+    Case(100, keys=140, depth=11, batch=1, base=32, layout="strided"),
 ]
 
 
@@ -546,6 +575,8 @@ def test_nan_and_infinity_reach_the_rows_that_see_them_and_no_other(emulator, ca
         Case(150, depth=3, gate=True, causal=False),
         Case(150, row_window=True),
         Case(150, causal=False),
+        Case(150, base=32),
+        Case(150, depth=3, causal=False, base=32),
     ],
     ids=str,
 )
@@ -586,6 +617,9 @@ def test_nothing_past_an_array_is_touched(emulator, fence):
             Case(301, keys=5, depth=2),
             Case(3, keys=0),
             Case(0, keys=3, depth=1),
+            Case(70, lengths=(70, 0), depth=9, base=32),
+            Case(40, keys=101, depth=3, base=32),
+            Case(65, base=32, causal=False, batch=1),
         ]:
             inputs = Inputs.random(case)
             for dtype in (np.float32, np.float64):
@@ -613,7 +647,9 @@ def test_lengths_beyond_the_tensor_are_clamped(emulator):
         np.testing.assert_array_equal(got, wanted)
 
 
-@pytest.mark.parametrize("case", [Case(200), Case(200, gate=True), Case(60, depth=3)], ids=str)
+@pytest.mark.parametrize(
+    "case", [Case(200), Case(200, gate=True), Case(60, depth=3), Case(150, base=32)], ids=str
+)
 def test_results_that_are_not_wanted(emulator, case):
     inputs = Inputs.random(case)
     full = interact(emulator, inputs)
@@ -623,8 +659,12 @@ def test_results_that_are_not_wanted(emulator, case):
             np.testing.assert_array_equal(part[name], full[name])
 
 
-def test_gradients_that_are_not_wanted(emulator):
-    case = Case(90, keys=140, depth=9, gate=True)
+@pytest.mark.parametrize(
+    "case",
+    [Case(90, keys=140, depth=9, gate=True), Case(90, keys=140, depth=9, base=32)],
+    ids=str,
+)
+def test_gradients_that_are_not_wanted(emulator, case):
     inputs = Inputs.random(case)
     threshold = interact(emulator, inputs)["threshold"]
     full = interact_backward(emulator, inputs, threshold)
@@ -646,7 +686,14 @@ def test_gradients_that_are_not_wanted(emulator):
 
 
 @pytest.mark.parametrize(
-    "case", [Case(150), Case(150, gate=True), Case(60, keys=90, depth=3, gate=True)], ids=str
+    "case",
+    [
+        Case(150),
+        Case(150, gate=True),
+        Case(60, keys=90, depth=3, gate=True),
+        Case(150, base=32),
+    ],
+    ids=str,
 )
 def test_accumulate_adds_to_the_gradients_of_states(emulator, case):
     inputs = Inputs.random(case)
@@ -790,6 +837,10 @@ EVOLUTIONS = [
     Evolution(Case(140, row_window=True, layout="planes"), dt=1),
     Evolution(Case(300, batch=1), steps=2, dt=0.02),
 ]
+EVOLUTIONS_BY_SWEEP = [
+    Evolution(Case(140, lengths=(0, 140, 33), batch=3, mean=True, base=32), steps=2, dt=2, skip=1),
+    Evolution(Case(200, batch=1, base=32, layout="planes"), dt=0.02),
+]
 
 
 # Lengths at the edges of warps, of groups of 64, of chunks and of rounds over the warps of a block.
@@ -812,7 +863,7 @@ SEQUENCES = [
 ]
 
 
-@pytest.mark.parametrize("evolution", EVOLUTIONS, ids=str)
+@pytest.mark.parametrize("evolution", EVOLUTIONS + EVOLUTIONS_BY_SWEEP, ids=str)
 def test_evolve_matches_the_reference(emulator, evolution):
     got, truth, _ = run_evolve(emulator, evolution)
     np.testing.assert_array_equal(got.pop("degree"), truth.pop("degree"))
@@ -1027,6 +1078,118 @@ def test_project_norm_repeats_in_any_order(emulator, dtype):
             for name, array in first.items():
                 np.testing.assert_array_equal(again[name], array, err_msg=name)
         emulator.configure(FORWARD, ALL_BLOCKS)
+
+
+def by_pairs(inputs: Inputs) -> Inputs:
+    return replace(inputs, case=replace(inputs.case, base=0))
+
+
+def assert_like_pairs(emulator, inputs: Inputs, dtype: type, rtol: float) -> dict[str, np.ndarray]:
+    """A sweep against the kernels that meet every pair: which are kept, what is finite, and how
+    much it is. Returns the forward's results."""
+    got, wanted = (interact(emulator, i, dtype) for i in (inputs, by_pairs(inputs)))
+    np.testing.assert_array_equal(got["threshold"], wanted["threshold"])
+    np.testing.assert_array_equal(got["degree"], wanted["degree"])
+    gradients = (
+        interact_backward(emulator, i, got["threshold"], dtype) for i in (inputs, by_pairs(inputs))
+    )
+    results = [got, wanted]
+    for both in (results, list(gradients)):
+        for name in both[0]:
+            left, right = (array[name].astype(np.float64) for array in both)
+            finite = np.isfinite(right)
+            np.testing.assert_array_equal(np.isfinite(left), finite, err_msg=name)
+            size = np.abs(right[finite]).max(initial=0)
+            error = np.abs(left[finite] - right[finite]).max(initial=0)
+            assert error <= rtol * size, f"{name}: error {error:.3g} of {size:.3g}"
+    return got
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64], ids=["float32", "float64"])
+@pytest.mark.parametrize("kind", STATES)
+def test_a_sweep_keeps_what_pairs_keep(emulator, kind, dtype):
+    """Whatever the geometry is like, and where scores lie on thresholds."""
+    inputs = Inputs.random(Case(260, batch=1, base=32))
+    inputs.states[0] = STATES[kind](260).numpy().astype(dtype)
+    got = assert_like_pairs(emulator, inputs, dtype, 2e-6 if dtype is np.float32 else 1e-14)
+    if kind != "huge" or dtype is np.float64:
+        inputs.states = inputs.states.astype(dtype).astype(np.float64)
+        check_interaction(inputs, got)
+
+
+@pytest.mark.parametrize("sigma", [-np.inf, -40.0, 0.0, 40.0, np.inf])
+def test_a_sweep_with_thresholds_beyond_every_score(emulator, sigma):
+    inputs = Inputs.random(Case(150, batch=1, base=32))
+    inputs.coefficient[:] = sigma
+    assert_like_pairs(emulator, inputs, np.float64, 1e-14)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(200, base=32),
+        Case(110, depth=3, base=64),
+        Case(200, row_window=True, base=32, batch=1),
+        Case(40, keys=110, base=64),
+        Case(150, causal=False, base=32),
+    ],
+    ids=str,
+)
+def test_a_sweep_spreads_what_is_not_finite_as_pairs_do(emulator, case):
+    clean = Inputs.random(case)
+    places = [("states", (0, 0, 0)), ("states", (0, 7 * case.rows // 10, 1)), ("keys", (-1, 60, 0)),
+              ("values", (-1, 99, 1)), ("grad_context", (0, case.rows - 1, 1)),
+              ("grad_strength", (0, case.rows - 1))]  # fmt: skip
+    for name, at in places:
+        for value in (np.nan, 1e200) if case.depth else (np.nan, np.inf, 1e200):
+            array = getattr(clean, name)
+            if array is None:
+                continue
+            dirty = array.copy()
+            dirty[at] = value
+            assert_like_pairs(emulator, replace(clean, **{name: dirty}), np.float64, 1e-13)
+
+
+def test_a_sweep_meets_few_pairs(emulator):
+    """Blocks of 64 rows that look at single keys, forward and then backward for rows and keys."""
+    for case, most in [
+        (Case(1024, keys=2048, causal=False, batch=1, base=64), 0.12),
+        (Case(1024, batch=1, base=512), 0.4),
+    ]:
+        inputs = Inputs.random(case)
+        rectangles = case.rows * case.num_keys
+        if case.causal:
+            rectangles = sum(case.rows // 2 * size for size in (512,))
+        blocks = rectangles / 64
+        emulator.count_picks()
+        threshold = interact(emulator, inputs, np.float32)["threshold"]
+        assert 0 < emulator.count_picks() / 32 <= most * blocks
+        for omit in (("grad_states",), ("grad_keys",)):
+            interact_backward(emulator, inputs, threshold, np.float32, omit=omit)
+            assert 0 < emulator.count_picks() / 32 <= 1.5 * most * blocks
+
+
+def test_a_sweep_of_drifting_states(emulator):
+    """Prefixes whose ellipses move: less is certain, and as much is kept."""
+    inputs = Inputs.random(Case(500, batch=1, base=32))
+    inputs.states += np.repeat(np.random.default_rng(1).normal(size=(10, 2)), 50, 0)
+    assert_like_pairs(emulator, inputs, np.float64, 1e-14)
+
+
+def test_the_scratch_of_a_sweep_grows_like_its_sequence(emulator):
+    for backward in (False, True):
+        for depth in (None, 8):
+            sizes = [
+                emulator.sweep_bytes(
+                    Inputs.random(Case(1, depth=depth)).pair(np.float32, Memory())
+                    | {"rows": rows, "key_count": rows, "sweep_base": emulator.SWEEP_BASE},
+                    backward,
+                )
+                for rows in (1 << 14, 1 << 15, 1 << 24)
+            ]
+            assert sizes[1] < 2.1 * sizes[0] and sizes[2] < 1.05 * 1024 * sizes[0]
+            columns = depth or 2
+            assert sizes[2] < (1 << 24) * 2 * (100 + 16 * columns)
 
 
 def test_architectures_are_those_of_the_build(emulator):

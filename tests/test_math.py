@@ -175,3 +175,79 @@ def test_advance_and_blend(math_module, draw):
         np.testing.assert_allclose(math_module.blend(dt, x, context), dt * x + (1 - dt) * context)
         assert math_module.blend(0.0, x, context) == list(context)
         assert math_module.blend(1.0, x, context) == list(x)
+
+
+NONE, ALL, TEST = 0, 1, 2  # what is certain of a key
+
+
+def test_direction_of_a_pseudo_angle(math_module, draw):
+    corners = [(1.0, 0.0), (0.0, 1.0), (-1.0, 0.0), (0.0, -1.0)]
+    for x in [*corners, *draw.normal(size=(200, 2))]:
+        angle = math_module.pseudo_angle(*x)
+        assert 0 <= angle < 4
+        found = np.array(math_module.direction_of(angle))
+        np.testing.assert_allclose(found / np.hypot(*found), x / np.hypot(*x), atol=1e-15)
+    angles = [math_module.pseudo_angle(np.cos(a), np.sin(a)) for a in np.linspace(0, 6.28, 100)]
+    assert angles == sorted(angles)
+
+
+@pytest.mark.parametrize("width", [0.0, 0.01, 0.3, 1.5, 3.1])
+def test_what_is_certain_is_sharp(math_module, draw, width):
+    """Against the extremes of z . u over finely sampled directions of the range."""
+    seen = set()
+    for _ in range(300):
+        start = draw.uniform(0, 7)
+        angles = start + np.linspace(0, width, 2001)
+        ends = [[np.cos(a), np.sin(a)] for a in (angles[0], angles[-1])]
+        z = draw.normal(size=2)
+        reach = np.cos(angles) * z[0] + np.sin(angles) * z[1]
+        low, slack = draw.normal(), 0.01 * draw.uniform()
+        high = low + draw.uniform(0, 0.3)
+        found = math_module.classify_view(*ends, low, high, z, slack)
+        seen.add(found)
+        edge = 1e-6  # of the sampling
+        if reach.min() >= high + slack + edge:
+            assert found == ALL
+        elif reach.max() < low - slack - edge:
+            assert found == NONE
+        elif reach.min() < high + slack - edge and reach.max() > low - slack + edge:
+            assert found == TEST
+    assert seen == {NONE, ALL, TEST}
+
+
+def test_nothing_is_certain_of_what_is_not_known(math_module):
+    here, nan = [1.0, 0.0], math.nan
+    assert math_module.classify_view(here, here, 0.5, 0.6, [2.0, 0.0], 0.0) == ALL
+    assert math_module.classify_view(here, here, 0.5, 0.6, [0.1, 0.0], 0.0) == NONE
+    for low, high, z, slack in [
+        (nan, nan, [2.0, 0.0], 0.0),
+        (nan, nan, [-2.0, 0.0], 0.0),
+        (0.5, 0.6, [2.0, 0.0], nan),
+        (0.5, 0.6, [-2.0, 0.0], nan),
+        (0.5, 0.6, [nan, 0.0], 0.0),
+        (0.5, 0.6, [2.0, 0.0], math.inf),
+    ]:
+        assert math_module.classify_view(here, here, low, high, z, slack) == TEST
+    every = [0.0, 0.0]
+    assert math_module.classify_view(every, every, -3.0, -2.5, [2.0, 0.0], 0.0) == ALL
+    assert math_module.classify_view(every, every, -3.0, -1.5, [2.0, 0.0], 0.0) == TEST
+    assert math_module.classify_view(every, every, 2.1, 3.0, [2.0, 0.0], 0.0) == NONE
+
+
+@pytest.mark.parametrize("kind", [kind for kind in STATES if kind != "huge"])
+@pytest.mark.parametrize("spread", [1e-6, 0.1, 1.0, 6.0])
+def test_what_is_certain_is_what_pairs_decide(math_module, kind, spread):
+    """Rows that look `spread` apart, against thresholds that put keys exactly on the edge."""
+    keys = STATES[kind](60).numpy()
+    length = np.hypot(*keys.T).max()
+    angle = 1.0 + spread * np.random.default_rng(0).uniform(size=16)
+    rows = (length or 1.0) * np.stack([np.cos(angle), np.sin(angle)], -1)
+    unit = 32 * np.finfo(np.float64).eps
+    s = np.array([[math_module.threshold_score(x / 2, k) for k in keys] for x in rows])
+    mean, deviation = s.mean(1), np.sqrt(s.var(1) + 1e-6)
+    for tau in [mean + 0.5 * deviation, mean - 1.4 * deviation, s[:, 7], s.max(1), s.min(1)]:
+        found = math_module.classify(keys, rows, tau, 1e-6, unit)
+        kept = s >= tau[:, None]
+        for j, certainty in enumerate(found):
+            if certainty != TEST:
+                assert (kept[:, j] == (certainty == ALL)).all(), (kind, j)

@@ -1,6 +1,7 @@
 // Every visible pair, backward: a pass over rows, then one over keys.
 #include "backward.cuh"
 #include "launch.h"
+#include "sweep.h"
 
 namespace qflux::cuda {
 namespace {
@@ -30,11 +31,13 @@ const char* run(const InteractBackwardParams<T>& params, void* stream) {
 
 }  // namespace
 
-const char* interact_backward(const InteractBackwardParams<float>& params, void* stream) {
-  return run(params, stream);
+const char* interact_backward(const InteractBackwardParams<float>& params, void* stream,
+                              void* scratch) {
+  return scratch ? interact_backward_by(kSweepBase, params, scratch, stream) : run(params, stream);
 }
-const char* interact_backward(const InteractBackwardParams<double>& params, void* stream) {
-  return run(params, stream);
+const char* interact_backward(const InteractBackwardParams<double>& params, void* stream,
+                              void* scratch) {
+  return scratch ? interact_backward_by(kSweepBase, params, scratch, stream) : run(params, stream);
 }
 
 }  // namespace qflux::cuda

@@ -2,6 +2,7 @@
 #include "forward.cuh"
 #include "launch.h"
 #include "statistics.h"
+#include "sweep.h"
 
 namespace qflux::cuda {
 namespace {
@@ -27,11 +28,11 @@ const char* run(const InteractParams<T>& params, void* stream) {
 
 }  // namespace
 
-const char* interact(const InteractParams<float>& params, void* stream) {
-  return run(params, stream);
+const char* interact(const InteractParams<float>& params, void* stream, void* scratch) {
+  return scratch ? interact_by(kSweepBase, params, scratch, stream) : run(params, stream);
 }
-const char* interact(const InteractParams<double>& params, void* stream) {
-  return run(params, stream);
+const char* interact(const InteractParams<double>& params, void* stream, void* scratch) {
+  return scratch ? interact_by(kSweepBase, params, scratch, stream) : run(params, stream);
 }
 
 }  // namespace qflux::cuda

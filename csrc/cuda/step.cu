@@ -5,6 +5,7 @@
 #include "resident.h"
 #include "runtime.cuh"
 #include "step.h"
+#include "sweep.h"
 #include "traits.h"
 
 namespace qflux::cuda {
@@ -23,15 +24,19 @@ __global__ void __launch_bounds__(kTokenThreads) apply(Rule rule, int64_t tokens
 // Remembers the first launch error and skips the launches after it.
 class Device {
  public:
-  explicit Device(void* stream) : stream_(stream) {}
+  Device(void* stream, SweepScratch scratch) : stream_(stream), scratch_(scratch) {}
 
   template <class T>
   void interact(const InteractParams<T>& params) {
-    if (error_ == nullptr) error_ = cuda::interact(params, stream_);
+    if (error_ != nullptr) return;
+    error_ = scratch_.memory ? interact_by(scratch_.base, params, scratch_.memory, stream_)
+                             : cuda::interact(params, stream_);
   }
   template <class T>
   void interact_backward(const InteractBackwardParams<T>& params) {
-    if (error_ == nullptr) error_ = cuda::interact_backward(params, stream_);
+    if (error_ != nullptr) return;
+    error_ = scratch_.memory ? interact_backward_by(scratch_.base, params, scratch_.memory, stream_)
+                             : cuda::interact_backward(params, stream_);
   }
   template <class Rule>
   void for_each_token(int64_t batch, int64_t rows, const Rule& rule) {
@@ -45,6 +50,7 @@ class Device {
 
  private:
   void* stream_;
+  SweepScratch scratch_;
   const char* error_ = nullptr;
 };
 
@@ -67,44 +73,51 @@ const PairParams<T>& pair_of(const EvolveBackwardParams<T>& params) {
 }
 
 template <class Params>
-const char* run(const Params& params, void* stream, Launches launches) {
+const char* run(const Params& params, void* stream, Launches launches, SweepScratch scratch) {
   const auto& pair = pair_of(params);
+  if (scratch.memory) launches = Launches::kMany;
   if (launches == Launches::kAuto) {
     const bool short_and_many = pair.rows <= kResidentLength && pair.batch >= kResidentBatch;
     launches = short_and_many && fits_block(params) ? Launches::kOne : Launches::kMany;
   }
   if (launches == Launches::kOne) return evolve_resident(params, stream);
-  Device device(stream);
+  Device device(stream, scratch);
   enqueue(device, params);
   return device.error();
 }
 
 }  // namespace
 
-const char* evolve_by(Launches launches, const EvolveParams<float>& params, void* stream) {
-  return run(params, stream, launches);
+const char* evolve_by(Launches launches, const EvolveParams<float>& params, void* stream,
+                      SweepScratch scratch) {
+  return run(params, stream, launches, scratch);
 }
-const char* evolve_by(Launches launches, const EvolveParams<double>& params, void* stream) {
-  return run(params, stream, launches);
+const char* evolve_by(Launches launches, const EvolveParams<double>& params, void* stream,
+                      SweepScratch scratch) {
+  return run(params, stream, launches, scratch);
 }
-const char* evolve_by(Launches launches, const EvolveBackwardParams<float>& params, void* stream) {
-  return run(params, stream, launches);
+const char* evolve_by(Launches launches, const EvolveBackwardParams<float>& params, void* stream,
+                      SweepScratch scratch) {
+  return run(params, stream, launches, scratch);
 }
-const char* evolve_by(Launches launches, const EvolveBackwardParams<double>& params, void* stream) {
-  return run(params, stream, launches);
+const char* evolve_by(Launches launches, const EvolveBackwardParams<double>& params, void* stream,
+                      SweepScratch scratch) {
+  return run(params, stream, launches, scratch);
 }
 
-const char* evolve(const EvolveParams<float>& params, void* stream) {
-  return run(params, stream, Launches::kAuto);
+const char* evolve(const EvolveParams<float>& params, void* stream, void* scratch) {
+  return run(params, stream, Launches::kAuto, {scratch, kSweepBase});
 }
-const char* evolve(const EvolveParams<double>& params, void* stream) {
-  return run(params, stream, Launches::kAuto);
+const char* evolve(const EvolveParams<double>& params, void* stream, void* scratch) {
+  return run(params, stream, Launches::kAuto, {scratch, kSweepBase});
 }
-const char* evolve_backward(const EvolveBackwardParams<float>& params, void* stream) {
-  return run(params, stream, Launches::kAuto);
+const char* evolve_backward(const EvolveBackwardParams<float>& params, void* stream,
+                            void* scratch) {
+  return run(params, stream, Launches::kAuto, {scratch, kSweepBase});
 }
-const char* evolve_backward(const EvolveBackwardParams<double>& params, void* stream) {
-  return run(params, stream, Launches::kAuto);
+const char* evolve_backward(const EvolveBackwardParams<double>& params, void* stream,
+                            void* scratch) {
+  return run(params, stream, Launches::kAuto, {scratch, kSweepBase});
 }
 
 const char* architectures() { return QFLUX_CUDA_ARCHITECTURES; }

@@ -11,9 +11,19 @@ enum class Launches : int {
   kOne,   // a block for each sequence, which must fit it
 };
 
-const char* evolve_by(Launches launches, const EvolveParams<float>& params, void* stream);
-const char* evolve_by(Launches launches, const EvolveParams<double>& params, void* stream);
-const char* evolve_by(Launches launches, const EvolveBackwardParams<float>& params, void* stream);
-const char* evolve_by(Launches launches, const EvolveBackwardParams<double>& params, void* stream);
+// A sweep, with base blocks of `base` keys, takes many launches.
+struct SweepScratch {
+  void* memory = nullptr;
+  int64_t base = 0;
+};
+
+const char* evolve_by(Launches launches, const EvolveParams<float>& params, void* stream,
+                      SweepScratch scratch = {});
+const char* evolve_by(Launches launches, const EvolveParams<double>& params, void* stream,
+                      SweepScratch scratch = {});
+const char* evolve_by(Launches launches, const EvolveBackwardParams<float>& params, void* stream,
+                      SweepScratch scratch = {});
+const char* evolve_by(Launches launches, const EvolveBackwardParams<double>& params, void* stream,
+                      SweepScratch scratch = {});
 
 }  // namespace qflux::cuda

@@ -67,6 +67,7 @@ struct Machine {
   Order order = Order::kForward;
   int64_t max_blocks = 64, max_shared_bytes = 227 * 1024;  // of compute capability 9.0
   int64_t launches = 0;
+  int64_t picks = 0;  // of a set bit, by each thread: how often warps turn to one of their lanes
   size_t dynamic_bytes = 0;  // of the running launch
   int64_t block_serial = 0;
   int threads = 0, current = 0;
@@ -233,12 +234,44 @@ inline const char* run(int64_t blocks, int threads, int64_t dynamic_bytes,
 
 inline void __syncthreads() { qflux::emulator::wait(qflux::emulator::State::kBarrier); }
 
-inline double __shfl_up_sync(unsigned /*mask*/, double value, int distance) {
-  using namespace qflux::emulator;
+namespace qflux::emulator {
+
+// Gives `value` to the warp and returns that of lane source(lane).
+template <class Source>
+double exchange(double value, const Source& source) {
   Machine& m = machine();
-  const int self = m.current, source = self - distance;
+  const int self = m.current, lane = self % kWarp;
   const int phase = m.fibres[self].shuffles++ % 2;
   m.fibres[self].lane_value[phase] = value;
   wait(State::kShuffle);
-  return self % kWarp < distance ? value : m.fibres[source].lane_value[phase];
+  return m.fibres[self - lane + source(lane)].lane_value[phase];
+}
+
+}  // namespace qflux::emulator
+
+inline double __shfl_up_sync(unsigned /*mask*/, double value, int distance) {
+  return qflux::emulator::exchange(
+      value, [&](int lane) { return lane < distance ? lane : lane - distance; });
+}
+
+inline double __shfl_xor_sync(unsigned /*mask*/, double value, int bits) {
+  return qflux::emulator::exchange(value, [&](int lane) { return lane ^ bits; });
+}
+
+inline unsigned __ballot_sync(unsigned /*mask*/, bool vote) {
+  using namespace qflux::emulator;
+  Machine& m = machine();
+  const int self = m.current, phase = m.fibres[self].shuffles % 2;
+  exchange(vote ? 1 : 0, [](int lane) { return lane; });
+  unsigned votes = 0;
+  for (int lane = 0; lane < kWarp; ++lane)
+    votes |= unsigned(m.fibres[self - self % kWarp + lane].lane_value[phase] != 0) << lane;
+  return votes;
+}
+
+inline void __syncwarp() { qflux::emulator::wait(qflux::emulator::State::kShuffle); }
+inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
+inline int __ffs(unsigned bits) {
+  ++qflux::emulator::machine().picks;
+  return __builtin_ffs(static_cast<int>(bits));
 }

@@ -111,6 +111,89 @@ QFLUX_INLINE void view_key(const Frame& f, double kx, double ky, Interval h, Arc
   inner = make_arc(zx, zy, inverse, h.high + slack);
 }
 
+// What classifies keys without arcs, one set of rows at a time, as GPUs do: what the rows have in
+// common, and where a key lies in their frame.
+//
+// Rows look in directions between `first` and `last`, unit vectors less than half a turn apart in
+// the sense of growing angle; two zero vectors stand for every direction. Their h lie in [low,
+// high]; NaN there: nothing is certain for these rows.
+struct RowsView {
+  Point<double> first, last;
+  double low, high;
+};
+
+// z, and by how much z . u must clear an interval of h; NaN: nothing is certain for this key.
+struct WhiteKey {
+  double x, y, slack;
+};
+
+enum class Certainty : int32_t { kNone, kAll, kTest };
+
+// A vector of that pseudo-angle, not of unit length.
+QFLUX_INLINE Point<double> direction_of(double angle) {
+  const bool upper = angle < 2;
+  const double turned = upper ? angle : angle - 2;  // in [0, 2], from the positive x axis or back
+  const double x = 1 - turned, y = turned < 1 ? turned : 2 - turned;
+  return {upper ? x : -x, upper ? y : -y};
+}
+
+// Rows with pseudo-angles in [first, last] and h in [low, high], infinite where a row has none.
+QFLUX_INLINE RowsView common_view(double first, double last, double low, double high) {
+  const Point<double> a = direction_of(first), b = direction_of(last);
+  // Just below half a turn the cone's two sides are hard to tell apart, and there is little to win.
+  const bool narrow = last - first < 1.99;
+  const double ra = narrow ? 1 / square_root(a.x * a.x + a.y * a.y) : 0.0;
+  const double rb = narrow ? 1 / square_root(b.x * b.x + b.y * b.y) : 0.0;
+  const double unknown = (low - low) + (high - high);  // NaN for an infinity
+  return {{a.x * ra, a.y * ra}, {b.x * rb, b.y * rb}, low + unknown, high + unknown};
+}
+
+// A frame as keys need it: products are cheaper than quotients, and round as well for view_key's
+// slack.
+struct Whitening {
+  Point<double> mean;
+  double r11, l21, r22, unit, slack, terms;
+
+  QFLUX_INLINE explicit Whitening(const Frame& f)
+      : mean(f.mean),
+        r11(1 / f.l11),
+        l21(f.l21),
+        r22(1 / f.l22),
+        unit(f.unit),
+        slack(key_slack(f)),
+        terms(absolute(f.mean.x) + absolute(f.mean.y)) {}
+
+  QFLUX_INLINE WhiteKey operator()(double kx, double ky) const {
+    const double zx = (kx - mean.x) * r11, zy = (ky - mean.y - l21 * zx) * r22;
+    const double square = zx * zx + zy * zy;
+    const double room = slack * (absolute(kx) + absolute(ky) + terms) +
+                        unit * (absolute(zx) + absolute(zy)) + (square - square);
+    return {zx, zy, room};
+  }
+};
+
+// Whether all rows keep the key for certain, none does, or pairs have to be tested: z . u lies
+// between its values at the ends of the range, but reaches |z| where z itself lies in the range and
+// -|z| where -z does.
+QFLUX_INLINE Certainty classify(const RowsView& rows, const WhiteKey& z) {
+  const double at_first = rows.first.x * z.x + rows.first.y * z.y;
+  const double at_last = rows.last.x * z.x + rows.last.y * z.y;
+  const double after_first = rows.first.x * z.y - rows.first.y * z.x;
+  const double before_last = z.x * rows.last.y - z.y * rows.last.x;
+  double most = at_first > at_last ? at_first : at_last;
+  double least = at_first > at_last ? at_last : at_first;
+  // In a range of no width z and -z are told apart by the ends' own products.
+  const bool ahead = after_first >= 0 && before_last >= 0 && most >= 0;
+  const bool behind = after_first <= 0 && before_last <= 0 && least <= 0;
+  if (ahead || behind) {
+    const double length = square_root(z.x * z.x + z.y * z.y);
+    most = ahead ? length : most;
+    least = behind ? -length : least;
+  }
+  if (least >= rows.high + z.slack) return Certainty::kAll;
+  return most < rows.low - z.slack ? Certainty::kNone : Certainty::kTest;
+}
+
 // Rows sorted by angle are cut into blocks of so many; certainty is decided for whole blocks.
 constexpr int32_t kRankBlock = 64;
 

@@ -1,0 +1,205 @@
+// What a sweep does before it meets pairs: rows sorted by direction, keys without geometry marked,
+// and an ellipse for each rectangle.
+//
+// A frame maps directions by a matrix of positive determinant, which keeps them in order around the
+// circle and leaves the first one in place. So rows are sorted once, by merging, and the segments
+// of a merge sort are the rectangles' rows level by level.
+#include <limits>
+
+#include "sweep.cuh"
+
+namespace qflux::cuda {
+namespace {
+
+constexpr int kThreadsOfTokens = 256;
+// Rounding of a score in T, with room for the geometry's own in double.
+template <class T>
+constexpr double kUnit = 32 * static_cast<double>(std::numeric_limits<T>::epsilon());
+
+template <class T>
+__device__ __forceinline__ Ranked ranked(const PairParams<T>& p, const View<const T>& limits,
+                                         int64_t b, int64_t row) {
+  constexpr uint32_t kLast = 0x7fffffff;
+  const Point<T> x = load_point(p.states, b, row);
+  // Rows without direction come last, in blocks of their own.
+  const bool directed =
+      bounded(x.x) && bounded(x.y) && bounded(limits.at(b, row)) && (x.x != T(0) || x.y != T(0));
+  uint32_t code = kLast;
+  if (directed) code = static_cast<uint32_t>(pseudo_angle(x.x, x.y) * (kLast / kTurn));
+  return static_cast<Ranked>(code) << 32 | row;
+}
+
+template <class T>
+__device__ __forceinline__ bool is_wild(const PairParams<T>& p, int64_t b, int64_t key) {
+  const Point<T> at = load_point(p.key_points, b, key);
+  bool tame = bounded(at.x) && bounded(at.y);
+  for (int64_t c = 0; p.values && tame && c < p.depth; ++c) tame = bounded(p.values.at(b, key, c));
+  return !tame;
+}
+
+template <class T>
+__global__ void __launch_bounds__(kThreadsOfTokens)
+    prepare_tokens(PairParams<T> p, View<const T> limits, Sweep<T> sweep) {
+  const int64_t stride = static_cast<int64_t>(gridDim.x) * kThreadsOfTokens;
+  const int64_t start = static_cast<int64_t>(blockIdx.x) * kThreadsOfTokens + threadIdx.x;
+  for (int64_t n = start; n < sweep.zeroed_count; n += stride) sweep.zeroed[n] = 0;
+  for (int64_t n = start; n < p.batch * p.rows; n += stride) {
+    const int64_t b = n / p.rows, row = n % p.rows;
+    sweep.order[n] = row < p.visibility(b).row_end ? ranked(p, limits, b, row) : row;
+  }
+  for (int64_t n = start; n < p.batch * p.keys; n += stride) {
+    const int64_t b = n / p.keys, key = n % p.keys;
+    sweep.wild[n] = key < p.visibility(b).key_end && is_wild(p, b, key);
+  }
+}
+
+// Moments of `base` keys about the first of their sequence, a warp to each chunk.
+template <class T>
+__global__ void __launch_bounds__(kThreadsOfTokens) chunk_moments(PairParams<T> p, Sweep<T> sweep) {
+  const int lane = threadIdx.x % kWarp;
+  const int64_t stride = static_cast<int64_t>(gridDim.x) * kThreadsOfTokens / kWarp;
+  for (int64_t n = (static_cast<int64_t>(blockIdx.x) * kThreadsOfTokens + threadIdx.x) / kWarp;
+       n < p.batch * sweep.chunks; n += stride) {
+    const int64_t b = n / sweep.chunks, begin = n % sweep.chunks * sweep.base;
+    const int64_t all = p.visibility(b).key_end;
+    const int64_t end = begin + sweep.base < all ? begin + sweep.base : all;
+    Moments sums;
+    if (begin < end) {
+      const Point<T> first = load_point(p.key_points, b, 0);
+      for (int64_t key = begin + lane; key < end; key += kWarp) {
+        const Point<T> at = load_point(p.key_points, b, key);
+        sums.add(static_cast<double>(at.x) - first.x, static_cast<double>(at.y) - first.y);
+      }
+    }
+    const Moments total{sum_over_lanes(sums.count), sum_over_lanes(sums.x),
+                        sum_over_lanes(sums.y),     sum_over_lanes(sums.xx),
+                        sum_over_lanes(sums.xy),    sum_over_lanes(sums.yy)};
+    if (lane == 0) sweep.moments[n] = total;
+  }
+}
+
+// Each row finds its place in the union of two neighbouring segments: in front of it are those in
+// front of it in its own, and those of the other that are smaller.
+template <class T>
+__global__ void __launch_bounds__(kThreadsOfTokens)
+    merge_segments(PairParams<T> p, const Ranked* from, Ranked* to, int64_t width) {
+  const int64_t stride = static_cast<int64_t>(gridDim.x) * kThreadsOfTokens;
+  for (int64_t n = static_cast<int64_t>(blockIdx.x) * kThreadsOfTokens + threadIdx.x;
+       n < p.batch * p.rows; n += stride) {
+    const int64_t b = n / p.rows, slot = n % p.rows;
+    Visibility v = p.visibility(b);
+    if (!p.causal) v.shift = 0;
+    const int64_t position = slot + v.shift;
+    if (position < 0 || slot >= v.row_end) continue;  // no rectangle's
+    const int64_t start = position / (2 * width) * (2 * width);
+    const int begin = row_at(v, start), middle = row_at(v, start + width);
+    const int end = row_at(v, start + 2 * width);
+    const Ranked* sequence = from + b * p.rows;
+    const Ranked mine = sequence[slot];
+    const bool left = slot < middle;
+    int low = left ? middle : begin;
+    const int other = low;
+    for (int high = left ? end : middle; low < high;) {
+      const int half = low + (high - low) / 2;
+      if (sequence[half] < mine)
+        low = half + 1;
+      else
+        high = half;
+    }
+    to[b * p.rows + begin + (slot - (left ? begin : middle)) + (low - other)] = mine;
+  }
+}
+
+// A warp to each rectangle: the ellipse of the statistics of its middle row.
+template <class T>
+__global__ void __launch_bounds__(kThreadsOfTokens)
+    find_frame(PairParams<T> p, Sweep<T> sweep, Level level) {
+  const int lane = threadIdx.x % kWarp;
+  const int64_t stride = static_cast<int64_t>(gridDim.x) * kThreadsOfTokens / kWarp;
+  for (int64_t n = (static_cast<int64_t>(blockIdx.x) * kThreadsOfTokens + threadIdx.x) / kWarp;
+       n < p.batch * level.rectangles; n += stride) {
+    const int64_t b = n / level.rectangles;
+    const Visibility v = p.visibility(b);
+    const Rectangle where = rectangle(v, level, static_cast<int>(n % level.rectangles));
+    if (where.empty()) continue;
+    const int64_t middle = (int64_t(where.row_begin) + where.row_end) / 2;
+    const int64_t seen = p.row_window ? v.key_end : v.visible_keys(middle);
+    int64_t chunks = (seen + sweep.base / 2) / sweep.base;
+    chunks = chunks < 1 ? 1 : chunks < sweep.chunks ? chunks : sweep.chunks;
+    Moments sums;
+    for (int64_t c = lane; c < chunks; c += kWarp) sums.add(sweep.moments[b * sweep.chunks + c]);
+    const Moments window{sum_over_lanes(sums.count), sum_over_lanes(sums.x),
+                         sum_over_lanes(sums.y),     sum_over_lanes(sums.xx),
+                         sum_over_lanes(sums.xy),    sum_over_lanes(sums.yy)};
+    // A row from each of as many parts stands for all of them.
+    const int64_t row = where.row_begin + int64_t(where.rows()) * lane / kWarp;
+    const Point<T> x = load_point(p.states, b, row), shift = load_point(p.key_points, b, 0);
+    const double rx = x.x, ry = x.y, square = sum_over_lanes(rx * rx + ry * ry) / kWarp;
+    if (lane == 0) {
+      const Frame frame =
+          make_frame(window, {static_cast<double>(shift.x), static_cast<double>(shift.y)}, p.eps,
+                     square, kUnit<T>);
+      sweep.frames[n] = frame;
+      sweep.whitenings[n] = Whitening(frame);
+    }
+  }
+}
+
+Grid grid_of(int64_t threads) {
+  return {ceil_div(threads < 1 ? 1 : threads, kThreadsOfTokens), kThreadsOfTokens};
+}
+
+template <class T>
+const char* run_prepare(const PairParams<T>& p, const View<const T>& limits, const Sweep<T>& sweep,
+                        void* stream) {
+  const int64_t rows = p.batch * p.rows, keys = p.batch * p.keys;
+  const char* error =
+      launch(prepare_tokens<T>, grid_of(rows > keys ? rows : keys), stream, p, limits, sweep);
+  return error
+             ? error
+             : launch(chunk_moments<T>, grid_of(p.batch * sweep.chunks * kWarp), stream, p, sweep);
+}
+
+template <class T>
+const char* run_merge(const PairParams<T>& p, Sweep<T>& sweep, int64_t width, void* stream) {
+  Ranked* const from = sweep.order;
+  sweep.order = sweep.other_order;
+  sweep.other_order = from;
+  const Ranked* const source = from;
+  return launch(merge_segments<T>, grid_of(p.batch * p.rows), stream, p, source, sweep.order,
+                width);
+}
+
+template <class T>
+const char* run_frames(const PairParams<T>& p, const Sweep<T>& sweep, const Level& level,
+                       void* stream) {
+  return launch(find_frame<T>, grid_of(p.batch * level.rectangles * kWarp), stream, p, sweep,
+                level);
+}
+
+}  // namespace
+
+const char* prepare(const PairParams<float>& p, const View<const float>& limits,
+                    const Sweep<float>& sweep, void* stream) {
+  return run_prepare(p, limits, sweep, stream);
+}
+const char* prepare(const PairParams<double>& p, const View<const double>& limits,
+                    const Sweep<double>& sweep, void* stream) {
+  return run_prepare(p, limits, sweep, stream);
+}
+const char* merge(const PairParams<float>& p, Sweep<float>& sweep, int64_t width, void* stream) {
+  return run_merge(p, sweep, width, stream);
+}
+const char* merge(const PairParams<double>& p, Sweep<double>& sweep, int64_t width, void* stream) {
+  return run_merge(p, sweep, width, stream);
+}
+const char* find_frames(const PairParams<float>& p, const Sweep<float>& sweep, const Level& level,
+                        void* stream) {
+  return run_frames(p, sweep, level, stream);
+}
+const char* find_frames(const PairParams<double>& p, const Sweep<double>& sweep, const Level& level,
+                        void* stream) {
+  return run_frames(p, sweep, level, stream);
+}
+
+}  // namespace qflux::cuda
