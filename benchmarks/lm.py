@@ -13,6 +13,7 @@ import argparse
 import ast
 import csv
 import math
+import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -38,6 +39,9 @@ COLUMNS = [
     "seconds", "ms_per_step", "train_loss", "validation_loss", "kept", "vocabulary", "weight_decay",
     "beta2", "warmup", "device", "threads", "machine", "instruction_set", "torch", "python",
     "commit", "date",
+]  # fmt: skip
+CURVE_COLUMNS = [
+    "dataset", "provider", "changes", "context", "seed", "commit", "step", "seconds", "train_loss",
 ]  # fmt: skip
 
 
@@ -297,8 +301,11 @@ def train(
     works: Sequence[Tensor],
     arguments: argparse.Namespace,
     seed: int,
-) -> dict[str, object]:
-    """Train in place. Warm-up and cosine follow the steps, or the clock with `--seconds`.
+) -> tuple[dict[str, object], list[dict[str, object]]]:
+    """Train in place; columns of the run, and its curve.
+
+    Warm-up and cosine follow the steps, or the clock with `--seconds`. The curve has a point for
+    each hundredth of the run: the mean training loss since the point before.
 
     One thread on a CPU is timed by its processor time, which neighbours on a shared machine
     disturb least; anything else by the wall clock.
@@ -313,7 +320,8 @@ def train(
     optimizer = make_optimizer(model, options)
     for group in optimizer.param_groups:
         group["betas"] = (0.9, arguments.beta2)
-    step, recent, start, last_line = 0, [], clock(), 0.0
+    step, losses, start, last_line = 0, [], clock(), 0.0
+    curve, drawn = [], 0
     while True:
         now = clock() - start
         share = now / arguments.seconds if arguments.seconds else step / arguments.steps
@@ -329,31 +337,35 @@ def train(
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         step += 1
-        recent.append(loss.item())
-        if not math.isfinite(recent[-1]):
+        losses.append(loss.item())
+        if not math.isfinite(losses[-1]):
             break
+        if share >= (len(curve) + 1) / 100:
+            point = {"step": step, "seconds": round(clock() - start, 2)}
+            curve.append({**point, "train_loss": round(statistics.fmean(losses[drawn:]), 4)})
+            drawn = step
         if arguments.verbose and now - last_line > 10:
-            mean = sum(recent[-100:]) / len(recent[-100:])
+            mean = statistics.fmean(losses[-100:])
             print(f"  step {step}, {now:.0f} s, training loss {mean:.3f}", flush=True)
             last_line = now
     seconds = clock() - start
-    tail = recent[-100:]
-    return {
+    result = {
         "steps": step,
         "seconds": round(seconds, 1),
         "ms_per_step": round(1e3 * seconds / step, 2),
-        "train_loss": round(sum(tail) / len(tail), 4),
+        "train_loss": round(statistics.fmean(losses[-100:]), 4),
     }
+    return result, curve
 
 
-def append(path: Path, row: dict[str, object]) -> None:
+def append(path: Path, columns: Sequence[str], rows: Sequence[dict[str, object]]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     new = not path.exists()
     with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, restval="")
+        writer = csv.DictWriter(file, columns, restval="", extrasaction="ignore")
         if new:
             writer.writeheader()
-        writer.writerow(row)
+        writer.writerows(rows)
 
 
 def parse_changes(pairs: Sequence[str], kind: type) -> dict[str, object]:
@@ -395,6 +407,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--output", type=Path, help="append rows to this CSV")
+    parser.add_argument("--curves", type=Path, help="append the training curves to this CSV")
     parser.add_argument("--verbose", action="store_true")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -416,7 +429,7 @@ def main() -> None:
         print(*(f"{name} {row[name]}" for name in shown if row.get(name)), end=" ")
         print(f"validation loss {row['validation_loss']:.4f}", flush=True)
         if arguments.output:
-            append(arguments.output, row)
+            append(arguments.output, COLUMNS, [row])
 
     if arguments.provider == "ngram":
         for order in (1, 2, 3, 5):
@@ -429,17 +442,22 @@ def main() -> None:
         torch.manual_seed(seed)
         model = make_model(arguments.provider, vocabulary.size, arguments.context, changes)
         model.to(arguments.device)
-        result = train(model, works, arguments, seed)
+        result, curve = train(model, works, arguments, seed)
         loss = validate(model, held_out, arguments.context, arguments.batch)
         kept = kept_share(model, held_out, arguments.context)
+        run = {
+            "provider": arguments.provider,
+            "changes": " ".join(arguments.set),
+            "context": arguments.context,
+            "seed": seed,
+        }
+        if arguments.curves:
+            append(arguments.curves, CURVE_COLUMNS, [{**common, **run, **at} for at in curve])
         report(
             {
-                "provider": arguments.provider,
-                "changes": " ".join(arguments.set),
-                "context": arguments.context,
+                **run,
                 "batch": arguments.batch,
                 "rate": arguments.rate,
-                "seed": seed,
                 "parameters": sum(parameter.numel() for parameter in model.parameters()),
                 "weight_decay": arguments.weight_decay,
                 "beta2": arguments.beta2,
