@@ -113,10 +113,13 @@ def _with_entry(value: float) -> Callable[[int], torch.Tensor]:
     return states
 
 
-def _zero_rows(length: int) -> torch.Tensor:
-    points = torch.randn(length, 2, dtype=torch.float64)
-    points[::3] = 0
-    return points
+def _zero_rows(every: int) -> Callable[[int], torch.Tensor]:
+    def states(length: int) -> torch.Tensor:
+        points = torch.randn(length, 2, dtype=torch.float64)
+        points[::every] = 0
+        return points
+
+    return states
 
 
 # What a sweep over directions and distances might get wrong, in addition to STATES.
@@ -137,7 +140,8 @@ SWEEP_STATES = STATES | {
         torch.linspace(0, 2 * math.pi, length, dtype=torch.float64)
     ),
     "lattice": lambda length: torch.randint(-3, 4, (length, 2)).double(),
-    "zero rows": _zero_rows,
+    "zero rows": _zero_rows(3),
+    "zero rows, evenly among others": _zero_rows(16),
     "radii of all sizes": lambda length: (
         torch.randn(length, 2, dtype=torch.float64)
         * torch.exp(4 * torch.randn(length, 1, dtype=torch.float64))

@@ -109,6 +109,10 @@ PYBIND11_MODULE(math_module, m) {
   m.def("threshold", threshold_of_window);
 
   m.def("pseudo_angle", &pseudo_angle);
+  m.def("make_arc", [](const Pair2& z, double h) {
+    const Arc arc = make_arc(z[0], z[1], 1 / std::hypot(z[0], z[1]), h);
+    return std::array<double, 3>{arc.start, arc.end, arc.cosine};
+  });
   m.def("direction_of", [](double angle) { return pair(direction_of(angle)); });
   m.def("classify", classified);
   m.def("classify_view", [](const Pair2& first, const Pair2& last, double low, double high,

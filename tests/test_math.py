@@ -191,6 +191,20 @@ def test_direction_of_a_pseudo_angle(math_module, draw):
     assert angles == sorted(angles)
 
 
+def test_the_ends_of_an_arc(math_module, draw):
+    """In the sense of growing angle, however narrow the arc or what it leaves out."""
+    edge = np.nextafter(1.0, 0.0)
+    axes = [(1.0, 0.0), (0.0, 1.0), (-1.0, 0.0), (0.0, -1.0), (1.0, -1e-17), (-1e-9, 1.0)]
+    for z in [*axes, *draw.normal(size=(300, 2)), *(1e-200 * draw.normal(size=(50, 2)))]:
+        for c in (edge, edge**4, 0.5, 1e-9, 0.0, -1e-9, -0.5, -(edge**4), -edge):
+            start, end, cosine = math_module.make_arc(z, c * np.hypot(*z))
+            if abs(cosine) >= 1:
+                continue
+            width = (end - start) % 4
+            # A pseudo-angle grows by 0.5 to 1 for each radian.
+            assert 0.99 * math.acos(cosine) <= width <= 2.01 * math.acos(cosine)
+
+
 @pytest.mark.parametrize("width", [0.0, 0.01, 0.3, 1.5, 3.1])
 def test_what_is_certain_is_sharp(math_module, draw, width):
     """Against the extremes of z . u over finely sampled directions of the range."""

@@ -82,6 +82,18 @@ def test_is_the_interaction(name):
         assert_interaction_close(result, narrow, score=score, causal=False)
 
 
+def test_a_key_far_away_leaves_no_trace():
+    """In the sums of rows that drop it, each row measured by its own."""
+    states = draw("random", 8192)
+    states[3000] = torch.tensor([1e13, 3e12])
+    dense, sweep = both(states, score=Threshold(-0.3), causal=False)
+    without = dense[0].context.abs().amax(-1) < 1e6
+    assert without.sum() > 3000 and (dense[0].degree[without] > 4000).all()
+    difference = (sweep[0].context - dense[0].context).abs().amax(-1)
+    assert (difference <= 1e-12 * dense[0].context.abs().amax(-1))[without].all()
+    assert work(states, -0.3, causal=False).sum() < 0.01
+
+
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("rows, keys", [(4200, 4200), (3000, 6000), (6000, 3000), (40, 9000)])
 @pytest.mark.parametrize("depth", [1, 2, 9])

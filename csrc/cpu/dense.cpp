@@ -8,6 +8,7 @@
 
 #include "../math/score.h"
 #include "../math/statistics.h"
+#include "../math/sums.h"
 #include "simd.h"
 
 namespace qflux::cpu {
@@ -52,20 +53,12 @@ struct Total<double> {
   static constexpr int kWidth = Vector<double>::kWidth;
   double value[kWidth] = {}, error[kWidth] = {};
 
-  void add(Vector<double> part) {  // Knuth's two-sum
+  void add(Vector<double> part) {
     double lane[kWidth];
     store(lane, part);
-    for (int l = 0; l < kWidth; ++l) {
-      const double sum = value[l] + lane[l];
-      const double shadow = sum - value[l];
-      error[l] += (value[l] - (sum - shadow)) + (lane[l] - shadow);
-      value[l] = sum;
-    }
+    for (int l = 0; l < kWidth; ++l) error[l] += add_exactly(value[l], lane[l]);
   }
-  // An overflow makes the error term NaN; the sum itself is then the answer.
-  double get(int lane) const {
-    return error[lane] == error[lane] ? value[lane] + error[lane] : value[lane];
-  }
+  double get(int lane) const { return CompensatedSum<double>{value[lane], error[lane]}.get(); }
 };
 
 // The owners of one pass: vectors of consecutive ones, and the others that each vector meets.

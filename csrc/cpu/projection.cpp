@@ -118,7 +118,7 @@ void project_backward(const ProjectionParams<T>& p, const ProjectionGradients<T>
   const Matrix<T> matrix(p);
   const ProjectionPlanes<T> planes = matrix.planes();
   const int64_t chunks = p.chunks(), size = grads.weight ? p.sums() : 0;
-  std::vector<CompensatedSum> partial(static_cast<size_t>(chunks * size));
+  std::vector<CompensatedSum<double>> partial(static_cast<size_t>(chunks * size));
   torch::stable::parallel_for(0, chunks, 1, [&](int64_t begin, int64_t end) {
     for (int64_t chunk = begin; chunk < end; ++chunk)
       loops<T>().backward(p, planes, p.chunk_begin(chunk, chunks), p.chunk_begin(chunk + 1, chunks),

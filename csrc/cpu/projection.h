@@ -26,7 +26,7 @@ struct ProjectionLoops {
                   int64_t last, T* out);
   // Writes the features' gradients unless null, and adds to the `sums()` sums unless null.
   void (*backward)(const ProjectionParams<T>&, const ProjectionPlanes<T>&, int64_t first,
-                   int64_t last, T* grad_features, CompensatedSum* sums);
+                   int64_t last, T* grad_features, CompensatedSum<double>* sums);
 };
 
 struct ProjectionSet {

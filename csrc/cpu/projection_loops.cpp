@@ -127,7 +127,7 @@ void backward_group(const ProjectionParams<T>& p, const ProjectionPlanes<T>& pla
 
 template <class T>
 void backward(const ProjectionParams<T>& p, const ProjectionPlanes<T>& planes, int64_t first,
-              int64_t last, T* grad_features, CompensatedSum* totals) {
+              int64_t last, T* grad_features, CompensatedSum<double>* totals) {
   const size_t size = totals ? static_cast<size_t>(p.sum_columns() * planes.stride) : 0;
   const size_t entries = totals ? static_cast<size_t>(p.triangle_size()) : 0;
   const std::unique_ptr<T[]> sums(totals ? new T[size]() : nullptr);

@@ -33,6 +33,7 @@ constexpr int64_t kListTile = 1024;
 constexpr int64_t kShare = 16384;
 constexpr int64_t kMostShares = 16;
 constexpr double kNone = std::numeric_limits<double>::quiet_NaN();
+constexpr double kInfinity = std::numeric_limits<double>::infinity();
 
 int64_t ceil_div(int64_t n, int64_t by) { return (n + by - 1) / by; }
 
@@ -182,7 +183,7 @@ class Sweep {
         width_(sequence.values ? ceil_div(3 * (sequence.depth + 1), 8) * 8 : 8) {}
 
   bool run() {
-    if (!bounded()) return false;
+    if (!all_tame()) return false;
     const Visibility& visible = s_.visibility;
     prefix_moments();
     if (!visible.causal) {
@@ -214,18 +215,19 @@ class Sweep {
     return std::max<int64_t>(position - s_.visibility.shift, 0);
   }
 
-  bool bounded() const {
+  // Of sequences that hold other numbers, every pair is left to the dense loops.
+  bool all_tame() const {
     const int64_t rows = s_.visibility.row_end, keys = s_.visibility.key_end;
-    bool fine = loops_.bounded(s_.query_x, rows) && loops_.bounded(s_.query_y, rows) &&
-                loops_.bounded(s_.limit, rows) && loops_.bounded(s_.key_x, keys) &&
-                loops_.bounded(s_.key_y, keys);
+    bool fine = loops_.all_tame(s_.query_x, rows) && loops_.all_tame(s_.query_y, rows) &&
+                loops_.all_tame(s_.limit, rows) && loops_.all_tame(s_.key_x, keys) &&
+                loops_.all_tame(s_.key_y, keys);
     if (s_.values)
       for (int64_t j = 0; j < keys && fine; ++j)
-        fine = loops_.bounded(s_.values + j * s_.value_stride, depth_);
+        fine = loops_.all_tame(s_.values + j * s_.value_stride, depth_);
     if (backward()) {
       for (int64_t c = 0; c < depth_ && fine; ++c)
-        fine = loops_.bounded(s_.grad + c * s_.row_stride, rows);
-      fine = fine && loops_.bounded(s_.grad_strength, rows);
+        fine = loops_.all_tame(s_.grad + c * s_.row_stride, rows);
+      fine = fine && loops_.all_tame(s_.grad_strength, rows);
     }
     return fine;
   }
@@ -386,21 +388,22 @@ class Sweep {
       ++next;
     }
     for (; next < rows; ++next) low[next] = high[next] = kNone;
-    const std::vector<Group> groups = group_rows(low.get(), high.get(), rows, keys);
-    std::vector<int32_t> densely;
-    for (const Group& group : groups) {
-      std::vector<int32_t> list;
-      Interval h{std::numeric_limits<double>::infinity(), -std::numeric_limits<double>::infinity()};
-      for (int64_t n = 0; n < rows; ++n) {
-        const double middle = (low[n] + high[n]) / 2;
-        if (!(middle >= group.from && middle < group.to)) continue;
-        list.push_back(static_cast<int32_t>(n));
-        h.low = std::min(h.low, low[n]);
-        h.high = std::max(h.high, high[n]);
-      }
-      if (group.dense || !meet_by_arcs(frame, h, list, angle.get(), where))
-        for (const int32_t n : list) densely.push_back(static_cast<int32_t>(where.row_begin) + n);
+    std::vector<Group> groups = group_rows(low.get(), high.get(), rows, keys);
+    for (int64_t n = 0; n < rows; ++n) {
+      const double middle = (low[n] + high[n]) / 2;
+      if (!std::isfinite(middle)) continue;
+      const auto after =
+          std::upper_bound(groups.begin(), groups.end(), middle,
+                           [](double h, const Group& group) { return h < group.from; });
+      Group& group = *(after - 1);
+      group.rows.push_back(static_cast<int32_t>(n));
+      group.h = {std::min(group.h.low, low[n]), std::max(group.h.high, high[n])};
     }
+    std::vector<int32_t> densely;
+    for (const Group& group : groups)
+      if (group.dense || !meet_by_arcs(frame, group.h, group.rows, angle.get(), where))
+        for (const int32_t n : group.rows)
+          densely.push_back(static_cast<int32_t>(where.row_begin) + n);
     // Rows without direction are in no group.
     for (const int32_t row : hopeful) {
       const int64_t n = row - where.row_begin;
@@ -412,7 +415,6 @@ class Sweep {
 
   // The rows of a rectangle whose threshold is not beyond what any of its keys can score.
   std::vector<int32_t> rows_in_reach(const Rectangle& where) const {
-    const double unit = 32 * double(std::numeric_limits<T>::epsilon());
     double farthest = 0;
     for (int64_t j = where.key_begin; j < where.key_end; ++j)
       farthest = std::max(farthest, absolute(double(s_.key_x[j])) + absolute(double(s_.key_y[j])));
@@ -421,7 +423,7 @@ class Sweep {
       const double reach =
           (absolute(double(s_.query_x[i])) + absolute(double(s_.query_y[i]))) * farthest;
       const double most = ThresholdPair<double>::kBias + reach;
-      if (!(most + unit * most < s_.limit[i])) rows.push_back(static_cast<int32_t>(i));
+      if (!(most + kScoreUnit<T> * most < s_.limit[i])) rows.push_back(static_cast<int32_t>(i));
     }
     return rows;
   }
@@ -439,23 +441,22 @@ class Sweep {
       const double x = 2 * s_.query_x[row], y = 2 * s_.query_y[row];
       square += x * x + y * y;
     }
-    // Rounding of a score in T, with room for the geometry's own in double.
-    const double unit = 32 * double(std::numeric_limits<T>::epsilon());
     return make_frame(prefix_[std::max<size_t>(block, 1)], {s_.key_x[0], s_.key_y[0]}, s_.eps,
-                      square / sampled, unit);
+                      square / sampled, kScoreUnit<T>);
   }
 
-  // Rows whose h lies in [from, to): by arcs or densely.
+  // Rows whose h lie from `from` on, up to the next group: by arcs or densely.
   struct Group {
-    double from, to;
+    double from;
     bool dense;
+    std::vector<int32_t> rows{};  // of a rectangle, from its first
+    Interval h{kInfinity, -kInfinity};
   };
 
-  // Splits rows by h so that arcs and bands together cost least: the best sequence of groups
-  // between quantiles of a sample.
+  // How to split rows by h so that arcs and bands together cost least: the best sequence of groups
+  // between quantiles of a sample, ascending from minus infinity.
   std::vector<Group> group_rows(const double* low, const double* high, int64_t rows,
                                 int64_t keys) const {
-    constexpr double kInfinity = std::numeric_limits<double>::infinity();
     const int64_t step = std::max<int64_t>(rows / std::clamp<int64_t>(rows / 16, 128, 2048), 1);
     std::vector<double> sample;
     double slack = 0, least = kInfinity, most = -kInfinity;
@@ -469,7 +470,7 @@ class Sweep {
         slack += high[n] - low[n];
       }
     }
-    if (sample.size() < 2) return {};
+    if (sample.size() < 2) return {{-kInfinity, true}};
     slack /= sample.size();
     std::sort(sample.begin(), sample.end());
     const int64_t last = sample.size() - 1;
@@ -516,10 +517,9 @@ class Sweep {
         }
       }
     std::vector<Group> chosen;
-    for (int end = count - 1; end > 0; end = from[end]) {
-      const double to = end == count - 1 ? kInfinity : edge[end];
-      chosen.push_back({from[end] == 0 ? -kInfinity : edge[from[end]], to, dense[end]});
-    }
+    for (int end = count - 1; end > 0; end = from[end])
+      chosen.push_back({from[end] == 0 ? -kInfinity : edge[from[end]], dense[end]});
+    std::reverse(chosen.begin(), chosen.end());
     return chosen;
   }
 

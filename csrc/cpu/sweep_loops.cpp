@@ -1,17 +1,17 @@
 // The hot loops of the sweep, compiled once for each instruction set.
 #include "sweep_loops.h"
 
+#include "../math/sums.h"
 #include "simd.h"
 
 namespace qflux::cpu {
 namespace {
 
 template <class T>
-bool bounded(const T* values, int64_t count) {
-  const T bound = static_cast<T>(kLargest<T>);
-  int32_t beyond = 0;
-  for (int64_t i = 0; i < count; ++i) beyond |= !(absolute(values[i]) <= bound);
-  return beyond == 0;
+bool all_tame(const T* values, int64_t count) {
+  int32_t wild = 0;
+  for (int64_t i = 0; i < count; ++i) wild |= !is_tame(values[i]);
+  return wild == 0;
 }
 
 template <class T>
@@ -51,12 +51,11 @@ void view_keys(const Frame& frame, const CellMap& map, Interval h, const T* key_
   }
 }
 
-// sum += sign * vector in twice the precision of double: Knuth's two-sum. Differences of such sums
-// lose nothing, however much larger what was added and taken away again may have been.
+// sum += v in twice the precision of double. Differences of such sums lose nothing, however much
+// larger what was added and taken away again may have been.
 QFLUX_INLINE void add_twice(double* sum, double* error, Vector<double> v) {
-  const Vector<double> old = load(sum), total = old + v;
-  const Vector<double> shadow = total - old;
-  store(error, load(error) + ((old - (total - shadow)) + (v - shadow)));
+  Vector<double> total = load(sum);
+  store(error, load(error) + add_exactly(total, v));
   store(sum, total);
 }
 
@@ -95,8 +94,8 @@ void add_vectors(double* sums, const double* vectors, int64_t count, int64_t wid
 }
 
 template <class T>
-constexpr SweepLoops<T> kLoops = {bounded<T>, view_rows<T>, view_keys<T>,
-                                  add_spans,  add_bins,     add_vectors};
+constexpr SweepLoops<T> kLoops = {all_tame<T>, view_rows<T>, view_keys<T>,
+                                  add_spans,   add_bins,     add_vectors};
 
 }  // namespace
 

@@ -5,15 +5,10 @@
 
 namespace qflux::cpu {
 
-// Beyond this, squares or sums of them may overflow, and NaN and infinities have no geometry: such
-// sequences are left to the dense loops.
-template <class T>
-constexpr double kLargest = sizeof(T) == 4 ? 1e18 : 1e100;
-
 // Sums are kept in two doubles, the sum and its error: [width] and [width] behind it.
 template <class T>
 struct SweepLoops {
-  bool (*bounded)(const T* values, int64_t count);
+  bool (*all_tame)(const T* values, int64_t count);
   void (*view_rows)(const Frame&, const T* query_x, const T* query_y, const T* limit, int64_t count,
                     double* angle, double* low, double* high);
   void (*view_keys)(const Frame&, const CellMap&, Interval h, const T* key_x, const T* key_y,

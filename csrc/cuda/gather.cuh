@@ -93,7 +93,7 @@ __device__ __forceinline__ void add_others(const Pass& pass,
 // Moves the totals of all slices into those of slice 0, in the order of the slices.
 template <class T, int kOwners, int kSums>
 __device__ __forceinline__ void merge_slices(int split, int slice, int group, T* shared,
-                                             Total<T> (&total)[kOwners][kSums]) {
+                                             CompensatedSum<T> (&total)[kOwners][kSums]) {
   const int lane = threadIdx.x % kWarp, peers = kThreads / split;
   T* mine = shared + group * kWarp + lane;
   for (int other = 1; other < split; ++other) {
@@ -110,7 +110,8 @@ __device__ __forceinline__ void merge_slices(int split, int slice, int group, T*
     if (slice == 0) {
 #pragma unroll
       for (int n = 0; n < kOwners * kSums; ++n)
-        total[n / kSums][n % kSums].add(Total<T>{mine[2 * n * peers], mine[(2 * n + 1) * peers]});
+        total[n / kSums][n % kSums].add(
+            CompensatedSum<T>{mine[2 * n * peers], mine[(2 * n + 1) * peers]});
     }
   }
 }
@@ -145,7 +146,7 @@ __global__ void __launch_bounds__(kThreads, Pass::Sizes::kBlocksPerSm)
     const Range all = met_by_any(pass, block_first, lesser(block_first + per_block, valid));
     const Range any = met_by_any(pass, first, last), common = met_by_all(pass, first, last);
 
-    Total<T> total[kOwners][kSums] = {};
+    CompensatedSum<T> total[kOwners][kSums] = {};
     int column = static_cast<int>(rest % schedule.column_blocks) * Sizes::kColumns;
     const int column_end =
         Pass::kLoopsColumns ? static_cast<int>(Pass::columns(params)) : column + 1;

@@ -200,7 +200,7 @@ __device__ __forceinline__ void sum_triangle(const ProjectionParams<T>& p, const
     int64_t j = 0;
     while (triangle(0, j + 1) <= entry) ++j;
     const int64_t i = entry - triangle(0, j);
-    CompensatedSum total;
+    CompensatedSum<double> total;
 #pragma unroll 1
     for (int64_t tile = first; tile < last; tile += kSumTile) {
       const int64_t end = tile + kSumTile < last ? tile + kSumTile : last;
@@ -234,7 +234,7 @@ __global__ void __launch_bounds__(kSumThreads)
     }
     const int64_t begin = work / chunks % column_blocks * kAtOnce;
     const int64_t k = work / chunks / column_blocks * kSumThreads + threadIdx.x;
-    CompensatedSum total[kAtOnce];
+    CompensatedSum<double> total[kAtOnce];
 #pragma unroll 1
     for (int64_t tile = first; tile < last; tile += kSumTile) {
       const int count = static_cast<int>(last - tile < kSumTile ? last - tile : kSumTile);
@@ -269,7 +269,7 @@ __global__ void __launch_bounds__(kProjectThreads)
   const int64_t stride = static_cast<int64_t>(gridDim.x) * kProjectThreads;
   for (int64_t n = static_cast<int64_t>(blockIdx.x) * kProjectThreads + threadIdx.x; n < p.sums();
        n += stride) {
-    CompensatedSum total;
+    CompensatedSum<double> total;
     for (int64_t chunk = 0; chunk < chunks; ++chunk)
       total.add(scratch.partial[chunk * p.sums() + n]);
     scratch.totals[n] = total.get();

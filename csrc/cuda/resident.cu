@@ -30,7 +30,7 @@ __device__ __forceinline__ void gather_sequence(const Pass& pass,
     typename Pass::Owner owner[kOwners] = {};
     Range met[kOwners] = {};
     load_owners(pass, first, valid, 0, owner, met);
-    Total<T> total[kOwners][kSums] = {};
+    CompensatedSum<T> total[kOwners][kSums] = {};
 #pragma unroll 1
     for (int chunk = any.begin - any.begin % kAtOnce; chunk < any.end; chunk += kChunk) {
       const int end = lesser(chunk + kChunk, any.end);

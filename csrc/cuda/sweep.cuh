@@ -32,12 +32,6 @@ struct SweepTraits {
   static_assert(kUsed <= kSlots, "a slot is a lane");
 };
 
-// Beyond this squares may overflow; NaN and infinities have no geometry at all. As on the CPU.
-template <class T>
-__device__ __forceinline__ bool bounded(T value) {
-  return absolute(value) <= static_cast<T>(sizeof(T) == 4 ? 1e18 : 1e100);
-}
-
 // The first key of the base block of a row, of those that the row sees in it.
 __device__ __forceinline__ int base_begin(int64_t base, int row, const Visibility& v, int end) {
   const int position = row + static_cast<int>(v.shift);

@@ -27,10 +27,10 @@ struct FarRows : RowPass<T, ThresholdPair, kOwn> {
 
   __device__ __forceinline__ bool has_geometry(int row, int column) const {
     const typename Base::Owner owner = Base::load(row, column);
-    bool all = bounded(owner.query.x) && bounded(owner.query.y) && bounded(owner.limit) &&
-               bounded(owner.grad_strength);
+    bool all = is_tame(owner.query.x) && is_tame(owner.query.y) && is_tame(owner.limit) &&
+               is_tame(owner.grad_strength);
 #pragma unroll
-    for (int c = 0; c < kColumns; ++c) all = all && bounded(owner.grad[c]);
+    for (int c = 0; c < kColumns; ++c) all = all && is_tame(owner.grad[c]);
     return all;
   }
   __device__ __forceinline__ void keep(const Sweep<T>& sweep, int64_t at, int row,
@@ -42,8 +42,8 @@ struct FarRows : RowPass<T, ThresholdPair, kOwn> {
     for (int c = 0; c < Slots::kRecord; ++c) sweep.records[at * Slots::kRecord + c] = record[c];
   }
   // Sums of (g, g q) over the rows of each block and of the super-block, in the slots of values.
-  __device__ __forceinline__ void sum_records(const Sweep<T>& sweep, const SuperBlock<T>& super,
-                                              double* /*shared*/) const {
+  __device__ __forceinline__ void sum_records(const Sweep<T>& sweep,
+                                              const SuperBlock<T>& super) const {
     if (!params.grad_keys && !params.grad_values) return;
     using Sums = Buffer<double, kSuperThreads>;
     QFLUX_SHARED(Sums, shared);

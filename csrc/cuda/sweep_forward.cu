@@ -25,11 +25,10 @@ struct FarForward : Forward<T, ThresholdPair, kOwn, true> {
   __device__ __forceinline__ T limit(int row) const { return params.threshold.at(b, row); }
   __device__ __forceinline__ bool has_geometry(int row, int /*column*/) const {
     const Point<T> x = load_point(params.pair.states, b, row);
-    return bounded(x.x) && bounded(x.y) && bounded(limit(row));
+    return is_tame(x.x) && is_tame(x.y) && is_tame(limit(row));
   }
   __device__ __forceinline__ void keep(const Sweep<T>&, int64_t, int, int) const {}
-  __device__ __forceinline__ void sum_records(const Sweep<T>&, const SuperBlock<T>&,
-                                              double*) const {}
+  __device__ __forceinline__ void sum_records(const Sweep<T>&, const SuperBlock<T>&) const {}
   // `slots`: moments of the certain keys, `tested`: sums over the others.
   __device__ __forceinline__ void add(const Sweep<T>& sweep, int row, int column,
                                       const typename Base::Owner& owner, const double* slots,

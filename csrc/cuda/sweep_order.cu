@@ -4,17 +4,12 @@
 // A frame maps directions by a matrix of positive determinant, which keeps them in order around the
 // circle and leaves the first one in place. So rows are sorted once, by merging, and the segments
 // of a merge sort are the rectangles' rows level by level.
-#include <limits>
-
 #include "sweep.cuh"
 
 namespace qflux::cuda {
 namespace {
 
 constexpr int kThreadsOfTokens = 256;
-// Rounding of a score in T, with room for the geometry's own in double.
-template <class T>
-constexpr double kUnit = 32 * static_cast<double>(std::numeric_limits<T>::epsilon());
 
 template <class T>
 __device__ __forceinline__ Ranked ranked(const PairParams<T>& p, const View<const T>& limits,
@@ -23,7 +18,7 @@ __device__ __forceinline__ Ranked ranked(const PairParams<T>& p, const View<cons
   const Point<T> x = load_point(p.states, b, row);
   // Rows without direction come last, in blocks of their own.
   const bool directed =
-      bounded(x.x) && bounded(x.y) && bounded(limits.at(b, row)) && (x.x != T(0) || x.y != T(0));
+      is_tame(x.x) && is_tame(x.y) && is_tame(limits.at(b, row)) && (x.x != T(0) || x.y != T(0));
   uint32_t code = kLast;
   if (directed) code = static_cast<uint32_t>(pseudo_angle(x.x, x.y) * (kLast / kTurn));
   return static_cast<Ranked>(code) << 32 | row;
@@ -32,8 +27,8 @@ __device__ __forceinline__ Ranked ranked(const PairParams<T>& p, const View<cons
 template <class T>
 __device__ __forceinline__ bool is_wild(const PairParams<T>& p, int64_t b, int64_t key) {
   const Point<T> at = load_point(p.key_points, b, key);
-  bool tame = bounded(at.x) && bounded(at.y);
-  for (int64_t c = 0; p.values && tame && c < p.depth; ++c) tame = bounded(p.values.at(b, key, c));
+  bool tame = is_tame(at.x) && is_tame(at.y);
+  for (int64_t c = 0; p.values && tame && c < p.depth; ++c) tame = is_tame(p.values.at(b, key, c));
   return !tame;
 }
 
@@ -138,7 +133,7 @@ __global__ void __launch_bounds__(kThreadsOfTokens)
     if (lane == 0) {
       const Frame frame =
           make_frame(window, {static_cast<double>(shift.x), static_cast<double>(shift.y)}, p.eps,
-                     square, kUnit<T>);
+                     square, kScoreUnit<T>);
       sweep.frames[n] = frame;
       sweep.whitenings[n] = Whitening(frame);
     }

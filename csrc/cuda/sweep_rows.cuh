@@ -87,7 +87,7 @@ __global__ void __launch_bounds__(kSuperThreads, 1)
       }
       sweep.views[super.view + kSuperBlocks] = common_view(first, last, low, high);
     }
-    pass.sum_records(sweep, super, bounds.at);
+    pass.sum_records(sweep, super);
     __syncthreads();
   }
 }

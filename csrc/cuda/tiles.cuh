@@ -1,6 +1,7 @@
 // Staging of others into shared memory, reading them back, and sums that outlast a tile.
 #pragma once
 
+#include "../math/sums.h"
 #include "runtime.cuh"
 #include "traits.h"
 
@@ -48,25 +49,5 @@ __device__ __forceinline__ void stage(T* tile, int count, int threads, const Fet
     for (int c = 0; c < kWidth; ++c) tile[n * kWidth + c] = record[c];
   }
 }
-
-// Continues the sums of chunks so that the error does not grow with their number: Knuth's two-sum
-// in T, which costs every GPU the same, whatever the rate of its float64 units.
-template <class T>
-struct Total {
-  T sum, error;
-
-  __device__ __forceinline__ void add(T part) {
-    const T next = sum + part;
-    const T shadow = next - sum;
-    error += (sum - (next - shadow)) + (part - shadow);
-    sum = next;
-  }
-  __device__ __forceinline__ void add(const Total& other) {
-    add(other.sum);
-    error += other.error;
-  }
-  // An overflow makes the error term NaN; the sum itself is then the answer.
-  __device__ __forceinline__ T get() const { return error == error ? sum + error : sum; }
-};
 
 }  // namespace qflux::cuda

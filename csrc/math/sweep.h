@@ -14,6 +14,19 @@
 
 namespace qflux {
 
+// NaN and infinities have no geometry, and beyond this squares or sums of them may overflow.
+template <class T>
+constexpr double kLargestTame = sizeof(T) == 4 ? 1e18 : 1e100;
+template <class T>
+QFLUX_INLINE bool is_tame(T number) {
+  return absolute(number) <= static_cast<T>(kLargestTame<T>);
+}
+
+// Bound on the rounding of a score in T, relative to its terms, with room for the geometry's own in
+// double.
+template <class T>
+constexpr double kScoreUnit = sizeof(T) == 4 ? 0x1p-18 : 0x1p-47;
+
 struct Frame {
   Point<double> mean;
   double l11, l21, l22;  // L, lower triangular
@@ -89,6 +102,7 @@ QFLUX_INLINE RowView view_row(const Frame& f, double qx, double qy, double tau) 
 // What the interval of h is widened by for each unit of a key's length.
 QFLUX_INLINE double key_slack(const Frame& f) { return f.unit / f.least; }
 
+// Rounding does not exchange the ends: where c is not +-1, s is 1e-8 or more.
 QFLUX_INLINE Arc make_arc(double zx, double zy, double inverse, double h) {
   const double c = h * inverse;
   const double bounded = c > 1 ? 1.0 : c < -1 ? -1.0 : c;
@@ -232,20 +246,9 @@ QFLUX_INLINE BlockRange touched_blocks(const CellMap& map, const Arc& arc) {
   const int32_t all = map.blocks();
   if (!(arc.cosine <= 1)) return {0, 0};
   if (arc.cosine <= -1) return {0, all};
-  const bool wide = arc.cosine < 0;
-  double start = arc.start, end = arc.end;
-  bool wraps = start > end;
-  if (wraps && !wide &&
-      start - end < kTurn / 4) {  // an arc of no width, ends exchanged by rounding
-    const double swap = start;
-    start = end;
-    end = swap;
-    wraps = false;
-  }
-  if (!wraps && wide && end - start < kTurn / 4) return {0, all};  // all but nothing
-  const int32_t from = map.first[map.cell(start)], to = map.first[map.cell(end) + 1];
+  const int32_t from = map.first[map.cell(arc.start)], to = map.first[map.cell(arc.end) + 1];
   const int32_t low = from / kRankBlock, high = (to + kRankBlock - 1) / kRankBlock;
-  if (!wraps) return {low < all ? low : 0, from < to ? high - low : 0};
+  if (arc.start <= arc.end) return {low < all ? low : 0, from < to ? high - low : 0};
   // Ranks from .. rows - 1 and 0 .. to - 1.
   const int32_t tail = from < map.rows ? all - low : 0;
   if (tail + high >= all) return {0, all};
@@ -256,13 +259,10 @@ QFLUX_INLINE BlockRange covered_blocks(const CellMap& map, const Arc& arc) {
   const int32_t all = map.blocks();
   if (!(arc.cosine <= 1)) return {0, 0};
   if (arc.cosine <= -1) return {0, all};
-  const bool wide = arc.cosine<0, wraps = arc.start> arc.end;
-  if (wraps && !wide && arc.start - arc.end < kTurn / 4) return {0, 0};
-  if (!wraps && wide && arc.end - arc.start < kTurn / 4) return {0, 0};  // nearly all: not certain
   const int32_t from = map.first[map.cell(arc.start) + 1], to = map.first[map.cell(arc.end)];
   const int32_t low = (from + kRankBlock - 1) / kRankBlock;
   const int32_t high = to == map.rows ? all : to / kRankBlock;
-  if (!wraps) return low < high ? BlockRange{low, high - low} : BlockRange{0, 0};
+  if (arc.start <= arc.end) return low < high ? BlockRange{low, high - low} : BlockRange{0, 0};
   return {low < all ? low : 0, all - low + high};
 }
 
