@@ -2,7 +2,9 @@
 
 Dense kernels, sweep and plain PyTorch (`eager`), forward and backward, over lengths and kinds of
 states; then the fitted exponents, and with `--plot` a figure. `--bands` prints instead which share
-of the pairs a sweep meets one by one, with `--model DIR` also for the states of a trained model.
+of the pairs a sweep meets one by one, with `--model DIR` on the states of a trained model;
+`--compare` how long it takes beside the dense kernels on friendly and hostile states; `--train`
+times whole training steps of `evolve`.
 """
 
 from __future__ import annotations
@@ -12,6 +14,9 @@ import json
 import math
 import subprocess
 import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from unittest import mock
 
@@ -24,6 +29,7 @@ from common import (
     peak_mb,
     percentile,
     return_freed_memory,
+    speed_up,
     time_in_turn,
     write_csv,
 )  # fmt: skip
@@ -61,6 +67,32 @@ def _walk(length: int, generator: torch.Generator) -> torch.Tensor:
     return torch.randn(length, 2, generator=generator) + 0.02 * steps
 
 
+def _turning(turns: float) -> Callable[[int, torch.Generator], torch.Tensor]:
+    """A mean that circles: thresholds and keys come and go together."""
+
+    def states(length: int, generator: torch.Generator) -> torch.Tensor:
+        angle = 2 * math.pi * turns * torch.arange(length) / length
+        mean = 2 * torch.stack([angle.cos(), angle.sin()], -1)
+        return mean + 0.3 * torch.randn(length, 2, generator=generator)
+
+    return states
+
+
+def _growing(length: int, generator: torch.Generator) -> torch.Tensor:
+    scale = torch.exp(10 * torch.arange(length) / length)
+    return torch.randn(length, 2, generator=generator) * scale[:, None]
+
+
+def _heavy_tailed(length: int, generator: torch.Generator) -> torch.Tensor:
+    scale = torch.rand(length, 1, generator=generator)
+    return torch.randn(length, 2, generator=generator) / scale**2
+
+
+def _noisy_line(length: int, generator: torch.Generator) -> torch.Tensor:
+    return torch.randn(length, 2, generator=generator) * torch.tensor([1.0, 1e-4])
+
+
+# What data are like, and then what a sweep finds hard.
 DATA = {
     "random": lambda length, generator: torch.randn(length, 2, generator=generator),
     "clamped": _clamped,
@@ -68,10 +100,21 @@ DATA = {
     "jumps": _jumps,
     "walk": _walk,
 }
+HARD = {
+    "few turns": _turning(2),
+    "many turns": _turning(300),
+    "growing": _growing,
+    "heavy-tailed": _heavy_tailed,
+    "noisy line": _noisy_line,
+    "line": lambda length, generator: (
+        torch.randn(length, 1, generator=generator) * torch.tensor([0.6, 0.8])
+    ),
+    "equal": lambda length, _: torch.tensor([0.3, 0.7]).expand(length, 2).clone(),
+}
 
 
 def draw(data: str, length: int) -> torch.Tensor:
-    return DATA[data](length, torch.Generator().manual_seed(0))
+    return (DATA | HARD)[data](length, torch.Generator().manual_seed(0))
 
 
 def make_runner(provider: str, operator: str, states: torch.Tensor, options: dict) -> Runner:
@@ -207,9 +250,9 @@ def shares(states: torch.Tensor, keys: torch.Tensor | None, score: Threshold) ->
     In the last dimension: densely, and in the bands around the thresholds.
     """
     length = states.shape[-2]
+    sigma = torch.as_tensor(score.sigma).expand(states.shape[:-2]).flatten().tolist()
     states = states.reshape(-1, length, 2)
     keys = None if keys is None else keys.reshape(-1, length, 2)
-    sigma = torch.as_tensor(score.sigma).expand(len(states)).tolist()
     counts = [
         torch.ops.qflux_kernels.sweep_work(
             states[n : n + 1].contiguous(),
@@ -222,13 +265,16 @@ def shares(states: torch.Tensor, keys: torch.Tensor | None, score: Threshold) ->
 
 
 def model_states(folder: Path, length: int, text: Path | None) -> list[tuple[str, torch.Tensor]]:
-    """(where, shares) for each call of the kernels in one pass over real text."""
+    """(where, shares) for each call of the kernels in one pass over held-out text."""
     import qflux.layers
     from qflux.checkpoint import load_model
     from qflux.data import load_text
 
     model, vocabulary = load_model(folder)
-    ids = torch.tensor(vocabulary.encode(load_text(text).validation[:length]))[None]
+    held_out = "".join(load_text(text).validation.values())
+    ids = vocabulary.encode(held_out)[:length][None]
+    if ids.shape[1] < length:
+        sys.exit(f"--model-length {length}: only {ids.shape[1]} tokens are held out")
     found = []
 
     def record(name, function):
@@ -242,26 +288,90 @@ def model_states(folder: Path, length: int, text: Path | None) -> list[tuple[str
 
     interact, evolve = qflux.layers.interact, qflux.layers.evolve
     with torch.no_grad(), record("interact", interact), record("evolve", evolve):
-        model.eval()(ids)
+        model(ids)
     return found
 
 
 def bands(options: argparse.Namespace) -> None:
-    print("states          S   sigma  met densely %  in bands %  all %")
+    print("states                S  sigma  met densely %  in bands %      all %")
 
     def show(name: str, length: int, sigma: str, share: torch.Tensor) -> None:
         dense, band = (100 * share.mean(0)).tolist()
         print(f"{name:14} {length:8} {sigma:>6} {dense:9.2f} {band:11.2f} {dense + band:10.2f}")
 
-    for data in DATA:
-        for length in (1 << 14, 1 << 17, 1 << 20):
-            states = draw(data, length)
-            for sigma in (0.5, 1.4):
-                show(data, length, f"{sigma}", shares(states, None, Threshold(sigma)))
-    if options.model:
-        calls = model_states(options.model, options.model_length, options.text)
-        for number, (name, share) in enumerate(calls):
-            show(f"{name} {number}", options.model_length, "all", share)
+    if not options.model:
+        for data in DATA:
+            for length in (1 << 14, 1 << 17, 1 << 20):
+                states = draw(data, length)
+                for sigma in (0.5, 1.4):
+                    show(data, length, f"{sigma}", shares(states, None, Threshold(sigma)))
+        return
+    calls = model_states(options.model, options.model_length, options.text)
+    for number, (name, share) in enumerate(calls):
+        show(f"{name} {number}", options.model_length, "all", share)
+        worst = share[share.sum(-1).argmax()]
+        show("  its worst", options.model_length, "", worst[None])
+
+
+def train_states(options: argparse.Namespace) -> None:
+    """Whole training steps: states and time step of one evolution learn to reach a point."""
+    print("      S  step     loss  forward s  backward s  peak MB")
+    target = torch.tensor([1.0, 0.0])
+    return_freed_memory()
+    for length in options.sizes:
+        states = draw(options.data, length).requires_grad_()
+        dt = torch.tensor(0.1, requires_grad=True)
+        optimizer = torch.optim.SGD(
+            [{"params": [states], "lr": 0.1 * length}, {"params": [dt], "lr": 0.01}]
+        )
+        for number in range(options.train):
+            step = TrainingStep(states, dt, target, optimizer, options.causal)
+            peak = peak_mb(step, torch.device("cpu"))
+            print(
+                f"{length:8} {number:4} {step.loss:8.4f} {step.forward_s:10.3f} "
+                f"{step.backward_s:11.3f} {peak:8.1f}",
+                flush=True,
+            )
+
+
+@dataclass
+class TrainingStep:
+    """Called, it trains once and knows its loss and times."""
+
+    states: torch.Tensor
+    dt: torch.Tensor
+    target: torch.Tensor
+    optimizer: torch.optim.Optimizer
+    causal: bool
+    loss: float = math.nan
+    forward_s: float = math.nan
+    backward_s: float = math.nan
+
+    def __call__(self) -> None:
+        start = time.perf_counter()
+        evolved = qflux_kernels.evolve(self.states, self.dt, reduction="mean", causal=self.causal)
+        loss = (evolved.states - self.target).square().sum(-1).mean()
+        middle = time.perf_counter()
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        self.forward_s, self.backward_s = middle - start, time.perf_counter() - middle
+        self.loss = loss.item()
+
+
+def compare(options: argparse.Namespace) -> None:
+    """How much longer or shorter than the dense kernels the sweep takes, kind by kind of states."""
+    print("states                S  forward  backward     both   (sweep / dense)")
+    device, causal = torch.device("cpu"), {"causal": options.causal}
+    for data in DATA | HARD:
+        for length in options.sizes:
+            runners = {
+                algorithm: make_runner(algorithm, "interact", draw(data, length), causal)
+                for algorithm in ("dense", "sweep")
+            }
+            taken = time_in_turn(runners, device, options.rounds, options.seconds)
+            ratios = [1 / speed_up(taken["sweep"], taken["dense"], mode) for mode in MODES]
+            print(f"{data:14} {length:8}", *(f"{ratio:8.2f}" for ratio in ratios), flush=True)
 
 
 def main() -> None:
@@ -269,7 +379,7 @@ def main() -> None:
     parser.add_argument("--sizes", type=int, nargs="+", default=SIZES)
     parser.add_argument("--providers", choices=PROVIDERS, nargs="+", default=PROVIDERS)
     parser.add_argument("--operator", choices=("interact", "evolve"), default="interact")
-    parser.add_argument("--data", choices=DATA, default="random")
+    parser.add_argument("--data", choices=DATA | HARD, default="random")
     parser.add_argument("--all-pairs", dest="causal", action="store_false", help="not causal")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--rounds", type=int, default=3)
@@ -278,15 +388,21 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="CSV to write")
     parser.add_argument("--plot", type=Path, help="SVG to write")
     parser.add_argument("--bands", action="store_true", help="shares of the pairs met one by one")
-    parser.add_argument("--model", type=Path, help="folder of a trained model, for --bands")
+    parser.add_argument("--model", type=Path, help="for --bands: only those of a trained model")
     parser.add_argument("--model-length", type=int, default=16384, help="characters of text")
     parser.add_argument("--text", type=Path, help="text for --model, by default the one inside")
+    parser.add_argument("--train", type=int, metavar="STEPS", help="time steps of training evolve")
+    parser.add_argument("--compare", action="store_true", help="sweep beside dense, all --data")
     parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)
     if options.bands:
         return bands(options)
+    if options.compare:
+        return compare(options)
+    if options.train:
+        return train_states(options)
     if options.one:
         return print(json.dumps(measure(options, options.one[0], int(options.one[1]))))
     rows = run(options)
