@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -55,7 +55,7 @@ def _per_sequence(
     if not isinstance(value, torch.Tensor):
         return float(value)
     _check_device(name, value, states)
-    return _expand(name, value, batch).to(states.dtype)
+    return _expand(name, value, batch).to(COMPUTE_DTYPES[states.dtype])
 
 
 def _canonical_score(score: object, states: torch.Tensor, batch: torch.Size) -> Score:
@@ -116,7 +116,11 @@ def _common_dtype(tensors: dict[str, torch.Tensor], device_type: str) -> torch.d
 
 @dataclass(frozen=True)
 class InteractArguments:
-    """Checked arguments of `interact`: one batch shape, the dtype of the computation."""
+    """Checked arguments of `interact`, of one batch shape.
+
+    Points and values are in one dtype, their storage's, and may be half precision; the tensors of
+    the score are in that of the computation.
+    """
 
     states: torch.Tensor  # (*batch, S, 2)
     keys: torch.Tensor | None  # (*batch, K, 2); None: the states
@@ -126,6 +130,19 @@ class InteractArguments:
     reduction: str
     lengths: torch.Tensor | None  # (*batch,) int64
     result_dtype: torch.dtype
+
+    def widened(self) -> InteractArguments:
+        """The same with points and values in the dtype of the computation."""
+        points = {"states": self.states, "keys": self.keys, "values": self.values}
+        return replace(
+            self,
+            **{name: None if given is None else widen(given) for name, given in points.items()},
+        )
+
+
+def widen(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor in the dtype of the computation: half precision is for storage only."""
+    return tensor.to(COMPUTE_DTYPES[tensor.dtype])
 
 
 def interact_arguments(
@@ -137,7 +154,7 @@ def interact_arguments(
     reduction: object,
     lengths: object,
 ) -> InteractArguments:
-    """Check the arguments of `interact` and bring them to one batch shape and dtype."""
+    """Check the arguments of `interact` and bring them to one batch shape."""
     _check_points("states", states, 2)
     given = {"states": states}
     for name, tensor, width in (("keys", keys, 2), ("values", values, None)):
@@ -164,9 +181,9 @@ def interact_arguments(
     except RuntimeError:
         shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in given.items())
         raise ValueError(f"batch dimensions must broadcast together, got {shapes}") from None
-    dtype = COMPUTE_DTYPES[result_dtype]
     points = {
-        name: tensor.expand(batch + tensor.shape[-2:]).to(dtype) for name, tensor in given.items()
+        name: tensor.expand(batch + tensor.shape[-2:]).to(result_dtype)
+        for name, tensor in given.items()
     }
     states = points["states"]
     return InteractArguments(
@@ -183,7 +200,10 @@ def interact_arguments(
 
 @dataclass(frozen=True)
 class EvolveArguments:
-    """Checked arguments of `evolve`; `dt` and `skip` are floats or `(steps or 1, *batch, S)`."""
+    """Checked arguments of `evolve`, dtypes as in `InteractArguments`.
+
+    `dt` and `skip` are floats or `(steps or 1, *batch, S)`.
+    """
 
     states: torch.Tensor  # (*batch, S, 2)
     dt: float | torch.Tensor
@@ -210,7 +230,7 @@ def _per_step(name: str, value: object, states: torch.Tensor, steps: int) -> flo
         raise TypeError(f"{name} must be a floating-point tensor, got dtype {value.dtype}")
     _check_device(name, value, states)
     target = states.shape[:-1]
-    value = value.to(states.dtype)
+    value = value.to(COMPUTE_DTYPES[states.dtype])
 
     def broadcasts(shape: torch.Size) -> bool:
         return len(shape) <= len(target) and all(
@@ -241,7 +261,7 @@ def evolve_arguments(
     steps: object,
     lengths: object,
 ) -> EvolveArguments:
-    """Check the arguments of `evolve` and bring them to one dtype."""
+    """Check the arguments of `evolve` and bring them to one shape."""
     if radius is not None and not isinstance(radius, Radius):
         raise TypeError(f"radius must be a Radius or None, got {type(radius).__name__}")
     if isinstance(steps, bool) or not isinstance(steps, int):

@@ -1,6 +1,7 @@
 """The differentiable operators on canonical tensors, and the fake kernels that trace them.
 
 Everything here sees one batch dimension: states `(B, S, 2)`, keys `(B, K, 2)`, values `(B, K, D)`.
+These may be in half precision, which is how they are saved; the ops get them in float32.
 The dispatcher ops come in families with the same schemas: `qflux_kernels::*` are declared in
 `csrc/library.cpp`, `qflux_kernels::triton_*` in `triton/ops.py`. The last argument of every
 Function here is the prefix of the family's names.
@@ -8,10 +9,12 @@ Function here is the prefix of the family's names.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
+
+from .arguments import widen
 
 # Planes a token leaves on the tape at each step of `evolve`, in the order of `csrc/params.h`.
 TAPE_PLANES = 11
@@ -95,8 +98,26 @@ def _vmap(function: type, op: str, size: int, in_dims: tuple, arguments: tuple) 
     return unfolded, dims
 
 
-def _op(family: str, name: str) -> Callable:
-    return getattr(torch.ops.qflux_kernels, family + name)
+def _run(family: str, name: str, arguments: Sequence) -> tuple[torch.Tensor, ...]:
+    """The results of an op, in the dtype of the computation."""
+    op = getattr(torch.ops.qflux_kernels, family + name)
+    return op(*(_widened(argument) for argument in arguments))
+
+
+def _widened(argument: object) -> object:
+    if isinstance(argument, torch.Tensor) and argument.is_floating_point():
+        return widen(argument)
+    return argument
+
+
+def _narrowed(
+    grads: Sequence[torch.Tensor], inputs: Sequence[torch.Tensor | None], needs: Sequence[bool]
+) -> list[torch.Tensor | None]:
+    """Each gradient that is needed, in the dtype of its input."""
+    return [
+        grad.to(given.dtype) if need else None
+        for grad, given, need in zip(grads, inputs, needs, strict=True)
+    ]
 
 
 def _call(function: type) -> Callable:
@@ -109,7 +130,7 @@ class _InteractBackward(torch.autograd.Function):
     @staticmethod
     def forward(*arguments):
         *arguments, family = arguments
-        return _op(family, "interact_backward")(*arguments)
+        return _run(family, "interact_backward", arguments)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -126,7 +147,7 @@ class _Interact(torch.autograd.Function):
     @staticmethod
     def forward(*arguments):
         *arguments, family = arguments
-        return _op(family, "interact")(*arguments)
+        return _run(family, "interact", arguments)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -150,7 +171,7 @@ class _Interact(torch.autograd.Function):
             coefficient_value, min_gate, min_gate_value, lengths, *options, need_rows, need_keys,
             family,
         )  # fmt: skip
-        wanted = [grad if need else None for grad, need in zip(grads, needs[:4], strict=True)]
+        wanted = _narrowed(grads, (states, keys, values, coefficient), needs[:4])
         return (*wanted, *(None,) * (len(needs) - 4))
 
     @staticmethod
@@ -162,7 +183,7 @@ class _EvolveBackward(torch.autograd.Function):
     @staticmethod
     def forward(grad_states, grad_strength, states, *arguments):
         *arguments, family = arguments
-        return _op(family, "evolve_backward")(grad_states, grad_strength, *arguments)
+        return _run(family, "evolve_backward", (grad_states, grad_strength, *arguments))
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -179,7 +200,7 @@ class _Evolve(torch.autograd.Function):
     @staticmethod
     def forward(*arguments):
         *arguments, family = arguments
-        return _op(family, "evolve")(*arguments)
+        return _run(family, "evolve", arguments)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -200,8 +221,10 @@ class _Evolve(torch.autograd.Function):
             grad_states, grad_strength, states, tape, dt, dt_value, skip, skip_value, coefficient,
             coefficient_value, min_gate, min_gate_value, lengths, *options,
         )  # fmt: skip
-        of_input = {0: grads[0], 1: grads[1], 3: grads[2], 5: grads[3]}
-        return tuple(of_input.get(i) if need else None for i, need in enumerate(needs))
+        places = (0, 1, 3, 5)
+        wanted = _narrowed(grads, (states, dt, skip, coefficient), [needs[i] for i in places])
+        of_input = dict(zip(places, wanted, strict=True))
+        return tuple(of_input.get(i) for i in range(len(needs)))
 
     @staticmethod
     def vmap(info, in_dims, *arguments):

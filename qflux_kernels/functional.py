@@ -60,7 +60,8 @@ def interact(
     with the weights of `Threshold` or `InverseGate`. The pairs are never stored: memory is O(S).
     float32 and float64 are computed in their own precision; sums over more than one tile of keys
     (128 on CPU) continue in float64 for float32 and compensated for float64, so that the error
-    does not grow with S. float16 and bfloat16 are computed in float32 and returned as they came.
+    does not grow with S. float16 and bfloat16 are how points and values are stored and saved for
+    the backward; they are computed in float32, and results and gradients returned as they came.
     Two runs on the same inputs are bitwise equal.
 
     Args:
@@ -73,8 +74,8 @@ def interact(
         lengths: integer tensor that broadcasts to the batch shape, for right-padded sequences
             with K == S: padding rows get zeros, and nobody sees padding.
         algorithm: "dense" meets every pair. "sweep" gives the same answer in about O(S log S), for
-            `Threshold` only. "auto" (default) takes it from 16,384 tokens on a CPU, and never on
-            a GPU, where no crossover is measured yet.
+            `Threshold` only. "auto" (default) takes it from 4,096 tokens on a CPU (2,048 if not
+            causal), and never on a GPU, where no crossover is measured yet.
         backend: "auto" (the device of the states decides), "cpu", "cuda", "triton" or "reference".
             "auto" takes "triton" on a GPU for which nothing was compiled.
 

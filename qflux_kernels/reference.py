@@ -11,7 +11,13 @@ from typing import NamedTuple
 
 import torch
 
-from .arguments import COMPUTE_DTYPES, InteractArguments, evolve_arguments, interact_arguments
+from .arguments import (
+    COMPUTE_DTYPES,
+    InteractArguments,
+    evolve_arguments,
+    interact_arguments,
+    widen,
+)
 from .options import ALGORITHMS, Evolution, Interaction, Radius, Score, Threshold, check_choice
 
 MIN_RADIUS = 1e-6
@@ -113,7 +119,7 @@ def interact(
     check_choice("algorithm", algorithm, ALGORITHMS)
     check_choice("backend", backend, ("auto", "reference"))
     args = interact_arguments(states, keys, values, causal, score, reduction, lengths)
-    context, strength, degree = _interact(args)
+    context, strength, degree = _interact(args.widened())
     return Interaction(context.to(args.result_dtype), strength.to(args.result_dtype), degree)
 
 
@@ -142,7 +148,7 @@ def evolve(
     check_choice("algorithm", algorithm, ALGORITHMS)
     check_choice("backend", backend, ("auto", "reference"))
     args = evolve_arguments(states, dt, causal, score, radius, skip, reduction, steps, lengths)
-    x = args.states
+    x = widen(args.states)
     present = None
     if args.lengths is not None:
         token = torch.arange(x.shape[-2], device=x.device)
@@ -189,7 +195,7 @@ def scores(
 ) -> torch.Tensor:
     """The weights w_ij as a tensor; see `qflux_kernels.scores`."""
     check_choice("layout", layout, ("dense", "csr"))
-    args = interact_arguments(states, None, None, causal, score, "sum", None)
+    args = interact_arguments(states, None, None, causal, score, "sum", None).widened()
     if layout == "dense":
         with torch.autocast(args.states.device.type, enabled=False):
             return weights(args).weight.to(args.result_dtype)

@@ -259,6 +259,31 @@ def test_half_precision_gradients(device, dtype):
         assert a.dtype == dtype and torch.equal(a, b.to(dtype))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision_is_how_points_and_values_are_saved(device, dtype):
+    given = leaves(
+        device, dtype, torch.randn(2, 40, 2), torch.randn(2, 50, 2), torch.randn(2, 50, 7)
+    )
+    saved = []
+
+    def pack(tensor):
+        saved.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        result = interact(*given)
+    shapes = {tensor.shape: tensor.dtype for tensor in saved}
+    assert [shapes[tensor.shape] for tensor in given] == [dtype] * 3
+    wide = [tensor.detach().float().requires_grad_() for tensor in given]
+    expected = interact(*wide)
+    weights = torch.randn(result.context.shape, device=device).to(dtype)
+    got = torch.autograd.grad(result.context, given, weights)
+    wanted = torch.autograd.grad(expected.context, wide, weights.float())
+    assert torch.equal(result.context, expected.context.to(dtype))
+    for a, b in zip(got, wanted, strict=True):
+        assert a.dtype == dtype and torch.equal(a, b.to(dtype))
+
+
 @pytest.mark.parametrize("score", SCORES, ids=str)
 def test_expanded_gradients(device, score):
     """`.sum().backward()` hands over a gradient whose strides are all zero."""
