@@ -75,7 +75,7 @@ def test_meets_the_pairs_of_the_dense_kernel(dtype, name):
 @pytest.mark.parametrize("name", ["random", "clamped", "outlier", "drift", "radii of all sizes"])
 def test_is_the_interaction(name):
     """Against the definition, row by row (SPEC 6)."""
-    states = draw(name, 1200)
+    states = draw(name, 2500)
     for dtype, score in ((F64, Threshold(1.0)), (torch.float32, Threshold())):
         narrow = states.to(dtype)
         result = interact(narrow, score=score, causal=False, algorithm="sweep")

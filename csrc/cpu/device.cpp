@@ -65,7 +65,7 @@ const SweepLoops<double>& loops<double>() {
 }
 
 // Rows and keys from which the sweep is faster, by measurement (benchmarks/README.md).
-constexpr int64_t kSweepFrom = 2048, kCausalSweepFrom = 4096;
+constexpr int64_t kSweepFrom = 2048, kCausalSweepFrom = 8192;
 
 template <class T>
 bool chooses_sweep(const PairParams<T>& p) {
@@ -449,6 +449,11 @@ void for_each_sequence(int64_t batch, const Body& body) {
     for (int64_t b = 0; b < batch; ++b) body(b);
 }
 
+void count_visible_pairs(const Visibility& visible, int64_t* count) {
+  for (int64_t row = 0; row < visible.row_end; ++row)
+    __atomic_fetch_add(count, visible.visible_keys(row), __ATOMIC_RELAXED);
+}
+
 template <class T>
 bool swept(const InteractParams<T>& params, const Staging<T>& staging, int64_t b) {
   const int64_t rows = params.pair.rows, depth = staging.depth;
@@ -506,8 +511,9 @@ void Device::interact(const InteractParams<T>& params) {
   const auto dense = [&](int64_t b, int64_t block) { forward_block(params, staging, b, block); };
   if (!chooses_sweep(p)) return for_each_block(p.batch, count, p.causal, grain, dense);
   for_each_sequence(p.batch, [&](int64_t b) {
-    if (!swept(params, staging, b))
-      for_each_block(1, count, p.causal, grain, of_sequence(b, dense));
+    if (swept(params, staging, b)) return;
+    for_each_block(1, count, p.causal, grain, of_sequence(b, dense));
+    if (params.work) count_visible_pairs(p.visibility(b), params.work);
   });
 }
 

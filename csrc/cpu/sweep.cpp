@@ -30,7 +30,7 @@ constexpr int kMostGroups = 16;
 // Keys gathered for one call of the pair loop.
 constexpr int64_t kListTile = 1024;
 // A share of a long loop that one thread takes at a time.
-constexpr int64_t kShare = 16384;
+constexpr int64_t kShare = 1024;
 constexpr int64_t kMostShares = 16;
 constexpr double kNone = std::numeric_limits<double>::quiet_NaN();
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
@@ -183,22 +183,25 @@ class Sweep {
         width_(sequence.values ? ceil_div(3 * (sequence.depth + 1), 8) * 8 : 8) {}
 
   bool run() {
-    if (!all_tame()) return false;
     const Visibility& visible = s_.visibility;
+    const int64_t positions = visible.row_end + visible.shift;
+    const int64_t extent =
+        visible.causal ? positions - 1 : std::min(visible.row_end, visible.key_end);
+    if (extent < kBase || !all_tame()) return false;
     prefix_moments();
     if (!visible.causal) {
       meet({0, visible.row_end, 0, visible.key_end});
       return true;
     }
-    const int64_t positions = visible.row_end + visible.shift;
-    each(ceil_div(std::max<int64_t>(positions, 0), kBase), [&](int64_t block) { triangle(block); });
+    triangles(ceil_div(positions, kBase));
+    const int64_t threads = torch::stable::get_num_threads();
     for (int64_t size = kBase; size < positions; size *= 2) {
       const int64_t pairs = ceil_div(positions - size, 2 * size);
       const auto body = [&](int64_t pair) {
         const int64_t middle = (2 * pair + 1) * size;
         meet({row_at(middle), row_at(std::min(middle + size, positions)), middle - size, middle});
       };
-      if (pairs >= kMostShares)
+      if (pairs >= threads)
         each(pairs, body);
       else
         for (int64_t pair = 0; pair < pairs; ++pair) body(pair);
@@ -245,24 +248,33 @@ class Sweep {
     for (size_t n = 1; n < prefix_.size(); ++n) prefix_[n].add(prefix_[n - 1]);
   }
 
-  // The causal pairs of one base block.
-  void triangle(int64_t block) {
+  // The causal pairs of the base blocks. The first kBlock tokens of one are met together with its
+  // last, and so on: as much work everywhere.
+  void triangles(int64_t count) {
+    constexpr int64_t kParts = kBase / kBlock / 2;
+    each(count * kParts, [&](int64_t item) {
+      const int64_t part = item % kParts;
+      for (const int64_t n : {part, 2 * kParts - 1 - part}) triangle(item / kParts, n * kBlock);
+    });
+  }
+
+  // The causal pairs of rows at kBlock positions of a base block, and of keys there.
+  void triangle(int64_t block, int64_t offset) {
     const Visibility& visible = s_.visibility;
     const int64_t key = block * kBase, end = std::min(key + kBase, visible.row_end + visible.shift);
+    const int64_t first = key + offset, last = std::min(first + kBlock, end);
     Sequence<T> s = from_key(s_, key);
     s.visibility = {row_at(end), end - key, visible.shift - key, true};
-    std::vector<int32_t> rows(row_at(end) - row_at(key));
-    std::iota(rows.begin(), rows.end(), static_cast<int32_t>(row_at(key)));
-    count_work(0, int64_t(rows.size()) * (rows.size() + 1) / 2);
-    RowBlock results(*this);
-    for (size_t n = 0; n < rows.size(); n += kBlock) {
-      const int64_t count = std::min<int64_t>(kBlock, rows.size() - n);
-      results.meet(s, rows[n], rows[n] + count);
-      results.add_to(&rows[n], count);
+    int32_t rows[kBlock];
+    const int64_t row = row_at(first), count = row_at(last) - row;
+    if (count > 0) {
+      std::iota(rows, rows + count, static_cast<int32_t>(row));
+      count_work(0, count * (row + visible.shift - key) + count * (count + 1) / 2);
+      RowBlock results(*this);
+      results.meet(s, row, row + count);
+      results.add_to(rows, count);
     }
-    if (backward() && gradients_->key)
-      for (int64_t j = 0; j < end - key; j += kBlock)
-        meet_keys(s, j, std::min(j + kBlock, end - key), key);
+    if (backward() && gradients_->key && first < last) meet_keys(s, offset, last - key, key);
   }
 
   // The sums, or gradients, of at most kBlock rows.

@@ -20,8 +20,8 @@ struct SweptGradients {
   double* values;  // [keys][depth]
 };
 
-// Both return false, having written nothing, where the geometry does not apply: states, values or
-// gradients that are not finite or too large to square.
+// Both return false, having written nothing, where the geometry does not pay (short sequences) or
+// does not apply: states, values or gradients that are not finite or too large to square.
 template <class T>
 bool sweep_forward(const Kernels<T>&, const SweepLoops<T>&, const Sequence<T>&, const SweptRows&);
 template <class T>
