@@ -13,6 +13,7 @@ from qflux.embedding import rotate
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 import lm
+import lm_curves
 
 
 def counted(train, context, token, vocab_size):
@@ -92,8 +93,9 @@ def test_a_run_appends_rows(provider, tmp_path, monkeypatch):
     text.write_text("to be or not to be, that is the question. " * 20)
     small = [] if provider in ("zero-layer", "ngram") else ["--set", "num_layers=1"]
     command = ["lm.py", "--data", str(text), "--provider", provider, "--context", "8", *small]
-    output = tmp_path / "rows.csv"
-    monkeypatch.setattr(sys, "argv", [*command, "--steps", "3", "--output", str(output)])
+    output, curves = tmp_path / "rows.csv", tmp_path / "curves.csv"
+    files = ["--output", str(output), "--curves", str(curves)]
+    monkeypatch.setattr(sys, "argv", [*command, "--steps", "3", *files])
     threads = torch.get_num_threads()
     lm.main()
     lm.main()
@@ -106,6 +108,11 @@ def test_a_run_appends_rows(provider, tmp_path, monkeypatch):
     if provider != "ngram":
         assert rows[0]["steps"] == "3" and rows[0]["validation_loss"] == rows[1]["validation_loss"]
         assert int(rows[0]["parameters"]) > 1000
+        [runs] = lm_curves.read_curves(curves).values()
+        [(label, seeds)] = runs.items()
+        steps, seconds, losses = lm_curves.mean_curve({"0": seeds["0"][:2], "1": seeds["0"][2:4]})
+        assert label.startswith(provider) and len(seeds["0"]) == 4
+        assert steps == [2, 3] and 0 < seconds[0] < seconds[1] and min(losses) > 1
 
 
 def test_kept_share_counts_pairs():

@@ -1,0 +1,81 @@
+"""Draw training curves that `lm.py --curves` wrote: `python benchmarks/lm_curves.py CSV SVG`.
+
+A panel over tokens and one over seconds for each dataset and context; seeds are averaged, which
+takes curves with the same number of points.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import statistics
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+Key = tuple[str, str]  # dataset and context
+Runs = dict[str, dict[str, list[tuple[float, float, float]]]]  # label, seed: step, seconds, loss
+
+
+def label_of(row: dict[str, str]) -> str:
+    return f"{row['provider']} {row['changes']}".strip()
+
+
+def read_curves(path: Path) -> dict[Key, Runs]:
+    curves: dict[Key, Runs] = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
+    with path.open() as file:
+        for row in csv.DictReader(file):
+            point = tuple(float(row[name]) for name in ("step", "seconds", "train_loss"))
+            curves[row["dataset"], row["context"]][label_of(row)][row["seed"]].append(point)
+    return curves
+
+
+def mean_curve(
+    seeds: dict[str, list[tuple[float, float, float]]],
+) -> tuple[list[float], list[float], list[float]]:
+    """Steps, seconds and losses, each the mean over the seeds."""
+    points = zip(*seeds.values(), strict=True)
+    means = [[statistics.fmean(column) for column in zip(*at, strict=True)] for at in points]
+    steps, seconds, losses = zip(*means, strict=True)
+    return list(steps), list(seconds), list(losses)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("curves", type=Path, help="CSV of lm.py --curves")
+    parser.add_argument("figure", type=Path, help="SVG to write")
+    options = parser.parse_args()
+    try:
+        import matplotlib
+    except ImportError:
+        sys.exit("lm_curves.py needs matplotlib: pip install 'qflux[bench]'")
+    matplotlib.use("svg")
+    matplotlib.rcParams["svg.hashsalt"] = "qflux"
+    from matplotlib import pyplot
+
+    curves = read_curves(options.curves)
+    figure, panels = pyplot.subplots(
+        len(curves), 2, figsize=(9, 3.2 * len(curves)), layout="constrained", squeeze=False
+    )
+    for (over_steps, over_seconds), ((dataset, context), runs) in zip(
+        panels, sorted(curves.items()), strict=True
+    ):
+        for label, seeds in runs.items():
+            steps, seconds, losses = mean_curve(seeds)
+            over_steps.plot(steps, losses, label=label)
+            over_seconds.plot(seconds, losses, label=label)
+        over_steps.set(
+            title=f"{dataset}, context {context}", xlabel="steps", ylabel="training loss"
+        )
+        over_seconds.set(xlabel="seconds of training")
+        over_steps.legend(fontsize="small")
+        low = min(loss for seeds in runs.values() for loss in mean_curve(seeds)[2])
+        for axes in (over_steps, over_seconds):
+            axes.set_ylim(low - 0.05, low + 1)
+            axes.grid(True, alpha=0.3)
+    options.figure.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(options.figure, metadata={"Date": None})
+
+
+if __name__ == "__main__":
+    main()
