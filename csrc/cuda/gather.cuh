@@ -101,7 +101,7 @@ __device__ __forceinline__ void merge_slices(int split, int slice, int group, T*
     if (slice == other) {
 #pragma unroll
       for (int n = 0; n < kOwners * kSums; ++n) {
-        mine[2 * n * peers] = total[n / kSums][n % kSums].sum;
+        mine[2 * n * peers] = total[n / kSums][n % kSums].value;
         mine[(2 * n + 1) * peers] = total[n / kSums][n % kSums].error;
         total[n / kSums][n % kSums] = {};
       }
