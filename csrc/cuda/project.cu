@@ -323,37 +323,32 @@ int64_t blocks_of(int64_t work, int64_t each) { return (work + each - 1) / each;
 template <class T>
 const char* run(const ProjectionParams<T>& p, const ProjectionScratch<T>& scratch, T* out,
                 void* stream) {
-  const char* error =
-      launch(project_matrix<T>, {p.triangle_size(), kProjectThreads}, stream, p, scratch);
-  if (error != nullptr) return error;
+  Queue queue(stream);
+  queue.launch(project_matrix<T>, {p.triangle_size(), kProjectThreads}, p, scratch);
   const int64_t shared = p.columns() * kTile * static_cast<int64_t>(sizeof(T));
-  return launch(project_tokens<T>, {blocks_of(p.tokens, kTile), kProjectThreads, shared}, stream, p,
-                scratch, out);
+  queue.launch(project_tokens<T>, {blocks_of(p.tokens, kTile), kProjectThreads, shared}, p, scratch,
+               out);
+  return queue.error();
 }
 
 template <class T>
 const char* run(const ProjectionParams<T>& p, const ProjectionScratch<T>& scratch,
                 const ProjectionGradients<T>& grads, void* stream) {
   const int64_t shared = p.columns() * kTile * static_cast<int64_t>(sizeof(double));
-  const char* error =
-      launch(project_matrix<T>, {p.triangle_size(), kProjectThreads}, stream, p, scratch);
-  if (error == nullptr)
-    error =
-        launch(project_tokens_backward<T>, {blocks_of(p.tokens, kTile), kProjectThreads, shared},
-               stream, p, scratch, grads.features);
-  if (error != nullptr || scratch.partial == nullptr) return error;
+  Queue queue(stream);
+  queue.launch(project_matrix<T>, {p.triangle_size(), kProjectThreads}, p, scratch);
+  queue.launch(project_tokens_backward<T>, {blocks_of(p.tokens, kTile), kProjectThreads, shared}, p,
+               scratch, grads.features);
+  if (scratch.partial == nullptr) return queue.error();
   const int64_t chunks = p.chunks();
   const int64_t column_blocks = blocks_of(p.sum_columns(), kAtOnce);
   const int64_t output_blocks = blocks_of(p.width, kSumThreads);
-  error = launch(project_sums<T>, {chunks * (column_blocks * output_blocks + 1), kSumThreads},
-                 stream, p, scratch, chunks, column_blocks, output_blocks);
-  if (error == nullptr)
-    error = launch(project_totals<T>, {blocks_of(p.sums(), kProjectThreads), kProjectThreads},
-                   stream, p, scratch, chunks);
-  if (error == nullptr)
-    error = launch(project_parameters<T>, {p.columns() + 1, kProjectThreads}, stream, p, scratch,
-                   grads);
-  return error;
+  queue.launch(project_sums<T>, {chunks * (column_blocks * output_blocks + 1), kSumThreads}, p,
+               scratch, chunks, column_blocks, output_blocks);
+  queue.launch(project_totals<T>, {blocks_of(p.sums(), kProjectThreads), kProjectThreads}, p,
+               scratch, chunks);
+  queue.launch(project_parameters<T>, {p.columns() + 1, kProjectThreads}, p, scratch, grads);
+  return queue.error();
 }
 
 }  // namespace

@@ -75,4 +75,25 @@ const char* launch(void (*kernel)(Parameters...), const Grid& grid, void* /*stre
 }
 #endif
 
+// Enqueues on one stream, in order; what follows the first error is skipped.
+class Queue {
+ public:
+  explicit Queue(void* stream) : stream_(stream) {}
+
+  template <class... Parameters>
+  void launch(void (*kernel)(Parameters...), const Grid& grid, const Parameters&... arguments) {
+    then([&](void* stream) { return cuda::launch(kernel, grid, stream, arguments...); });
+  }
+  // enqueue(stream) returns its first error, or null.
+  template <class Enqueue>
+  void then(const Enqueue& enqueue) {
+    if (error_ == nullptr) error_ = enqueue(stream_);
+  }
+  const char* error() const { return error_; }
+
+ private:
+  void* stream_;
+  const char* error_ = nullptr;
+};
+
 }  // namespace qflux::cuda

@@ -21,37 +21,37 @@ __global__ void __launch_bounds__(kTokenThreads) apply(Rule rule, int64_t tokens
     rule(n / rows, n % rows);
 }
 
-// Remembers the first launch error and skips the launches after it.
 class Device {
  public:
-  Device(void* stream, SweepScratch scratch) : stream_(stream), scratch_(scratch) {}
+  Device(void* stream, SweepScratch scratch) : queue_(stream), scratch_(scratch) {}
 
   template <class T>
   void interact(const InteractParams<T>& params) {
-    if (error_ != nullptr) return;
-    error_ = scratch_.memory ? interact_by(scratch_.base, params, scratch_.memory, stream_)
-                             : cuda::interact(params, stream_);
+    queue_.then([&](void* stream) {
+      return scratch_.memory ? interact_by(scratch_.base, params, scratch_.memory, stream)
+                             : cuda::interact(params, stream);
+    });
   }
   template <class T>
   void interact_backward(const InteractBackwardParams<T>& params) {
-    if (error_ != nullptr) return;
-    error_ = scratch_.memory ? interact_backward_by(scratch_.base, params, scratch_.memory, stream_)
-                             : cuda::interact_backward(params, stream_);
+    queue_.then([&](void* stream) {
+      return scratch_.memory ? interact_backward_by(scratch_.base, params, scratch_.memory, stream)
+                             : cuda::interact_backward(params, stream);
+    });
   }
   template <class Rule>
   void for_each_token(int64_t batch, int64_t rows, const Rule& rule) {
     const int64_t tokens = batch * rows;
-    if (error_ != nullptr || tokens == 0) return;
+    if (tokens == 0) return;
     const int64_t blocks = (tokens + kTokenThreads - 1) / kTokenThreads;
-    error_ = launch(apply<Rule>, {blocks, kTokenThreads}, stream_, rule, tokens, rows);
+    queue_.launch(apply<Rule>, {blocks, kTokenThreads}, rule, tokens, rows);
   }
 
-  const char* error() const { return error_; }
+  const char* error() const { return queue_.error(); }
 
  private:
-  void* stream_;
+  Queue queue_;
   SweepScratch scratch_;
-  const char* error_ = nullptr;
 };
 
 template <class T>

@@ -32,13 +32,6 @@ struct SweepTraits {
   static_assert(kUsed <= kSlots, "a slot is a lane");
 };
 
-// The first key of the base block of a row, of those that the row sees in it.
-__device__ __forceinline__ int base_begin(int64_t base, int row, const Visibility& v, int end) {
-  const int position = row + static_cast<int>(v.shift);
-  const int begin = position > 0 ? position & -static_cast<int>(base) : 0;
-  return begin < end ? begin : end;
-}
-
 // One level of a sweep over all sequences.
 struct Level {
   int64_t size;            // keys of a rectangle; 0: all of them
@@ -108,14 +101,11 @@ Level level_of(const PairParams<T>& pair, int64_t size) {
           static_cast<int>(ceil_div(size < pair.rows ? size : pair.rows, kSuperRows))};
 }
 
-// Calls body(level) for each, ascending, until it returns an error.
+// Calls body(level) for each, ascending.
 template <class T, class Body>
-const char* for_each_level(const PairParams<T>& pair, int64_t base, const Body& body) {
+void for_each_level(const PairParams<T>& pair, int64_t base, const Body& body) {
   if (!pair.causal) return body(level_of(pair, 0));
-  const char* error = nullptr;
-  for (int64_t size = base; size < pair.keys && error == nullptr; size *= 2)
-    error = body(level_of(pair, size));
-  return error;
+  for (int64_t size = base; size < pair.keys; size *= 2) body(level_of(pair, size));
 }
 
 // Divides memory of unknown place, or only measures it.
@@ -160,11 +150,10 @@ Sweep<T> divide(const PairParams<T>& pair, int64_t base, bool backward, Divider&
   s.wild = memory.take<uint8_t>(keys);
   s.moments = memory.take<Moments>(pair.batch * s.chunks);
   int64_t rectangles = 0, supers = 0;
-  for_each_level(pair, base, [&](const Level& level) -> const char* {
+  for_each_level(pair, base, [&](const Level& level) {
     const int64_t here = int64_t(level.rectangles) * level.supers;
     rectangles = level.rectangles > rectangles ? level.rectangles : rectangles;
     supers = here > supers ? here : supers;
-    return nullptr;
   });
   const int64_t views = pair.batch * supers * (kSuperBlocks + 1);
   s.frames = memory.take<Frame>(pair.batch * rectangles);
@@ -218,32 +207,28 @@ __device__ __forceinline__ double add_slots(unsigned bits, const T* records, dou
 
 // Of sweep_order.cu. Sums of `sweep` at zero, keys looked through, and rows put in order one by
 // one.
-const char* prepare(const PairParams<float>&, const View<const float>& limits, const Sweep<float>&,
-                    void* stream);
-const char* prepare(const PairParams<double>&, const View<const double>& limits,
-                    const Sweep<double>&, void* stream);
+template <class T>
+void prepare(const PairParams<T>& pair, const View<const T>& limits, const Sweep<T>& sweep,
+             Queue& queue);
 // Sorted segments of `width` rows become segments of twice that, in `sweep.order`.
-const char* merge(const PairParams<float>&, Sweep<float>& sweep, int64_t width, void* stream);
-const char* merge(const PairParams<double>&, Sweep<double>& sweep, int64_t width, void* stream);
+template <class T>
+void merge(const PairParams<T>& pair, Sweep<T>& sweep, int64_t width, Queue& queue);
 // The frames of all rectangles of a level.
-const char* find_frames(const PairParams<float>&, const Sweep<float>&, const Level&, void* stream);
-const char* find_frames(const PairParams<double>&, const Sweep<double>&, const Level&,
-                        void* stream);
+template <class T>
+void find_frames(const PairParams<T>& pair, const Sweep<T>& sweep, const Level& level,
+                 Queue& queue);
 
 // Calls body(level) for each, with its rows in order and its frames found.
 template <class T, class Body>
-const char* sweep_levels(const PairParams<T>& pair, const View<const T>& limits, Sweep<T>& sweep,
-                         void* stream, const Body& body) {
-  const char* error = prepare(pair, limits, sweep, stream);
+void sweep_levels(const PairParams<T>& pair, const View<const T>& limits, Sweep<T>& sweep,
+                  Queue& queue, const Body& body) {
+  prepare(pair, limits, sweep, queue);
   int64_t sorted = 1;
-  if (error != nullptr) return error;
-  return for_each_level(pair, sweep.base, [&](const Level& level) -> const char* {
-    const char* failed = nullptr;
+  for_each_level(pair, sweep.base, [&](const Level& level) {
     const int64_t wanted = level.size ? level.size : pair.rows;
-    for (; sorted < wanted && failed == nullptr; sorted *= 2)
-      failed = merge(pair, sweep, sorted, stream);
-    if (failed == nullptr) failed = find_frames(pair, sweep, level, stream);
-    return failed ? failed : body(level);
+    for (; sorted < wanted; sorted *= 2) merge(pair, sweep, sorted, queue);
+    find_frames(pair, sweep, level, queue);
+    body(level);
   });
 }
 

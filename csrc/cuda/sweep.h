@@ -14,15 +14,12 @@ namespace qflux::cuda {
 constexpr int64_t kSweepBase = 1024;
 
 // The functions of launch.h with base blocks of `base` keys, a power of two.
-int64_t sweep_bytes_by(int64_t base, const PairParams<float>& pair, bool backward);
-int64_t sweep_bytes_by(int64_t base, const PairParams<double>& pair, bool backward);
-const char* interact_by(int64_t base, const InteractParams<float>& params, void* scratch,
-                        void* stream);
-const char* interact_by(int64_t base, const InteractParams<double>& params, void* scratch,
-                        void* stream);
-const char* interact_backward_by(int64_t base, const InteractBackwardParams<float>& params,
-                                 void* scratch, void* stream);
-const char* interact_backward_by(int64_t base, const InteractBackwardParams<double>& params,
+template <class T>
+int64_t sweep_bytes_by(int64_t base, const PairParams<T>& pair, bool backward);
+template <class T>
+const char* interact_by(int64_t base, const InteractParams<T>& params, void* scratch, void* stream);
+template <class T>
+const char* interact_backward_by(int64_t base, const InteractBackwardParams<T>& params,
                                  void* scratch, void* stream);
 
 }  // namespace qflux::cuda

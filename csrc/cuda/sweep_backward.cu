@@ -215,9 +215,7 @@ struct NearRows : RowPass<T, ThresholdPair, kOwn> {
       : Base(p, sequence), sweep(p.sweep) {}
   QFLUX_INLINE static int64_t others(const Params& p) { return p.pair.causal ? p.sweep.base : 0; }
   __device__ __forceinline__ Range range(int row) const {
-    const Visibility v = Base::visibility();
-    const int end = v.causal ? static_cast<int>(v.visible_keys(row)) : 0;
-    return {base_begin(sweep.base, row, v, end), end};
+    return near_keys(sweep.base, Base::visibility(), row);
   }
   __device__ __forceinline__ void store(int row, int column, bool last,
                                         const T (&sums)[kSums]) const {
@@ -261,60 +259,54 @@ struct NearKeys : KeyPass<T, ThresholdPair, kOwn> {
 };
 
 template <class T, bool kOwn>
-const char* sweep(const SweptParams<T>& params, void* stream) {
+void sweep(SweptParams<T>& params, Queue& queue) {
   using Far = FarRows<T, kOwn>;
-  SweptParams<T> swept = params;
   const PairParams<T>& pair = params.pair;
   const InteractBackwardParams<T>& plain = params;
   const bool row_pass = static_cast<bool>(params.grad_states);
   const bool key_pass = params.grad_keys || params.grad_values;
-  const char* error = sweep_levels(
-      pair, params.threshold, swept.sweep, stream, [&](const Level& level) -> const char* {
-        const Grid grid{super_blocks(pair, level), kSuperThreads};
-        const int depth = static_cast<int>(Far::columns(plain));
-        const int64_t keys = level.size && level.size < pair.keys ? level.size : pair.keys;
-        const int tiles = static_cast<int>(ceil_div(keys, kWarp));
-        const Grid of_keys{ceil_div(pair.batch * level.rectangles * int64_t(tiles), kKeyWarps),
-                           kKeyThreads};
-        const char* failed = nullptr;
-        for (int column = 0; column < depth && failed == nullptr; column += Far::kColumns) {
-          failed = launch(view_blocks<Far>, grid, stream, plain, swept.sweep, level, column);
-          if (failed == nullptr && row_pass)
-            failed = launch(meet_keys<Far>, grid, stream, plain, swept.sweep, level, column);
-          if (failed == nullptr && key_pass)
-            failed = launch(meet_rows<T, kOwn>, of_keys, stream, plain, swept.sweep, level, tiles,
-                            column);
-        }
-        return failed;
-      });
-  if (error == nullptr && row_pass)
-    error = launch_gather<NearRows<T, kOwn>>(swept, pair.causal, stream);
-  if (error == nullptr && key_pass) error = launch_gather<NearKeys<T, kOwn>>(swept, false, stream);
-  return error;
-}
-
-template <class T>
-const char* run(int64_t base, const InteractBackwardParams<T>& params, void* scratch,
-                void* stream) {
-  const PairParams<T>& pair = params.pair;
-  if (pair.batch == 0) return nullptr;
-  if (scratch == nullptr || sweep_bytes_by(base, pair, true) == 0)
-    return interact_backward(params, stream);
-  SweptParams<T> swept{params, {}};
-  Divider memory(scratch);
-  swept.sweep = divide(pair, base, true, memory);
-  return pair.values ? sweep<T, true>(swept, stream) : sweep<T, false>(swept, stream);
+  sweep_levels(pair, params.threshold, params.sweep, queue, [&](const Level& level) {
+    const Grid of_rows{super_blocks(pair, level), kSuperThreads};
+    const int depth = static_cast<int>(Far::columns(plain));
+    const int64_t keys = level.size && level.size < pair.keys ? level.size : pair.keys;
+    const int tiles = static_cast<int>(ceil_div(keys, kWarp));
+    const Grid of_keys{ceil_div(pair.batch * level.rectangles * int64_t(tiles), kKeyWarps),
+                       kKeyThreads};
+    for (int column = 0; column < depth; column += Far::kColumns) {
+      queue.launch(view_blocks<Far>, of_rows, plain, params.sweep, level, column);
+      if (row_pass) queue.launch(meet_keys<Far>, of_rows, plain, params.sweep, level, column);
+      if (key_pass)
+        queue.launch(meet_rows<T, kOwn>, of_keys, plain, params.sweep, level, tiles, column);
+    }
+  });
+  if (row_pass)
+    queue.then([&](void* stream) {
+      return launch_gather<NearRows<T, kOwn>>(params, pair.causal, stream);
+    });
+  if (key_pass)
+    queue.then(
+        [&](void* stream) { return launch_gather<NearKeys<T, kOwn>>(params, false, stream); });
 }
 
 }  // namespace
 
-const char* interact_backward_by(int64_t base, const InteractBackwardParams<float>& params,
+template <class T>
+const char* interact_backward_by(int64_t base, const InteractBackwardParams<T>& params,
                                  void* scratch, void* stream) {
-  return run(base, params, scratch, stream);
+  const PairParams<T>& pair = params.pair;
+  if (pair.batch == 0) return nullptr;
+  if (scratch == nullptr || sweep_bytes_by(base, pair, true) == 0)
+    return interact_backward(params, stream);
+  Divider memory(scratch);
+  SweptParams<T> swept{params, divide(pair, base, true, memory)};
+  Queue queue(stream);
+  pair.values ? sweep<T, true>(swept, queue) : sweep<T, false>(swept, queue);
+  return queue.error();
 }
-const char* interact_backward_by(int64_t base, const InteractBackwardParams<double>& params,
-                                 void* scratch, void* stream) {
-  return run(base, params, scratch, stream);
-}
+
+template const char* interact_backward_by(int64_t, const InteractBackwardParams<float>&, void*,
+                                          void*);
+template const char* interact_backward_by(int64_t, const InteractBackwardParams<double>&, void*,
+                                          void*);
 
 }  // namespace qflux::cuda

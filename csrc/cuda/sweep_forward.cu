@@ -64,9 +64,7 @@ struct NearForward : Forward<T, ThresholdPair, kOwn, true> {
   // What a row may meet here.
   QFLUX_INLINE static int64_t others(const Params& p) { return p.pair.causal ? p.sweep.base : 0; }
   __device__ __forceinline__ Range range(int row) const {
-    const Visibility v = Base::visibility();
-    const int end = v.causal ? static_cast<int>(v.visible_keys(row)) : 0;
-    return {base_begin(sweep.base, row, v, end), end};
+    return near_keys(sweep.base, Base::visibility(), row);
   }
   __device__ __forceinline__ void store(int row, int column, bool last,
                                         const T (&sums)[kSums]) const {
@@ -86,26 +84,27 @@ struct NearForward : Forward<T, ThresholdPair, kOwn, true> {
 };
 
 template <class T, bool kOwn>
-const char* sweep(const SweptParams<T>& params, void* stream) {
+void sweep(SweptParams<T>& params, Queue& queue) {
   using Far = FarForward<T, kOwn>;
-  SweptParams<T> swept = params;
   const PairParams<T>& pair = params.pair;
   const InteractParams<T>& plain = params;
-  const char* error = sweep_levels(
-      pair, as_const(params.threshold), swept.sweep, stream,
-      [&](const Level& level) -> const char* {
-        const Grid grid{super_blocks(pair, level), kSuperThreads};
-        const char* failed = launch(view_blocks<Far>, grid, stream, plain, swept.sweep, level, 0);
-        const int depth = static_cast<int>(Far::columns(plain));
-        for (int column = 0; column < depth && failed == nullptr; column += Far::kColumnSums)
-          failed = launch(meet_keys<Far>, grid, stream, plain, swept.sweep, level, column);
-        return failed;
-      });
-  return error ? error : launch_gather<NearForward<T, kOwn>>(swept, pair.causal, stream);
+  queue.then([&](void* stream) { return thresholds(pair, params.threshold, stream); });
+  sweep_levels(pair, as_const(params.threshold), params.sweep, queue, [&](const Level& level) {
+    const Grid grid{super_blocks(pair, level), kSuperThreads};
+    const int depth = static_cast<int>(Far::columns(plain));
+    queue.launch(view_blocks<Far>, grid, plain, params.sweep, level, 0);
+    for (int column = 0; column < depth; column += Far::kColumnSums)
+      queue.launch(meet_keys<Far>, grid, plain, params.sweep, level, column);
+  });
+  queue.then([&](void* stream) {
+    return launch_gather<NearForward<T, kOwn>>(params, pair.causal, stream);
+  });
 }
 
+}  // namespace
+
 template <class T>
-int64_t measure(const PairParams<T>& pair, int64_t base, bool backward) {
+int64_t sweep_bytes_by(int64_t base, const PairParams<T>& pair, bool backward) {
   if (pair.batch == 0 || pair.rows == 0 || pair.keys == 0) return 0;
   if (pair.rows > kMaxLength || pair.keys > kMaxLength) return 0;
   Divider memory(nullptr);
@@ -114,38 +113,28 @@ int64_t measure(const PairParams<T>& pair, int64_t base, bool backward) {
 }
 
 template <class T>
-const char* run(int64_t base, const InteractParams<T>& params, void* scratch, void* stream) {
+const char* interact_by(int64_t base, const InteractParams<T>& params, void* scratch,
+                        void* stream) {
   const PairParams<T>& pair = params.pair;
   if (pair.batch == 0 || pair.rows == 0) return nullptr;
-  if (scratch == nullptr || measure(pair, base, false) == 0) return interact(params, stream);
-  if (const char* error = thresholds(pair, params.threshold, stream)) return error;
-  SweptParams<T> swept{params, {}};
+  if (scratch == nullptr || sweep_bytes_by(base, pair, false) == 0) return interact(params, stream);
   Divider memory(scratch);
-  swept.sweep = divide(pair, base, false, memory);
-  return pair.values ? sweep<T, true>(swept, stream) : sweep<T, false>(swept, stream);
+  SweptParams<T> swept{params, divide(pair, base, false, memory)};
+  Queue queue(stream);
+  pair.values ? sweep<T, true>(swept, queue) : sweep<T, false>(swept, queue);
+  return queue.error();
 }
 
-}  // namespace
+template int64_t sweep_bytes_by(int64_t, const PairParams<float>&, bool);
+template int64_t sweep_bytes_by(int64_t, const PairParams<double>&, bool);
+template const char* interact_by(int64_t, const InteractParams<float>&, void*, void*);
+template const char* interact_by(int64_t, const InteractParams<double>&, void*, void*);
 
-int64_t sweep_bytes_by(int64_t base, const PairParams<float>& pair, bool backward) {
-  return measure(pair, base, backward);
-}
-int64_t sweep_bytes_by(int64_t base, const PairParams<double>& pair, bool backward) {
-  return measure(pair, base, backward);
-}
 int64_t sweep_bytes(const PairParams<float>& pair, bool backward) {
-  return measure(pair, kSweepBase, backward);
+  return sweep_bytes_by(kSweepBase, pair, backward);
 }
 int64_t sweep_bytes(const PairParams<double>& pair, bool backward) {
-  return measure(pair, kSweepBase, backward);
-}
-const char* interact_by(int64_t base, const InteractParams<float>& params, void* scratch,
-                        void* stream) {
-  return run(base, params, scratch, stream);
-}
-const char* interact_by(int64_t base, const InteractParams<double>& params, void* scratch,
-                        void* stream) {
-  return run(base, params, scratch, stream);
+  return sweep_bytes_by(kSweepBase, pair, backward);
 }
 
 }  // namespace qflux::cuda

@@ -4,6 +4,8 @@
 // A frame maps directions by a matrix of positive determinant, which keeps them in order around the
 // circle and leaves the first one in place. So rows are sorted once, by merging, and the segments
 // of a merge sort are the rectangles' rows level by level.
+#include <utility>
+
 #include "sweep.cuh"
 
 namespace qflux::cuda {
@@ -144,57 +146,35 @@ Grid grid_of(int64_t threads) {
   return {ceil_div(threads < 1 ? 1 : threads, kThreadsOfTokens), kThreadsOfTokens};
 }
 
-template <class T>
-const char* run_prepare(const PairParams<T>& p, const View<const T>& limits, const Sweep<T>& sweep,
-                        void* stream) {
-  const int64_t rows = p.batch * p.rows, keys = p.batch * p.keys;
-  const char* error =
-      launch(prepare_tokens<T>, grid_of(rows > keys ? rows : keys), stream, p, limits, sweep);
-  return error
-             ? error
-             : launch(chunk_moments<T>, grid_of(p.batch * sweep.chunks * kWarp), stream, p, sweep);
-}
-
-template <class T>
-const char* run_merge(const PairParams<T>& p, Sweep<T>& sweep, int64_t width, void* stream) {
-  Ranked* const from = sweep.order;
-  sweep.order = sweep.other_order;
-  sweep.other_order = from;
-  const Ranked* const source = from;
-  return launch(merge_segments<T>, grid_of(p.batch * p.rows), stream, p, source, sweep.order,
-                width);
-}
-
-template <class T>
-const char* run_frames(const PairParams<T>& p, const Sweep<T>& sweep, const Level& level,
-                       void* stream) {
-  return launch(find_frame<T>, grid_of(p.batch * level.rectangles * kWarp), stream, p, sweep,
-                level);
-}
-
 }  // namespace
 
-const char* prepare(const PairParams<float>& p, const View<const float>& limits,
-                    const Sweep<float>& sweep, void* stream) {
-  return run_prepare(p, limits, sweep, stream);
+template <class T>
+void prepare(const PairParams<T>& p, const View<const T>& limits, const Sweep<T>& sweep,
+             Queue& queue) {
+  const int64_t rows = p.batch * p.rows, keys = p.batch * p.keys;
+  queue.launch(prepare_tokens<T>, grid_of(rows > keys ? rows : keys), p, limits, sweep);
+  queue.launch(chunk_moments<T>, grid_of(p.batch * sweep.chunks * kWarp), p, sweep);
 }
-const char* prepare(const PairParams<double>& p, const View<const double>& limits,
-                    const Sweep<double>& sweep, void* stream) {
-  return run_prepare(p, limits, sweep, stream);
+
+template <class T>
+void merge(const PairParams<T>& p, Sweep<T>& sweep, int64_t width, Queue& queue) {
+  const Ranked* const from = sweep.order;
+  std::swap(sweep.order, sweep.other_order);
+  queue.launch(merge_segments<T>, grid_of(p.batch * p.rows), p, from, sweep.order, width);
 }
-const char* merge(const PairParams<float>& p, Sweep<float>& sweep, int64_t width, void* stream) {
-  return run_merge(p, sweep, width, stream);
+
+template <class T>
+void find_frames(const PairParams<T>& p, const Sweep<T>& sweep, const Level& level, Queue& queue) {
+  queue.launch(find_frame<T>, grid_of(p.batch * level.rectangles * kWarp), p, sweep, level);
 }
-const char* merge(const PairParams<double>& p, Sweep<double>& sweep, int64_t width, void* stream) {
-  return run_merge(p, sweep, width, stream);
-}
-const char* find_frames(const PairParams<float>& p, const Sweep<float>& sweep, const Level& level,
-                        void* stream) {
-  return run_frames(p, sweep, level, stream);
-}
-const char* find_frames(const PairParams<double>& p, const Sweep<double>& sweep, const Level& level,
-                        void* stream) {
-  return run_frames(p, sweep, level, stream);
-}
+
+template void prepare(const PairParams<float>&, const View<const float>&, const Sweep<float>&,
+                      Queue&);
+template void prepare(const PairParams<double>&, const View<const double>&, const Sweep<double>&,
+                      Queue&);
+template void merge(const PairParams<float>&, Sweep<float>&, int64_t, Queue&);
+template void merge(const PairParams<double>&, Sweep<double>&, int64_t, Queue&);
+template void find_frames(const PairParams<float>&, const Sweep<float>&, const Level&, Queue&);
+template void find_frames(const PairParams<double>&, const Sweep<double>&, const Level&, Queue&);
 
 }  // namespace qflux::cuda

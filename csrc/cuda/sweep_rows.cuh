@@ -6,6 +6,15 @@
 
 namespace qflux::cuda {
 
+// The keys of its base block that a row sees; none where all pairs are one rectangle.
+__device__ __forceinline__ Range near_keys(int64_t base, const Visibility& v, int row) {
+  if (!v.causal) return {0, 0};
+  const int position = row + static_cast<int>(v.shift);
+  const int begin = position > 0 ? position & -static_cast<int>(base) : 0;
+  const int end = static_cast<int>(v.visible_keys(row));
+  return {lesser(begin, end), end};
+}
+
 // What a thread block works on: a super-block of rows of one rectangle.
 template <class T>
 struct SuperBlock {
@@ -27,7 +36,7 @@ struct SuperBlock {
 };
 
 template <class T>
-int64_t super_blocks(const PairParams<T>& p, const Level& level) {
+QFLUX_INLINE int64_t super_blocks(const PairParams<T>& p, const Level& level) {
   return p.batch * level.rectangles * level.supers;
 }
 
@@ -43,8 +52,7 @@ __global__ void __launch_bounds__(kSuperThreads, 1)
   QFLUX_SHARED(Bounds, bounds);
   const PairParams<T>& p = params.pair;
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  for (int64_t work = blockIdx.x; work < p.batch * level.rectangles * level.supers;
-       work += gridDim.x) {
+  for (int64_t work = blockIdx.x; work < super_blocks(p, level); work += gridDim.x) {
     const SuperBlock<T> super(p, sweep, level, work);
     if (super.empty()) continue;
     const Frame frame = sweep.frames[work / level.supers];
@@ -128,8 +136,7 @@ __global__ void __launch_bounds__(kSuperThreads, 1)
   // What is listed: a key, or its complement where it has no geometry.
   const auto point_of = [](int entry) { return entry < 0 ? ~entry : entry; };
 
-  for (int64_t work = blockIdx.x; work < p.batch * level.rectangles * level.supers;
-       work += gridDim.x) {
+  for (int64_t work = blockIdx.x; work < super_blocks(p, level); work += gridDim.x) {
     const SuperBlock<T> super(p, sweep, level, work);
     if (super.empty()) continue;
     const Rectangle& where = super.where;
