@@ -25,7 +25,7 @@ import numpy as np
 import pytest
 import torch
 from assertions import assert_interaction_close, assert_relative, count_borderline
-from inputs import STATES
+from inputs import SWEEP_STATES
 
 from qflux_kernels import Interaction, InverseGate, Radius, Threshold, reference
 
@@ -1106,11 +1106,11 @@ def assert_like_pairs(emulator, inputs: Inputs, dtype: type, rtol: float) -> dic
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64], ids=["float32", "float64"])
-@pytest.mark.parametrize("kind", STATES)
+@pytest.mark.parametrize("kind", SWEEP_STATES)
 def test_a_sweep_keeps_what_pairs_keep(emulator, kind, dtype):
     """Whatever the geometry is like, and where scores lie on thresholds."""
     inputs = Inputs.random(Case(260, batch=1, base=32))
-    inputs.states[0] = STATES[kind](260).numpy().astype(dtype)
+    inputs.states[0] = SWEEP_STATES[kind](260).numpy().astype(dtype)
     got = assert_like_pairs(emulator, inputs, dtype, 2e-6 if dtype is np.float32 else 1e-14)
     if kind != "huge" or dtype is np.float64:
         inputs.states = inputs.states.astype(dtype).astype(np.float64)
