@@ -1,8 +1,8 @@
 """Everything a GPU has to show, in one command: `make gpu-check`.
 
 Runs the whole test suite on the GPU, memcheck and racecheck of compute-sanitizer over a short
-selection, and the kernel benchmark, and writes what they print to `benchmarks/results/`. Without a
-GPU it says so and exits with 3.
+selection, the kernel benchmark, and dense kernels beside the sweep over lengths, and writes what
+they print to `benchmarks/results/`. Without a GPU it says so and exits with 3.
 """
 
 from __future__ import annotations
@@ -58,9 +58,14 @@ def main() -> int:
     slug = "".join(c if c.isalnum() else "-" for c in gpu.lower()).strip("-")
     # A figure is only worth having beside green tests.
     if passed:
-        output = str(RESULTS / f"kernels-{slug}.csv")
-        command = [sys.executable, "benchmarks/kernels.py", "--full", "--device", "cuda"]
-        passed &= run("benchmark", [*command, "--output", output], report)
+        sizes = [str(1 << n) for n in range(16, 21)]
+        for name, options in [
+            ("kernels", ["--full"]),
+            ("scaling", ["--sizes", *sizes, "--providers", "dense", "sweep"]),
+        ]:
+            output = str(RESULTS / f"{name}-{slug}.csv")
+            command = [sys.executable, f"benchmarks/{name}.py", "--device", "cuda", *options]
+            passed &= run(f"benchmark {name}", [*command, "--output", output], report)
     path = RESULTS / f"gpu-check-{slug}.md"
     fresh = path.with_suffix(".new")
     fresh.write_text("\n".join(report), encoding="utf-8")

@@ -132,10 +132,9 @@ def make_runner(provider: str, operator: str, states: torch.Tensor, options: dic
 
 def measure(options: argparse.Namespace, provider: str, length: int) -> list[dict[str, object]]:
     """One provider at one length: a row for each mode."""
-    device = torch.device("cpu")
-    runner = make_runner(
-        provider, options.operator, draw(options.data, length), {"causal": options.causal}
-    )
+    device = options.device
+    states = draw(options.data, length).to(device)
+    runner = make_runner(provider, options.operator, states, {"causal": options.causal})
     samples = time_in_turn({provider: runner}, device, options.rounds, options.seconds)[provider]
     return_freed_memory()
     peak = {
@@ -196,7 +195,7 @@ def run(options: argparse.Namespace) -> list[dict]:
             too_long = last * growth > 1e3 * options.time_budget
             # Plain PyTorch holds several float32 matrices of all pairs.
             too_large = provider == "eager" and 24 * length**2 / 2**20 > 0.8 * available_mb(
-                torch.device("cpu")
+                options.device
             )
             if too_long or too_large:
                 why = "time budget" if too_long else "memory"
@@ -381,6 +380,7 @@ def main() -> None:
     parser.add_argument("--operator", choices=("interact", "evolve"), default="interact")
     parser.add_argument("--data", choices=DATA | HARD, default="random")
     parser.add_argument("--all-pairs", dest="causal", action="store_false", help="not causal")
+    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
     parser.add_argument("--threads", type=int)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=0.5, help="of a round")

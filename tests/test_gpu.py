@@ -2,18 +2,22 @@
 
 import pytest
 import torch
+from inputs import SWEEP_STATES
+from test_sweep import assert_same, both
 
 from qflux_kernels import InverseGate, Threshold, diagnostics, evolve, interact, reference
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-SCORES = [Threshold(), InverseGate()]
+# Lengths are such that a sweep has rectangles: base blocks are of 1,024 keys.
+WAYS = [(Threshold(), "dense"), (Threshold(), "sweep"), (InverseGate(), "dense")]
 
 
-def step(states, dt, score):
+def step(states, dt, score, algorithm):
     """One step forward and backward: what a captured graph replays."""
     states = states.detach().requires_grad_()
-    result = evolve(states, dt, score=score, reduction="mean")
-    heard = interact(result.states, score=score, reduction="mean")
+    options = {"score": score, "reduction": "mean", "algorithm": algorithm}
+    result = evolve(states, dt, **options)
+    heard = interact(result.states, **options)
     (gradient,) = torch.autograd.grad(heard.context.square().sum(), states)
     return result.states.detach(), heard.strength.detach(), gradient
 
@@ -24,31 +28,41 @@ def test_the_object_has_code_for_this_gpu():
     assert f"sm_{major}{minor}" in compiled or any(a.startswith("compute_") for a in compiled)
 
 
-@pytest.mark.parametrize("score", SCORES, ids=str)
-@pytest.mark.parametrize("length", [1, 33, 500, 5000])
-def test_equals_the_cpu(length, score):
+@pytest.mark.parametrize("score, algorithm", WAYS, ids=str)
+@pytest.mark.parametrize("length", [1, 33, 500, 3300, 5000])
+def test_equals_the_cpu(length, score, algorithm):
     states = torch.randn(3, length, 2, dtype=torch.float64)
     for on_cpu, on_gpu in zip(
-        step(states, 0.05, score), step(states.cuda(), 0.05, score), strict=True
+        step(states, 0.05, score, "dense"),
+        step(states.cuda(), 0.05, score, algorithm),
+        strict=True,
     ):
         torch.testing.assert_close(on_gpu.cpu(), on_cpu, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("score", SCORES, ids=str)
-def test_graph_replays_with_new_data(score):
-    states = torch.randn(4, 700, 2, device="cuda", dtype=torch.float64)
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("name", ["random", "clusters", "walk"])
+def test_a_long_sweep_keeps_what_pairs_keep(name, causal):
+    states = SWEEP_STATES[name](150_001).float().cuda()
+    assert_same(*both(states, causal=causal), 1e-5)
+
+
+@pytest.mark.parametrize("score, algorithm", WAYS, ids=str)
+def test_graph_replays_with_new_data(score, algorithm):
+    states = torch.randn(4, 2500, 2, device="cuda", dtype=torch.float64)
     warm = torch.cuda.Stream()
     with torch.cuda.stream(warm):
         for _ in range(3):
-            step(states, 0.05, score)
+            step(states, 0.05, score, algorithm)
     torch.cuda.current_stream().wait_stream(warm)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = step(states, 0.05, score)
+        captured = step(states, 0.05, score, algorithm)
     for _ in range(3):
         states.copy_(torch.randn_like(states))
         graph.replay()
-        for replayed, eager in zip(captured, step(states, 0.05, score), strict=True):
+        wanted = step(states, 0.05, score, algorithm)
+        for replayed, eager in zip(captured, wanted, strict=True):
             assert torch.equal(replayed, eager)
 
 
@@ -73,11 +87,13 @@ def test_second_device():
     assert torch.equal(first.context.cpu(), second.context.cpu())
 
 
-def test_repeats_bitwise():
-    states = torch.randn(3, 3000, 2, device="cuda")
-    once = step(states, 0.05, Threshold())
+@pytest.mark.parametrize("length", [3000, 70_000])
+@pytest.mark.parametrize("algorithm", ["dense", "sweep"])
+def test_repeats_bitwise(algorithm, length):
+    states = torch.randn(3, length, 2, device="cuda")
+    once = step(states, 0.05, Threshold(), algorithm)
     for _ in range(20):
-        assert all(map(torch.equal, once, step(states, 0.05, Threshold())))
+        assert all(map(torch.equal, once, step(states, 0.05, Threshold(), algorithm)))
 
 
 def test_autocast_keeps_float32():

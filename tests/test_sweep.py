@@ -6,12 +6,13 @@ import math
 import pytest
 import torch
 from assertions import assert_interaction_close, assert_relative
-from inputs import SWEEP_STATES, layouts
+from inputs import SWEEP_STATES, layouts, score_on
 
 from qflux_kernels import Radius, Threshold, evolve, interact
 
 F64 = torch.float64
-# Long enough for several levels of blocks, the last of them not full.
+# Long enough for several levels of blocks, the last of them not full; of 2,048 keys on a CPU, of
+# 1,024 on a GPU.
 LENGTH = 5300
 RTOL = {F64: 1e-9, torch.float32: 1e-5}
 OPTIONS = [
@@ -66,19 +67,19 @@ def assert_same(dense, sweep, rtol: float) -> None:
 
 @pytest.mark.parametrize("name", SWEEP_STATES)
 @pytest.mark.parametrize("dtype", [F64, torch.float32], ids=str)
-def test_meets_the_pairs_of_the_dense_kernel(dtype, name):
-    states = draw(name, dtype=dtype)
+def test_meets_the_pairs_of_the_dense_kernel(device, dtype, name):
+    states = draw(name, dtype=dtype).to(device)
     for score, causal in OPTIONS:
         assert_same(*both(states, score=score, causal=causal), RTOL[dtype])
 
 
 @pytest.mark.parametrize("name", ["random", "clamped", "outlier", "drift", "radii of all sizes"])
-def test_is_the_interaction(name):
+def test_is_the_interaction(device, name):
     """Against the definition, row by row (SPEC 6)."""
     states = draw(name, 2500)
     for dtype, score in ((F64, Threshold(1.0)), (torch.float32, Threshold())):
         narrow = states.to(dtype)
-        result = interact(narrow, score=score, causal=False, algorithm="sweep")
+        result = interact(narrow.to(device), score=score, causal=False, algorithm="sweep")
         assert_interaction_close(result, narrow, score=score, causal=False)
 
 
@@ -97,16 +98,17 @@ def test_a_key_far_away_leaves_no_trace():
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("rows, keys", [(4200, 4200), (3000, 6000), (6000, 3000), (40, 9000)])
 @pytest.mark.parametrize("depth", [1, 2, 9])
-def test_keys_and_values_of_their_own(depth, rows, keys, causal):
+def test_keys_and_values_of_their_own(device, depth, rows, keys, causal):
     states, sources = torch.randn(rows, 2, dtype=F64), torch.randn(keys, 2, dtype=F64) + 0.3
     values = torch.randn(keys, depth, dtype=F64)
+    given = [t.to(device) for t in (states, sources, values)]
     for score in (Threshold(), Threshold(1.2, "row")):
-        assert_same(*both(states, sources, values, score=score, causal=causal), 1e-12)
+        assert_same(*both(*given, score=score, causal=causal), 1e-12)
 
 
-def test_values_in_any_layout():
-    values = torch.randn(1, 4200, 3, dtype=F64)
-    states = torch.randn(4200, 2, dtype=F64)
+def test_values_in_any_layout(device):
+    values = torch.randn(1, 4200, 3, dtype=F64, device=device)
+    states = torch.randn(4200, 2, dtype=F64, device=device)
     expected = interact(states[None], values=values, algorithm="sweep")
     for name, view in layouts(values).items():
         got = interact(states[None], values=view, algorithm="sweep")
@@ -114,25 +116,24 @@ def test_values_in_any_layout():
 
 
 @pytest.mark.parametrize("reduction", ["sum", "mean"])
-def test_batches_lengths_and_a_sigma_for_each_cylinder(reduction):
-    states = torch.randn(2, 3, 4500, 2, dtype=F64)
-    lengths = torch.tensor([[4500], [3333]])
-    score = Threshold(torch.tensor([-0.8, 0.5, 1.4], dtype=F64))
+def test_batches_lengths_and_a_sigma_for_each_cylinder(device, reduction):
+    states = torch.randn(2, 3, 4500, 2, dtype=F64, device=device)
+    lengths = torch.tensor([[4500], [3333]], device=device)
+    score = score_on(device, Threshold(torch.tensor([-0.8, 0.5, 1.4], dtype=F64)))
     dense, sweep = both(states, score=score, lengths=lengths, reduction=reduction)
     assert_same(dense, sweep, 1e-12)
     assert not sweep[0].context[1, :, 3333:].any() and not sweep[1][0][1, :, 3333:].any()
 
 
-@pytest.mark.parametrize("length", [0, 1, 2, 63, 2047, 2048, 2049, 4097])
-def test_lengths_around_the_blocks(length):
-    states = torch.randn(length, 2, dtype=F64)
+@pytest.mark.parametrize("length", [0, 1, 2, 63, 1024, 1025, 2047, 2048, 2049, 4097])
+def test_lengths_around_the_blocks(device, length):
+    states = torch.randn(length, 2, dtype=F64, device=device)
     for causal in (True, False):
         assert_same(*both(states, causal=causal), 1e-12)
 
 
-def test_only_some_gradients():
-    states, keys = torch.randn(4200, 2, dtype=F64), torch.randn(4200, 2, dtype=F64)
-    values = torch.randn(4200, 2, dtype=F64)
+def test_only_some_gradients(device):
+    states, keys, values = torch.randn(3, 4200, 2, dtype=F64, device=device)
     for wanted in itertools.product([False, True], repeat=3):
         found = []
         for algorithm in ("dense", "sweep"):
@@ -149,14 +150,15 @@ def test_only_some_gradients():
 
 
 @pytest.mark.parametrize("causal", [True, False])
-def test_evolution(causal):
+def test_evolution(device, causal):
     outcomes = []
-    states = torch.randn(2, 4300, 2, dtype=F64)
+    states = torch.randn(2, 4300, 2, dtype=F64, device=device)
+    score = score_on(device, Threshold(torch.tensor([0.5, 1.3], dtype=F64)))
     for algorithm in ("dense", "sweep"):
         x = states.clone().requires_grad_()
-        dt = torch.full((2, 1), 0.1, dtype=F64, requires_grad=True)
+        dt = torch.full((2, 1), 0.1, dtype=F64, device=device, requires_grad=True)
         result = evolve(
-            x, dt, score=Threshold(torch.tensor([0.5, 1.3], dtype=F64)), causal=causal, steps=2,
+            x, dt, score=score, causal=causal, steps=2,
             radius=Radius(rate=0.1), skip=0.2, reduction="mean", algorithm=algorithm,
         )  # fmt: skip
         torch.manual_seed(1)
