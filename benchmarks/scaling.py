@@ -30,6 +30,7 @@ from common import (
     percentile,
     return_freed_memory,
     speed_up,
+    synchronize,
     time_in_turn,
     write_csv,
 )  # fmt: skip
@@ -315,17 +316,17 @@ def bands(options: argparse.Namespace) -> None:
 def train_states(options: argparse.Namespace) -> None:
     """Whole training steps: states and time step of one evolution learn to reach a point."""
     print("      S  step     loss  forward s  backward s  peak MB")
-    target = torch.tensor([1.0, 0.0])
+    target = torch.tensor([1.0, 0.0], device=options.device)
     return_freed_memory()
     for length in options.sizes:
-        states = draw(options.data, length).requires_grad_()
-        dt = torch.tensor(0.1, requires_grad=True)
+        states = draw(options.data, length).to(options.device).requires_grad_()
+        dt = torch.tensor(0.1, device=options.device, requires_grad=True)
         optimizer = torch.optim.SGD(
             [{"params": [states], "lr": 0.1 * length}, {"params": [dt], "lr": 0.01}]
         )
         for number in range(options.train):
             step = TrainingStep(states, dt, target, optimizer, options.causal)
-            peak = peak_mb(step, torch.device("cpu"))
+            peak = peak_mb(step, options.device)
             print(
                 f"{length:8} {number:4} {step.loss:8.4f} {step.forward_s:10.3f} "
                 f"{step.backward_s:11.3f} {peak:8.1f}",
@@ -347,25 +348,29 @@ class TrainingStep:
     backward_s: float = math.nan
 
     def __call__(self) -> None:
-        start = time.perf_counter()
+        start = self.now()
         evolved = qflux_kernels.evolve(self.states, self.dt, reduction="mean", causal=self.causal)
         loss = (evolved.states - self.target).square().sum(-1).mean()
-        middle = time.perf_counter()
+        middle = self.now()
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
-        self.forward_s, self.backward_s = middle - start, time.perf_counter() - middle
+        self.forward_s, self.backward_s = middle - start, self.now() - middle
         self.loss = loss.item()
+
+    def now(self) -> float:
+        synchronize(self.states.device)
+        return time.perf_counter()
 
 
 def compare(options: argparse.Namespace) -> None:
     """How much longer or shorter than the dense kernels the sweep takes, kind by kind of states."""
     print("states                S  forward  backward     both   (sweep / dense)")
-    device, causal = torch.device("cpu"), {"causal": options.causal}
+    device, causal = options.device, {"causal": options.causal}
     for data in DATA | HARD:
         for length in options.sizes:
             runners = {
-                algorithm: make_runner(algorithm, "interact", draw(data, length), causal)
+                algorithm: make_runner(algorithm, "interact", draw(data, length).to(device), causal)
                 for algorithm in ("dense", "sweep")
             }
             taken = time_in_turn(runners, device, options.rounds, options.seconds)
@@ -380,7 +385,9 @@ def main() -> None:
     parser.add_argument("--operator", choices=("interact", "evolve"), default="interact")
     parser.add_argument("--data", choices=DATA | HARD, default="random")
     parser.add_argument("--all-pairs", dest="causal", action="store_false", help="not causal")
-    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
+    parser.add_argument(
+        "--device", type=torch.device, default=torch.device("cpu"), help="where times are taken"
+    )
     parser.add_argument("--threads", type=int)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=0.5, help="of a round")
