@@ -42,6 +42,7 @@ struct FarRows : RowPass<T, ThresholdPair, kOwn> {
     for (int c = 0; c < Slots::kRecord; ++c) sweep.records[at * Slots::kRecord + c] = record[c];
   }
   // Sums of (g, g q) over the rows of each block and of the super-block, in the slots of values.
+  // There is a barrier between them and keep().
   __device__ __forceinline__ void sum_records(const Sweep<T>& sweep,
                                               const SuperBlock<T>& super) const {
     if (!params.grad_keys && !params.grad_values) return;
@@ -51,7 +52,6 @@ struct FarRows : RowPass<T, ThresholdPair, kOwn> {
     const int first = super.first + warp * kRankBlock;
     const T* records =
         sweep.records + (b * params.pair.rows + super.where.row_begin + first) * Slots::kRecord;
-    __syncwarp();  // the records are those of this warp
     double sum = 0;
     for (int n = 0; n < kRankBlock; n += kWarp) {
       const int count = super.where.rows() - first - n;
