@@ -1132,13 +1132,15 @@ def test_a_sweep_with_thresholds_beyond_every_score(emulator, sigma):
         Case(200, row_window=True, base=32, batch=1),
         Case(40, keys=110, base=64),
         Case(150, causal=False, base=32),
+        Case(70, keys=700, depth=2, causal=False, base=64),
     ],
     ids=str,
 )
 def test_a_sweep_spreads_what_is_not_finite_as_pairs_do(emulator, case):
     clean = Inputs.random(case)
     places = [("states", (0, 0, 0)), ("states", (0, 7 * case.rows // 10, 1)), ("keys", (-1, 60, 0)),
-              ("values", (-1, 99, 1)), ("grad_context", (0, case.rows - 1, 1)),
+              ("values", (-1, 99, 1)), ("values", (-1, -20, 0)),
+              ("grad_context", (0, case.rows - 1, 1)),
               ("grad_strength", (0, case.rows - 1))]  # fmt: skip
     for name, at in places:
         for value in (np.nan, 1e200) if case.depth else (np.nan, np.inf, 1e200):
