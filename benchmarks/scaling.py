@@ -118,6 +118,11 @@ def draw(data: str, length: int) -> torch.Tensor:
     return (DATA | HARD)[data](length, torch.Generator().manual_seed(0))
 
 
+def score_and_mask(options: argparse.Namespace) -> dict[str, object]:
+    sigma, eps, stats = options.score
+    return {"causal": options.causal, "score": Threshold(float(sigma), stats, float(eps))}
+
+
 def make_runner(provider: str, operator: str, states: torch.Tensor, options: dict) -> Runner:
     states = states.requires_grad_()
     how = {"backend": "reference"} if provider == "eager" else {"algorithm": provider}
@@ -135,7 +140,7 @@ def measure(options: argparse.Namespace, provider: str, length: int) -> list[dic
     """One provider at one length: a row for each mode."""
     device = options.device
     states = draw(options.data, length).to(device)
-    runner = make_runner(provider, options.operator, states, {"causal": options.causal})
+    runner = make_runner(provider, options.operator, states, score_and_mask(options))
     samples = time_in_turn({provider: runner}, device, options.rounds, options.seconds)[provider]
     return_freed_memory()
     peak = {
@@ -366,7 +371,7 @@ class TrainingStep:
 def compare(options: argparse.Namespace) -> None:
     """How much longer or shorter than the dense kernels the sweep takes, kind by kind of states."""
     print("states                S  forward  backward     both   (sweep / dense)")
-    device, causal = options.device, {"causal": options.causal}
+    device, causal = options.device, score_and_mask(options)
     for data in DATA | HARD:
         for length in options.sizes:
             runners = {
@@ -387,6 +392,9 @@ def main() -> None:
     parser.add_argument("--all-pairs", dest="causal", action="store_false", help="not causal")
     parser.add_argument(
         "--device", type=torch.device, default=torch.device("cpu"), help="where times are taken"
+    )
+    parser.add_argument(
+        "--score", nargs=3, default=("0.5", "1e-6", "prefix"), metavar=("SIGMA", "EPS", "STATS")
     )
     parser.add_argument("--threads", type=int)
     parser.add_argument("--rounds", type=int, default=3)
