@@ -41,7 +41,8 @@ COLUMNS = [
     "commit", "date",
 ]  # fmt: skip
 CURVE_COLUMNS = [
-    "dataset", "provider", "changes", "context", "seed", "commit", "step", "seconds", "train_loss",
+    "dataset", "provider", "changes", "context", "rate", "limit", "seed", "commit", "step",
+    "seconds", "train_loss",
 ]  # fmt: skip
 
 
@@ -449,15 +450,22 @@ def main() -> None:
             "provider": arguments.provider,
             "changes": " ".join(arguments.set),
             "context": arguments.context,
+            "rate": arguments.rate,
             "seed": seed,
         }
         if arguments.curves:
-            append(arguments.curves, CURVE_COLUMNS, [{**common, **run, **at} for at in curve])
+            limit = (
+                f"{arguments.seconds or arguments.steps} {'s' if arguments.seconds else 'steps'}"
+            )
+            append(
+                arguments.curves,
+                CURVE_COLUMNS,
+                [{**common, **run, "limit": limit, **at} for at in curve],
+            )
         report(
             {
                 **run,
                 "batch": arguments.batch,
-                "rate": arguments.rate,
                 "parameters": sum(parameter.numel() for parameter in model.parameters()),
                 "weight_decay": arguments.weight_decay,
                 "beta2": arguments.beta2,

@@ -18,7 +18,8 @@ Runs = dict[str, dict[str, list[tuple[float, float, float]]]]  # label, seed: st
 
 
 def label_of(row: dict[str, str]) -> str:
-    return f"{row['provider']} {row['changes']}".strip()
+    name = f"{row['provider']} {row['changes']}".strip()
+    return f"{name}, rate {row['rate']}, {row['limit']}"
 
 
 def read_curves(path: Path) -> dict[Key, Runs]:
