@@ -1,7 +1,7 @@
 """Draw training curves that `lm.py --curves` wrote: `python benchmarks/lm_curves.py CSV SVG`.
 
-A panel over tokens and one over seconds for each dataset and context; seeds are averaged, which
-takes curves with the same number of points.
+A panel over steps and one over seconds for each dataset and context. Seeds are averaged, which
+takes curves with the same number of points; every point is the mean of up to five around it.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import argparse
 import csv
 import statistics
 import sys
+import textwrap
 from collections import defaultdict
 from pathlib import Path
 
@@ -61,15 +62,16 @@ def main() -> None:
     for (over_steps, over_seconds), ((dataset, context), runs) in zip(
         panels, sorted(curves.items()), strict=True
     ):
-        for label, seeds in runs.items():
+        for label, seeds in sorted(runs.items()):
             steps, seconds, losses = mean_curve(seeds)
-            over_steps.plot(steps, losses, label=label)
-            over_seconds.plot(seconds, losses, label=label)
+            smooth = [statistics.fmean(losses[max(0, n - 2) : n + 3]) for n in range(len(losses))]
+            over_steps.plot(steps, smooth)
+            over_seconds.plot(seconds, smooth, label=textwrap.fill(label, 36))
         over_steps.set(
             title=f"{dataset}, context {context}", xlabel="steps", ylabel="training loss"
         )
         over_seconds.set(xlabel="seconds of training")
-        over_steps.legend(fontsize="small")
+        over_seconds.legend(fontsize="x-small", loc="upper right")
         low = min(loss for seeds in runs.values() for loss in mean_curve(seeds)[2])
         for axes in (over_steps, over_seconds):
             axes.set_ylim(low - 0.05, low + 1)
