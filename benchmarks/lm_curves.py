@@ -74,7 +74,7 @@ def main() -> None:
         over_seconds.legend(fontsize="x-small", loc="upper right")
         low = min(loss for seeds in runs.values() for loss in mean_curve(seeds)[2])
         for axes in (over_steps, over_seconds):
-            axes.set_ylim(low - 0.05, low + 1)
+            axes.set_ylim(low - 0.05, low + 1.7)
             axes.grid(True, alpha=0.3)
     options.figure.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(options.figure, metadata={"Date": None})
