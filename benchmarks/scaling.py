@@ -330,7 +330,7 @@ def train_states(options: argparse.Namespace) -> None:
             [{"params": [states], "lr": 0.1 * length}, {"params": [dt], "lr": 0.01}]
         )
         for number in range(options.train):
-            step = TrainingStep(states, dt, target, optimizer, options.causal)
+            step = TrainingStep(states, dt, target, optimizer, score_and_mask(options))
             peak = peak_mb(step, options.device)
             print(
                 f"{length:8} {number:4} {step.loss:8.4f} {step.forward_s:10.3f} "
@@ -347,14 +347,14 @@ class TrainingStep:
     dt: torch.Tensor
     target: torch.Tensor
     optimizer: torch.optim.Optimizer
-    causal: bool
+    how: dict[str, object]
     loss: float = math.nan
     forward_s: float = math.nan
     backward_s: float = math.nan
 
     def __call__(self) -> None:
         start = self.now()
-        evolved = qflux_kernels.evolve(self.states, self.dt, reduction="mean", causal=self.causal)
+        evolved = qflux_kernels.evolve(self.states, self.dt, reduction="mean", **self.how)
         loss = (evolved.states - self.target).square().sum(-1).mean()
         middle = self.now()
         self.optimizer.zero_grad()
@@ -371,11 +371,11 @@ class TrainingStep:
 def compare(options: argparse.Namespace) -> None:
     """How much longer or shorter than the dense kernels the sweep takes, kind by kind of states."""
     print("states                S  forward  backward     both   (sweep / dense)")
-    device, causal = options.device, score_and_mask(options)
+    device, how = options.device, score_and_mask(options)
     for data in DATA | HARD:
         for length in options.sizes:
             runners = {
-                algorithm: make_runner(algorithm, "interact", draw(data, length).to(device), causal)
+                algorithm: make_runner(algorithm, "interact", draw(data, length).to(device), how)
                 for algorithm in ("dense", "sweep")
             }
             taken = time_in_turn(runners, device, options.rounds, options.seconds)
