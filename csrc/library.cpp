@@ -91,7 +91,7 @@ struct PairArguments {
     check_per_sequence("coefficient", coefficient, states);
     check_per_sequence("min_gate", min_gate, states);
     check_per_sequence("lengths", lengths, states, true);
-    STD_TORCH_CHECK(score == 0 || score == 1, "qflux_kernels: score must be 0 or 1, got ", score);
+    STD_TORCH_CHECK(score >= 0 && score <= 2, "qflux_kernels: score must be 0, 1 or 2, got ", score);
     STD_TORCH_CHECK(algorithm >= 0 && algorithm <= 2,
                     "qflux_kernels: algorithm must be 0, 1 or 2, got ", algorithm);
     coefficient = contiguous(coefficient);
@@ -187,7 +187,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> interact(
   return {context, strength, degree, threshold};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> interact_backward(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> interact_backward(
     Tensor grad_context, Tensor grad_strength, Tensor threshold, Tensor states, OptionalTensor keys,
     OptionalTensor values, OptionalTensor coefficient, double coefficient_value,
     OptionalTensor min_gate, double min_gate_value, OptionalTensor lengths, int64_t score,
@@ -210,9 +210,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> interact_backward(
   const Tensor grad_values = values ? zeros_like(*values) : nothing(states);
   const Tensor grad_alpha =
       coefficient ? zeros(states, {batch, rows}, states.scalar_type()) : nothing(states);
+  const bool excess = static_cast<Score>(score) == Score::kExcess;
+  const Tensor grad_threshold = excess ? zeros_like(threshold) : nothing(states);
   if (!any_pairs(states, keys, values))
     return {grad_states, grad_keys, grad_values,
-            coefficient ? zeros_like(*coefficient) : nothing(states)};
+            coefficient ? zeros_like(*coefficient) : nothing(states), grad_threshold};
   with_dtype(states, [&](auto zero) {
     using T = decltype(zero);
     InteractBackwardParams<T> params{};
@@ -222,6 +224,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> interact_backward(
     params.threshold = const_view<T>(threshold);
     if (need_rows) params.grad_states = view<T>(grad_states);
     if (need_rows && coefficient) params.grad_alpha = view<T>(grad_alpha);
+    if (need_rows && excess) params.grad_threshold = view<T>(grad_threshold);
     if (need_keys) {
       params.keys_are_states = !keys;
       params.grad_keys = view<T>(keys ? grad_keys : grad_states);
@@ -240,7 +243,38 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> interact_backward(
   });
   const auto summed =
       coefficient ? torch::stable::sum(grad_alpha, std::vector<int64_t>{1}) : nothing(states);
-  return {grad_states, grad_keys, grad_values, summed};
+  return {grad_states, grad_keys, grad_values, summed, grad_threshold};
+}
+
+// The gradients of states, keys and sigma that come from one of the threshold; CPU only.
+std::tuple<Tensor, Tensor, Tensor> threshold_backward(Tensor grad_threshold, Tensor states,
+                                                      OptionalTensor keys,
+                                                      OptionalTensor coefficient,
+                                                      double coefficient_value,
+                                                      OptionalTensor lengths, double eps,
+                                                      bool row_window, bool causal) {
+  PairArguments pair{coefficient, coefficient_value, std::nullopt, 0.0,   lengths,
+                     0,           eps,               row_window,   causal, false,
+                     0};
+  check_keys(states, keys, std::nullopt, lengths);
+  pair.check(states);
+  check_shape("grad_threshold", grad_threshold, {states.size(0), states.size(1)});
+  check_beside("grad_threshold", grad_threshold, states);
+  const Tensor grad_states = zeros_like(states);
+  const Tensor grad_keys = keys ? zeros_like(*keys) : nothing(states);
+  const Tensor grad_sigma = zeros(states, {states.size(0)}, states.scalar_type());
+  if (!any_pairs(states, keys, std::nullopt)) return {grad_states, grad_keys, grad_sigma};
+  with_dtype(states, [&](auto zero) {
+    using T = decltype(zero);
+    ThresholdBackwardParams<T> params{};
+    params.pair = pair.params<T>(states, keys, std::nullopt);
+    params.grad_threshold = const_view<T>(grad_threshold);
+    params.grad_states = view<T>(grad_states);
+    params.grad_keys = view<T>(keys ? grad_keys : grad_states);
+    params.grad_sigma = static_cast<T*>(grad_sigma.data_ptr());
+    cpu::Device().threshold_backward(params);
+  });
+  return {grad_states, grad_keys, grad_sigma};
 }
 
 // How many pairs a sweep meets one by one: [densely, in bands].
@@ -285,7 +319,9 @@ struct StepArguments {
   bool has_radius;
   double min, max, rate, reversion, target;
 
-  void check(const Tensor& states) {
+  void check(const Tensor& states, const PairArguments& pair) {
+    STD_TORCH_CHECK(static_cast<Score>(pair.score) != Score::kExcess,
+                    "qflux_kernels: evolve takes score 0 or 1, got 2");
     STD_TORCH_CHECK(steps >= 1, "qflux_kernels: steps must be at least 1, got ", steps);
     check_per_token("dt", dt, states, steps);
     check_per_token("skip", skip, states, steps);
@@ -322,7 +358,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> evolve(
                      radius_rate, radius_reversion, radius_target};
   check_states(states);
   pair.check(states);
-  step.check(states);
+  step.check(states, pair);
   const int64_t batch = states.size(0), rows = states.size(1);
   const ScalarType dtype = states.scalar_type();
   const Tensor out = empty(states, {batch, rows, 2}, dtype);
@@ -366,7 +402,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> evolve_backward(
                      radius_rate, radius_reversion, radius_target};
   check_states(grad_states);
   pair.check(grad_states);
-  step.check(grad_states);
+  step.check(grad_states, pair);
   const int64_t batch = grad_states.size(0), rows = grad_states.size(1);
   check_shape("grad_strength", grad_strength, {batch, rows});
   check_shape("tape", tape, {steps, kTapePlanes, batch, rows});
@@ -449,7 +485,7 @@ STABLE_TORCH_LIBRARY(qflux_kernels, m) {
       "interact_backward(Tensor grad_context, Tensor grad_strength, Tensor threshold, "
       "Tensor states, Tensor? keys, Tensor? values, " QFLUX_PAIR
       ", bool need_rows, bool need_keys) -> (Tensor grad_states, Tensor grad_keys, "
-      "Tensor grad_values, Tensor grad_coefficient)");
+      "Tensor grad_values, Tensor grad_coefficient, Tensor grad_threshold)");
   m.def(
       "evolve(Tensor states, Tensor? dt, float dt_value, Tensor? skip, float "
       "skip_value, " QFLUX_PAIR ", " QFLUX_STEP
@@ -461,6 +497,10 @@ STABLE_TORCH_LIBRARY(qflux_kernels, m) {
   // Texts as uint8: a str in a schema leaks in the stable ABI before torch 2.14.
   m.def("instruction_set() -> Tensor");
   m.def("cuda_architectures() -> Tensor");
+  m.def(
+      "threshold_backward(Tensor grad_threshold, Tensor states, Tensor? keys, Tensor? coefficient, "
+      "float coefficient_value, Tensor? lengths, float eps, bool row_window, bool causal) -> "
+      "(Tensor grad_states, Tensor grad_keys, Tensor grad_coefficient)");
   m.def(
       "sweep_work(Tensor states, Tensor? keys, float sigma, float eps, bool row_window, "
       "bool causal) -> Tensor");
@@ -480,6 +520,7 @@ STABLE_TORCH_LIBRARY_IMPL(qflux_kernels, CompositeExplicitAutograd, m) {
 STABLE_TORCH_LIBRARY_IMPL(qflux_kernels, CPU, m) {
   QFLUX_IMPLEMENT(m);
   m.impl("sweep_work", TORCH_BOX(&qflux::ops::sweep_work));
+  m.impl("threshold_backward", TORCH_BOX(&qflux::ops::threshold_backward));
 }
 STABLE_TORCH_LIBRARY_IMPL(qflux_kernels, CUDA, m) { QFLUX_IMPLEMENT(m); }
 

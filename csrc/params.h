@@ -7,7 +7,9 @@
 
 namespace qflux {
 
-enum class Score : int64_t { kThreshold = 0, kInverseGate = 1 };
+enum class Score : int64_t { kThreshold = 0, kInverseGate = 1, kExcess = 2 };
+QFLUX_INLINE bool has_threshold(Score score) { return score != Score::kInverseGate; }
+
 // How the pairs of the threshold score are met: as measured to be faster, one by one, or by sweep.
 enum class Algorithm : int64_t { kAuto = 0, kDense = 1, kSweep = 2 };
 
@@ -109,8 +111,19 @@ struct InteractBackwardParams {
   View<T> grad_values;  // [batch][keys][depth]; null when values are the keys
   // [batch][rows] share of each row in the gradient of alpha; null: not wanted.
   View<T> grad_alpha;
+  View<T> grad_threshold;  // [batch][rows]: of tau, by the row pass; kExcess only, else null
   bool accumulate = false;
   bool keys_are_states = false;
+};
+
+// The gradient of tau on its way to what it was computed from.
+template <class T>
+struct ThresholdBackwardParams {
+  PairParams<T> pair;
+  View<const T> grad_threshold;  // [batch][rows]
+  View<T> grad_states;           // [batch][rows][2], zero on entry
+  View<T> grad_keys;             // [batch][keys][2], zero on entry; may be grad_states
+  T* grad_sigma;                 // [batch]
 };
 
 // What a step leaves on the tape for each token, as planes [steps][plane][batch][length].

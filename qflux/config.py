@@ -8,6 +8,7 @@ from typing import ClassVar
 from .record import Record
 
 SCORES = ("threshold", "inverse_gate")
+WEIGHTS = ("score", "excess")
 REDUCTIONS = ("sum", "mean")
 BACKENDS = ("auto", "reference", "cpu", "cuda", "triton")
 
@@ -35,6 +36,8 @@ class QuantumFluxConfig(Record):
         sigma_min, sigma_max: selectivity of the threshold, spread linearly over the cylinders. At
             exactly 0, a row whose visible keys all score the same stands on its threshold, and
             rounding decides what it keeps.
+        weight: what a pair that passes the threshold weighs in the value path: its "score", as in
+            the documents, or the "excess" over the threshold, which does not jump there.
         alpha: weight of the orthogonal term of the inverse gate.
         reduction: of the evolution: "mean" makes it independent of the length; "sum" is the seeds'.
         dt: initial time step of the evolution in every layer and cylinder, > 0, and the `dt_scale`
@@ -65,6 +68,7 @@ class QuantumFluxConfig(Record):
     score: str = "threshold"
     sigma_min: float = 0.1
     sigma_max: float = 1.4
+    weight: str = "excess"
     alpha: float = 0.5
     reduction: str = "mean"
     dt: float = 0.1
@@ -83,7 +87,12 @@ class QuantumFluxConfig(Record):
         self._check_integer("context_length", 2)
         for name in ("num_layers", "value_dim", "conv_width"):
             self._check_integer(name, 0)
-        for name, choices in (("score", SCORES), ("reduction", REDUCTIONS), ("backend", BACKENDS)):
+        for name, choices in (
+            ("score", SCORES),
+            ("weight", WEIGHTS),
+            ("reduction", REDUCTIONS),
+            ("backend", BACKENDS),
+        ):
             self._check_choice(name, choices)
         self._check_flag("evolution")
         for name in ("mlp_ratio", "radius_min"):

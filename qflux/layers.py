@@ -24,9 +24,9 @@ class PairScore(nn.Module):
     cylinders by frequency), whatever their number.
     """
 
-    def __init__(self, config: QuantumFluxConfig) -> None:
+    def __init__(self, config: QuantumFluxConfig, weight: str = "score") -> None:
         super().__init__()
-        self.kind, self.alpha = config.score, config.alpha
+        self.kind, self.alpha, self.weight = config.score, config.alpha, weight
         sigma = torch.linspace(config.sigma_min, config.sigma_max, config.num_cylinders)
         order = (torch.arange(config.num_cylinders) * GOLDEN_RATIO % 1).argsort().argsort()
         sigma = sigma[order]
@@ -34,7 +34,7 @@ class PairScore(nn.Module):
 
     def forward(self) -> Threshold | InverseGate:
         if self.kind == "threshold":
-            return Threshold(sigma=self.sigma)
+            return Threshold(sigma=self.sigma, weight=self.weight)
         return InverseGate(alpha=self.alpha)
 
 
@@ -115,7 +115,7 @@ class GeometricAttention(nn.Module):
         self.inputs = nn.Linear(hidden, sum(self.widths))
         self.norm = nn.LayerNorm(gathered)
         self.output = nn.Linear(gathered, hidden)
-        self.score = PairScore(config)
+        self.score = PairScore(config, config.weight)
         self.backend = config.backend
 
     def forward(self, hidden: Tensor, states: Tensor | None, angle: Tensor) -> Tensor:

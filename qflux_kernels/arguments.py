@@ -60,7 +60,7 @@ def _per_sequence(
 
 def _canonical_score(score: object, states: torch.Tensor, batch: torch.Size) -> Score:
     if isinstance(score, Threshold):
-        return Threshold(_per_sequence("sigma", score.sigma, states, batch), score.stats, score.eps)
+        return replace(score, sigma=_per_sequence("sigma", score.sigma, states, batch))
     if isinstance(score, InverseGate):
         return InverseGate(
             _per_sequence("alpha", score.alpha, states, batch),
@@ -269,6 +269,8 @@ def evolve_arguments(
     if steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}")
     base = interact_arguments(states, None, None, causal, score, reduction, lengths)
+    if isinstance(score, Threshold) and score.weight != "score":
+        raise ValueError(f"evolve takes score.weight='score' only, got {score.weight!r}")
     return EvolveArguments(
         states=base.states,
         dt=_per_step("dt", dt, base.states, steps),

@@ -15,7 +15,10 @@ from typing import NamedTuple
 import torch
 
 from .arguments import widen
+from .thresholds import threshold_vjp
 
+# `Score` of csrc/params.h: what a pair weighs.
+SCORES = ("score", "inverse_gate", "excess")
 # Planes a token leaves on the tape at each step of `evolve`, in the order of `csrc/params.h`.
 TAPE_PLANES = 11
 
@@ -23,7 +26,7 @@ TAPE_PLANES = 11
 class PairOptions(NamedTuple):
     """What every op needs to know of a pair, in schema order."""
 
-    score: int  # 0 threshold, 1 inverse gate
+    score: int  # an index into SCORES
     eps: float
     row_window: bool
     causal: bool
@@ -126,11 +129,44 @@ def _call(function: type) -> Callable:
     return function.forward if torch.compiler.is_compiling() else function.apply
 
 
+def _add_threshold(
+    family: str,
+    grads: Sequence[torch.Tensor],
+    grad_threshold: torch.Tensor,
+    arguments: Sequence,
+    pair: PairOptions,
+) -> list[torch.Tensor]:
+    """The gradients of states, keys, values and sigma with what reaches them by the threshold."""
+    states, keys, _values, sigma, sigma_value, _, _, lengths = arguments[3:11]
+    states, keys = _widened(states), _widened(keys)
+    window = (pair.eps, pair.row_window, pair.causal)
+    if family == "" and states.device.type == "cpu":
+        op = torch.ops.qflux_kernels.threshold_backward
+        by_states, by_keys, by_sigma = op(
+            grad_threshold, states, keys, sigma, sigma_value, lengths, *window
+        )
+    else:
+        by_states, by_keys, by_sigma = threshold_vjp(
+            grad_threshold, states, keys, sigma_value if sigma is None else sigma, lengths, *window
+        )
+    of_states, of_keys, of_values, of_sigma = grads
+    return [
+        of_states + by_states,
+        of_keys if keys is None else of_keys + by_keys,
+        of_values,
+        of_sigma if sigma is None else of_sigma + by_sigma,
+    ]
+
+
 class _InteractBackward(torch.autograd.Function):
     @staticmethod
     def forward(*arguments):
         *arguments, family = arguments
-        return _run(family, "interact_backward", arguments)
+        *grads, grad_threshold = _run(family, "interact_backward", arguments)
+        pair = PairOptions(*arguments[11:17])
+        if SCORES[pair.score] == "excess" and arguments[17]:
+            grads = _add_threshold(family, grads, grad_threshold, arguments, pair)
+        return tuple(grads)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -164,7 +200,9 @@ class _Interact(torch.autograd.Function):
         states, keys, values, coefficient, min_gate, lengths, threshold = ctx.saved_tensors
         coefficient_value, min_gate_value, *options, family = ctx.scalars
         needs = ctx.needs_input_grad
-        need_rows = needs[0] or needs[3]
+        excess = SCORES[PairOptions(*options).score] == "excess"
+        # The threshold's gradient comes with the rows and goes to the keys too.
+        need_rows = needs[0] or needs[3] or (excess and needs[1])
         need_keys = needs[1] or needs[2] or (needs[0] and keys is None)
         grads = _call(_InteractBackward)(
             grad_context, grad_strength, threshold, states, keys, values, coefficient,
@@ -289,12 +327,19 @@ def _interact_fake(states, keys, values, *_):
 
 
 def _interact_backward_fake(
-    grad_context, grad_strength, threshold, states, keys, values, coefficient, *_
+    grad_context, grad_strength, threshold, states, keys, values, coefficient, *options
 ):
     def like(tensor):
         return states.new_empty(0 if tensor is None else tensor.shape)
 
-    return like(states), like(keys), like(values), like(coefficient)
+    excess = SCORES[PairOptions(*options[4:10]).score] == "excess"
+    return (
+        like(states),
+        like(keys),
+        like(values),
+        like(coefficient),
+        like(threshold if excess else None),
+    )
 
 
 def _evolve_fake(states, *arguments):

@@ -15,7 +15,7 @@ def _pair_options(
 ) -> autograd.PairOptions:
     threshold = isinstance(score, Threshold)
     return autograd.PairOptions(
-        score=0 if threshold else 1,
+        score=autograd.SCORES.index(score.weight if threshold else "inverse_gate"),
         eps=float(score.eps),
         row_window=threshold and score.stats == "row",
         causal=causal,

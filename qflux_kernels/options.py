@@ -11,6 +11,7 @@ import torch
 
 REDUCTIONS = ("sum", "mean")
 STATISTICS = ("prefix", "row")
+WEIGHTS = ("score", "excess")
 ALGORITHMS = ("auto", "dense", "sweep")
 BACKENDS = ("auto", "reference", "cpu", "cuda", "triton")
 
@@ -51,9 +52,11 @@ class Threshold:
 
         s_ij  = (x_i . x_j + 1) / 2
         tau_i = mean_i + sigma * sqrt(var_i + eps)
-        w_ij  = s_ij if s_ij >= tau_i else 0
+        w_ij  = s_ij if s_ij >= tau_i else 0              weight="score"
+        w_ij  = s_ij - tau_i if s_ij >= tau_i else 0      weight="excess"
 
-    No gradient flows through the decision, so none reaches `sigma`.
+    A score jumps at the threshold: no gradient flows through the decision, and none reaches
+    `sigma`. The excess does not jump, and its gradient flows through the threshold too.
 
     Args:
         sigma: selectivity in standard deviations, a float or a tensor that broadcasts to the
@@ -62,16 +65,20 @@ class Threshold:
             "row": every key of the sequence, future ones too; the seed's code to the letter, and
             the same thing when `causal=False`.
         eps: added to the variance inside the root, >= 0. Default 1e-6.
+        weight: "score" (default): the documents'. "excess": by how much a kept score clears its
+            threshold; `interact` and `scores` only.
     """
 
     sigma: float | torch.Tensor = 0.5
     stats: str = "prefix"
     eps: float = 1e-6
+    weight: str = "score"
 
     def __post_init__(self) -> None:
         check_real_or_tensor("sigma", self.sigma)
         check_choice("stats", self.stats, STATISTICS)
         check_real("eps", self.eps, minimum=0.0)
+        check_choice("weight", self.weight, WEIGHTS)
 
 
 @dataclass(frozen=True)

@@ -74,9 +74,12 @@ def weights(args: InteractArguments, first: int = 0, last: int | None = None) ->
         mean = torch.where(window, s, zero).sum(-1, keepdim=True) / count
         variance = torch.where(window, (s - mean) ** 2, zero).sum(-1, keepdim=True) / count
         tau = mean + _per_pair(args.score.sigma) * torch.sqrt(variance + args.score.eps)
-        tau = torch.where(bad.any(-1, keepdim=True), nan, tau).detach()
-        kept = visible & ~(s < tau)
-        weight = torch.where(tau.isnan(), nan, s)
+        tau = torch.where(bad.any(-1, keepdim=True), nan, tau)
+        limit = tau.detach()
+        kept = visible & ~(s < limit)
+        weight = torch.where(limit.isnan(), nan, s)
+        if args.score.weight == "excess":
+            weight = weight - tau
     else:
         rotated = torch.stack((rows[..., 1], -rows[..., 0]), -1)
         s = (rows + _per_pair(args.score.alpha) * rotated) @ keys.mT

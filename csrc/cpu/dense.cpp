@@ -161,6 +161,12 @@ struct MakePair<ThresholdPair<Vector<T>>, T> {
   }
 };
 template <class T>
+struct MakePair<ExcessPair<Vector<T>>, T> {
+  static QFLUX_INLINE ExcessPair<Vector<T>> make(const Sequence<T>&, Vector<T> limit) {
+    return {{limit}};
+  }
+};
+template <class T>
 struct MakePair<GatePair<Vector<T>>, T> {
   static QFLUX_INLINE GatePair<Vector<T>> make(const Sequence<T>& s, Vector<T>) {
     return {Vector<T>(s.eps), Vector<T>(s.min_gate)};
@@ -190,9 +196,7 @@ QFLUX_INLINE Mask<T> kept_and_visible(Mask<T> kept, const Mask<T>* visible) {
 // A dropped pair of the threshold is finite and may be left out of a sum instead of entering it as
 // zero, which saves the select; a dropped pair of the gate may be infinite and has to show.
 template <class Pair>
-constexpr bool kLeavesOutDropped = false;
-template <class V>
-constexpr bool kLeavesOutDropped<ThresholdPair<V>> = true;
+constexpr bool kLeavesOutDropped = kHasThreshold<Pair>;
 
 template <class T>
 void add_counts(const typename Vector<T>::Bits& counter, int32_t* counts) {
@@ -208,6 +212,13 @@ void take(const Group<T>& group, int64_t block_first, const Total<T>* totals, in
     out[(i - block_first) * width + which] =
         totals[n / Group<T>::kWidth].get(static_cast<int>(n % Group<T>::kWidth));
   }
+}
+
+// d w / d limit = -1 for every pair kept.
+template <class T>
+void take_limit(const Group<T>& group, int64_t block_first, const Total<T>* totals, T* out) {
+  take(group, block_first, totals, 0, 1, out);
+  for (int64_t i = group.first; i < group.last; ++i) out[i - block_first] = -out[i - block_first];
 }
 
 // Fast path: values are the keys.
@@ -240,9 +251,10 @@ void forward_keys(const Sequence<T>& s, int64_t first, int64_t last, const Forwa
                  const V p = inner_product(qx[r], qy[r], kx, ky, bias);
                  const Mask<T> kept = kept_and_visible(pair[r].kept(p), visible);
                  if constexpr (kLeavesOutDropped<Pair>) {
-                   cx[r] = add_kept(visible, kept, p, kx, cx[r]);
-                   cy[r] = add_kept(visible, kept, p, ky, cy[r]);
-                   strength[r] = add_where(kept, p, strength[r]);
+                   const V w = pair[r].weight(p);
+                   cx[r] = add_kept(visible, kept, w, kx, cx[r]);
+                   cy[r] = add_kept(visible, kept, w, ky, cy[r]);
+                   strength[r] = add_where(kept, w, strength[r]);
                  } else {
                    const V w = pair[r].weight(p, kept);
                    cx[r] = add_visible(visible, w, kx, cx[r]);
@@ -286,10 +298,10 @@ void backward_rows_keys(const Sequence<T>& s, int64_t first, int64_t last,
       gs[r] = load(s.grad_strength + start);
       pair[r] = MakePair<Pair, T>::make(s, load(s.limit + start));
     });
-    Total<T> totals[2][kVectors];
+    Total<T> totals[3][kVectors];
     for (int64_t tile = 0; tile < group.highest(); tile += kTile) {
-      V ax[kVectors], ay[kVectors];
-      each_vector([&](auto r) QFLUX_INLINE_LAMBDA { ax[r] = ay[r] = V(T(0)); });
+      V ax[kVectors], ay[kVectors], al[kVectors];
+      each_vector([&](auto r) QFLUX_INLINE_LAMBDA { ax[r] = ay[r] = al[r] = V(T(0)); });
       each_key(group, tile, tile + kTile,
                [&](auto r, int64_t j, const Mask<T>* visible) QFLUX_INLINE_LAMBDA {
                  const V kx(s.key_x[j]), ky(s.key_y[j]);
@@ -298,14 +310,17 @@ void backward_rows_keys(const Sequence<T>& s, int64_t first, int64_t last,
                  const V d = pair[r].derivative(p, inner_product(gx[r], gy[r], kx, ky, gs[r]));
                  ax[r] = add_kept(visible, kept, d, kx, ax[r]);
                  ay[r] = add_kept(visible, kept, d, ky, ay[r]);
+                 if constexpr (kLimitHasGradient<Pair>) al[r] = add_where(kept, d, al[r]);
                });
       each_vector([&](auto r) QFLUX_INLINE_LAMBDA {
         totals[0][r].add(ax[r]);
         totals[1][r].add(ay[r]);
+        if constexpr (kLimitHasGradient<Pair>) totals[2][r].add(al[r]);
       });
     }
     take(group, first, totals[0], 0, 2, out.point);
     take(group, first, totals[1], 1, 2, out.point);
+    if constexpr (kLimitHasGradient<Pair>) take_limit(group, first, totals[2], out.limit);
   }
 }
 
@@ -488,15 +503,15 @@ void backward_rows_values(const Sequence<T>& s, int64_t first, int64_t last,
       gs[r] = load(s.grad_strength + group.start(r));
       pair[r] = MakePair<Pair, T>::make(s, load(s.limit + group.start(r)));
     });
-    Total<T> totals[2][kVectors];
+    Total<T> totals[3][kVectors];
     for (int64_t tile = 0; tile < group.highest(); tile += kTile) {
       const auto each = [&](const auto& body)
                             QFLUX_INLINE_LAMBDA { each_key(group, tile, tile + kTile, body); };
       dot_columns<T>(
           each, tile, group, s.grad, s.row_stride, s.values, s.value_stride, s.depth,
           [&](int r, int64_t) QFLUX_INLINE_LAMBDA { return gs[r]; }, upstream);
-      V ax[kVectors], ay[kVectors];
-      each_vector([&](auto r) QFLUX_INLINE_LAMBDA { ax[r] = ay[r] = V(T(0)); });
+      V ax[kVectors], ay[kVectors], al[kVectors];
+      each_vector([&](auto r) QFLUX_INLINE_LAMBDA { ax[r] = ay[r] = al[r] = V(T(0)); });
       each([&](auto r, int64_t j, const Mask<T>* visible) QFLUX_INLINE_LAMBDA {
         const V kx(s.key_x[j]), ky(s.key_y[j]);
         const V p = inner_product(qx[r], qy[r], kx, ky, bias);
@@ -504,14 +519,17 @@ void backward_rows_values(const Sequence<T>& s, int64_t first, int64_t last,
         const V d = pair[r].derivative(p, load(upstream[j - tile][r]));
         ax[r] = select(kept, multiply_add(d, kx, ax[r]), ax[r]);
         ay[r] = select(kept, multiply_add(d, ky, ay[r]), ay[r]);
+        if constexpr (kLimitHasGradient<Pair>) al[r] = add_where(kept, d, al[r]);
       });
       each_vector([&](auto r) QFLUX_INLINE_LAMBDA {
         totals[0][r].add(ax[r]);
         totals[1][r].add(ay[r]);
+        if constexpr (kLimitHasGradient<Pair>) totals[2][r].add(al[r]);
       });
     }
     take(group, first, totals[0], 0, 2, out.point);
     take(group, first, totals[1], 1, 2, out.point);
+    if constexpr (kLimitHasGradient<Pair>) take_limit(group, first, totals[2], out.limit);
   }
 }
 
@@ -582,22 +600,30 @@ struct OfScore {
   }
 };
 
+// The pairs of a score, by name: pass(OfScore<...>).
+template <class T, class Pass>
+void with_pairs(Score score, const Pass& pass) {
+  switch (score) {
+    case Score::kThreshold:
+      return pass(OfScore<T, ThresholdPair>());
+    case Score::kExcess:
+      return pass(OfScore<T, ExcessPair>());
+    case Score::kInverseGate:
+      return pass(OfScore<T, GatePair>());
+  }
+}
+
 template <class T>
 void forward(const Sequence<T>& s, int64_t first, int64_t last, const ForwardBlock<T>& out) {
-  return s.score == Score::kThreshold ? OfScore<T, ThresholdPair>::forward(s, first, last, out)
-                                      : OfScore<T, GatePair>::forward(s, first, last, out);
+  with_pairs<T>(s.score, [&](auto pairs) { pairs.forward(s, first, last, out); });
 }
 template <class T>
 void backward_rows(const Sequence<T>& s, int64_t first, int64_t last, const BackwardBlock<T>& out) {
-  return s.score == Score::kThreshold
-             ? OfScore<T, ThresholdPair>::backward_rows(s, first, last, out)
-             : OfScore<T, GatePair>::backward_rows(s, first, last, out);
+  with_pairs<T>(s.score, [&](auto pairs) { pairs.backward_rows(s, first, last, out); });
 }
 template <class T>
 void backward_keys(const Sequence<T>& s, int64_t first, int64_t last, const BackwardBlock<T>& out) {
-  return s.score == Score::kThreshold
-             ? OfScore<T, ThresholdPair>::backward_keys(s, first, last, out)
-             : OfScore<T, GatePair>::backward_keys(s, first, last, out);
+  with_pairs<T>(s.score, [&](auto pairs) { pairs.backward_keys(s, first, last, out); });
 }
 
 template <class T>

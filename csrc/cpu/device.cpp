@@ -69,7 +69,7 @@ constexpr int64_t kSweepFrom = 2048, kCausalSweepFrom = 8192;
 
 template <class T>
 bool chooses_sweep(const PairParams<T>& p) {
-  if (p.score != Score::kThreshold || p.algorithm == Algorithm::kDense) return false;
+  if (!has_threshold(p.score) || p.algorithm == Algorithm::kDense) return false;
   if (p.rows > std::numeric_limits<int32_t>::max() || p.keys > std::numeric_limits<int32_t>::max())
     return false;
   return p.algorithm == Algorithm::kSweep ||
@@ -189,8 +189,8 @@ class Staging {
     T *x = row_plane(b, 0), *y = row_plane(b, 1);
     for (int64_t i = first; i < last; ++i) {
       const Point<T> state = load_point(p.states, b, i);
-      const Point<T> q = p.score == Score::kThreshold ? ThresholdPair<T>::query(state, T(0))
-                                                      : GatePair<T>::query(state, p.coefficient[b]);
+      const Point<T> q = has_threshold(p.score) ? ThresholdPair<T>::query(state, T(0))
+                                                : GatePair<T>::query(state, p.coefficient[b]);
       x[i] = q.x;
       y[i] = q.y;
     }
@@ -263,7 +263,7 @@ template <class T>
 void stage_forward(const Staging<T>& staging) {
   const PairParams<T>& p = staging.p;
   const int64_t key_tiles = blocks(p.keys, kMomentsTile), row_tiles = blocks(p.rows, kMomentsTile);
-  const bool statistics = p.score == Score::kThreshold;
+  const bool statistics = has_threshold(p.score);
   const int64_t grain = grain_for(kMomentsTile * 16);
   // before[b][tile]: moments of the keys in front of a tile.
   const std::unique_ptr<Moments[]> before(
@@ -355,11 +355,12 @@ void write_row(const InteractParams<T>& params, int64_t b, int64_t i, T tau, con
   params.threshold.at(b, i) = tau;
 }
 
-// The gradient of row i's query, pulled back to its state.
+// The gradients of row i's query, pulled back to its state, and of its threshold.
 template <class T>
 void write_row_gradient(const InteractBackwardParams<T>& params, int64_t b, int64_t i,
-                        Point<T> grad) {
+                        Point<T> grad, T grad_limit) {
   const PairParams<T>& p = params.pair;
+  if (params.grad_threshold) params.grad_threshold.at(b, i) = grad_limit;
   const bool gate = p.score == Score::kInverseGate;
   if (params.grad_alpha)
     params.grad_alpha.at(b, i) +=
@@ -413,12 +414,12 @@ void backward_row_block(const InteractBackwardParams<T>& params, const Staging<T
                         int64_t b, int64_t block) {
   const Sequence<T> sequence = staging.sequence(b);
   const Owners rows(block, params.pair.rows, sequence.visibility.row_end);
-  T point[2 * kBlock] = {};
+  T point[2 * kBlock] = {}, limit[kBlock] = {};
   if (rows.first < rows.last)
-    kernels<T>().backward_rows(sequence, rows.first, rows.last, {point, nullptr});
+    kernels<T>().backward_rows(sequence, rows.first, rows.last, {point, nullptr, limit});
   for (int64_t i = rows.first; i < rows.end; ++i) {
     const int64_t n = i - rows.first;
-    write_row_gradient(params, b, i, {point[2 * n], point[2 * n + 1]});
+    write_row_gradient(params, b, i, {point[2 * n], point[2 * n + 1]}, limit[n]);
   }
 }
 
@@ -479,16 +480,18 @@ bool swept_backward(const InteractBackwardParams<T>& params, const Staging<T>& s
   const int64_t depth = staging.depth;
   std::vector<double> query(need_rows ? 2 * p.rows : 0, 0.0), key(need_keys ? 2 * p.keys : 0, 0.0);
   std::vector<double> values(need_keys && p.values ? p.keys * depth : 0, 0.0);
-  if (!sweep_backward(
-          kernels<T>(), loops<T>(), staging.sequence(b),
-          {need_rows ? query.data() : nullptr, need_keys ? key.data() : nullptr, values.data()}))
+  std::vector<double> limit(need_rows ? p.rows : 0, 0.0);
+  if (!sweep_backward(kernels<T>(), loops<T>(), staging.sequence(b),
+                      {need_rows ? query.data() : nullptr, need_keys ? key.data() : nullptr,
+                       values.data(), limit.data()}))
     return false;
   if (need_rows)
     for_each_block(1, blocks(p.rows, kMomentsTile), false, 1, [&](int64_t, int64_t tile) {
       const auto [first, last] = tile_range(tile, p.rows);
       for (int64_t i = first; i < last; ++i)
         write_row_gradient(params, b, i,
-                           {static_cast<T>(query[2 * i]), static_cast<T>(query[2 * i + 1])});
+                           {static_cast<T>(query[2 * i]), static_cast<T>(query[2 * i + 1])},
+                           static_cast<T>(limit[i]));
     });
   if (need_keys)
     for_each_block(1, blocks(p.keys, kMomentsTile), false, 1, [&](int64_t, int64_t tile) {
@@ -499,7 +502,68 @@ bool swept_backward(const InteractBackwardParams<T>& params, const Staging<T>& s
   return true;
 }
 
+template <class T>
+void add_point(const View<T>& view, int64_t b, int64_t i, double x, double y) {
+  view.at(b, i, 0) += static_cast<T>(x);
+  view.at(b, i, 1) += static_cast<T>(y);
+}
+
+// One pass over the rows, whose windows grow, and one back over the keys, each of which is in the
+// windows of all rows from some row on.
+template <class T>
+void threshold_backward(const ThresholdBackwardParams<T>& params, int64_t b) {
+  const PairParams<T>& p = params.pair;
+  const Visibility visibility = p.visibility(b);
+  const int64_t rows = visibility.row_end, keys = visibility.key_end;
+  const bool whole = p.row_window || !p.causal;
+  if (rows == 0 || keys == 0) return;
+  const Point<T> first = load_point(p.key_points, b, 0);
+  const Point<double> shift{first.x, first.y};
+  const auto relative = [&](int64_t j) {
+    const Point<T> key = load_point(p.key_points, b, j);
+    return Point<double>{key.x - shift.x, key.y - shift.y};
+  };
+  Moments window;
+  int64_t n = 0;
+  const auto extend = [&](int64_t end) {
+    for (; n < end; ++n) {
+      const Point<double> d = relative(n);
+      window.add({1, d.x, d.y, d.x * d.x, d.x * d.y, d.y * d.y});
+    }
+  };
+  if (whole) extend(keys);
+  const std::unique_ptr<Moments[]> shares(new Moments[whole ? 1 : static_cast<size_t>(rows)]);
+  double sigma = 0;
+  for (int64_t i = 0; i < rows; ++i) {
+    const int64_t visible = visibility.visible_keys(i);
+    if (visible == 0) continue;
+    if (!whole) extend(visible);
+    const Point<T> x = load_point(p.states, b, i);
+    const ThresholdGradient of =
+        threshold_vjp(Point<double>{double(x.x), double(x.y)}, window, shift, p.coefficient[b],
+                      p.eps, params.grad_threshold.at(b, i));
+    add_point(params.grad_states, b, i, of.x.x, of.x.y);
+    shares[whole ? 0 : i].add(of.sums);
+    sigma += of.sigma;
+  }
+  params.grad_sigma[b] = static_cast<T>(sigma);
+  Moments sums = whole ? shares[0] : Moments{};
+  int64_t row = rows;
+  for (int64_t j = keys - 1; j >= 0; --j) {
+    while (!whole && row > 0 && visibility.visible_keys(row - 1) > j) sums.add(shares[--row]);
+    const Point<double> d = relative(j);
+    add_point(params.grad_keys, b, j, sums.x + 2 * sums.xx * d.x + sums.xy * d.y,
+              sums.y + sums.xy * d.x + 2 * sums.yy * d.y);
+  }
+}
+
 }  // namespace
+
+template <class T>
+void Device::threshold_backward(const ThresholdBackwardParams<T>& params) {
+  for_each_block(params.pair.batch, 1, false, 1,
+                 [&](int64_t b, int64_t) { cpu::threshold_backward(params, b); });
+}
 
 template <class T>
 void Device::interact(const InteractParams<T>& params) {
@@ -549,5 +613,7 @@ template void Device::interact(const InteractParams<float>&);
 template void Device::interact(const InteractParams<double>&);
 template void Device::interact_backward(const InteractBackwardParams<float>&);
 template void Device::interact_backward(const InteractBackwardParams<double>&);
+template void Device::threshold_backward(const ThresholdBackwardParams<float>&);
+template void Device::threshold_backward(const ThresholdBackwardParams<double>&);
 
 }  // namespace qflux::cpu

@@ -16,6 +16,8 @@ class Device {
   void interact(const InteractParams<T>& params);
   template <class T>
   void interact_backward(const InteractBackwardParams<T>& params);
+  template <class T>
+  void threshold_backward(const ThresholdBackwardParams<T>& params);
 
   template <class Rule>
   void for_each_token(int64_t batch, int64_t rows, const Rule& rule) {

@@ -214,6 +214,10 @@ class Sweep {
     if (rows_ && rows_->work) __atomic_fetch_add(&rows_->work[which], pairs, __ATOMIC_RELAXED);
   }
   bool backward() const { return gradients_ != nullptr; }
+  // A weight is q . k + this.
+  double bias_of(T limit) const {
+    return ThresholdPair<double>::kBias - (s_.score == Score::kExcess ? double(limit) : 0.0);
+  }
   int64_t row_at(int64_t position) const {
     return std::max<int64_t>(position - s_.visibility.shift, 0);
   }
@@ -281,7 +285,7 @@ class Sweep {
   struct RowBlock {
     const Sweep& sweep;
     std::unique_ptr<double[]> context;  // [kBlock][depth]
-    double strength[kBlock], point[kBlock][2];
+    double strength[kBlock], point[kBlock][2], limit[kBlock];
     int32_t degree[kBlock];
     std::unique_ptr<T[]> met_context;
 
@@ -296,6 +300,7 @@ class Sweep {
       std::fill_n(context.get(), kBlock * sweep.depth_, 0.0);
       std::fill_n(strength, kBlock, 0.0);
       std::fill_n(&point[0][0], 2 * kBlock, 0.0);
+      std::fill_n(limit, kBlock, 0.0);
       std::fill_n(degree, kBlock, 0);
     }
 
@@ -304,10 +309,10 @@ class Sweep {
       const int64_t count = last - first, depth = sweep.depth_;
       if (sweep.backward()) {
         if (!sweep.gradients_->query) return;
-        T met[2 * kBlock];
-        sweep.kernels_.backward_rows(s, first, last, {met, nullptr});
+        T met[2 * kBlock], met_limit[kBlock] = {};
+        sweep.kernels_.backward_rows(s, first, last, {met, nullptr, met_limit});
         for (int64_t n = 0; n < count; ++n)
-          point[n][0] += met[2 * n], point[n][1] += met[2 * n + 1];
+          point[n][0] += met[2 * n], point[n][1] += met[2 * n + 1], limit[n] += met_limit[n];
         return;
       }
       T met_strength[kBlock];
@@ -326,6 +331,7 @@ class Sweep {
           if (!sweep.gradients_->query) continue;
           sweep.gradients_->query[2 * row] += point[n][0];
           sweep.gradients_->query[2 * row + 1] += point[n][1];
+          sweep.gradients_->limit[row] += limit[n];
           continue;
         }
         for (int64_t c = 0; c < depth; ++c)
@@ -712,30 +718,33 @@ class Sweep {
       const double qx = set.plane(0)[first + n], qy = set.plane(1)[first + n];
       if (backward()) {
         const auto grad = [&](int64_t c) { return double(set.plane(3 + c)[first + n]); };
-        double x = 0, y = 0;
+        double x = 0, y = 0, upstream = 0;
         if (!s_.values) {
           x = grad(0) * m[3] + grad(1) * m[4] + grad(2) * m[1];
           y = grad(0) * m[4] + grad(1) * m[5] + grad(2) * m[2];
+          upstream = grad(0) * m[1] + grad(1) * m[2] + grad(2) * m[0];
         } else {
           for (int64_t c = 0; c <= depth_; ++c) {
             x += grad(c) * m[3 * c + 1];
             y += grad(c) * m[3 * c + 2];
+            upstream += grad(c) * m[3 * c];
           }
         }
         results.point[n][0] += x;
         results.point[n][1] += y;
+        if (s_.score == Score::kExcess) results.limit[n] -= upstream;
         continue;
       }
-      constexpr double kBias = ThresholdPair<double>::kBias;
+      const double bias = bias_of(set.plane(2)[first + n]);
       if (!s_.values) {
-        results.context[2 * n] += kBias * m[1] + qx * m[3] + qy * m[4];
-        results.context[2 * n + 1] += kBias * m[2] + qx * m[4] + qy * m[5];
-        results.strength[n] += kBias * m[0] + qx * m[1] + qy * m[2];
+        results.context[2 * n] += bias * m[1] + qx * m[3] + qy * m[4];
+        results.context[2 * n + 1] += bias * m[2] + qx * m[4] + qy * m[5];
+        results.strength[n] += bias * m[0] + qx * m[1] + qy * m[2];
         results.degree[n] += static_cast<int32_t>(m[0]);
         continue;
       }
       const auto sum = [&](int64_t c) {
-        return kBias * m[3 * c] + qx * m[3 * c + 1] + qy * m[3 * c + 2];
+        return bias * m[3 * c] + qx * m[3 * c + 1] + qy * m[3 * c + 2];
       };
       for (int64_t c = 0; c < depth_; ++c) results.context[n * depth_ + c] += sum(c);
       results.strength[n] += sum(depth_);
@@ -743,20 +752,20 @@ class Sweep {
     }
   }
 
-  // The vectors that keys sum over rows, the mirror image of key_vectors: (g, q g) for each column,
+  // The vectors that keys sum over rows, the mirror image of key_vectors: (bias g, q g) for each column,
   // or with values that are the keys what their two gradients need together.
   void row_vectors(const RowSet<T>& set, int64_t first, int64_t last, double* vectors) const {
     for (int64_t n = first; n < last; ++n, vectors += width_) {
       const double qx = set.plane(0)[n], qy = set.plane(1)[n];
+      const double bias = bias_of(set.plane(2)[n]);
       const auto grad = [&](int64_t c) { return double(set.plane(3 + c)[n]); };
-      constexpr double kBias = ThresholdPair<double>::kBias;
       if (!s_.values) {
         const double gx = grad(0), gy = grad(1), gs = grad(2);
         const double numbers[8] = {2 * qx * gx,
                                    qx * gy + qy * gx,
                                    2 * qy * gy,
-                                   gs * qx + kBias * gx,
-                                   gs * qy + kBias * gy,
+                                   gs * qx + bias * gx,
+                                   gs * qy + bias * gy,
                                    0,
                                    0,
                                    0};
@@ -765,7 +774,7 @@ class Sweep {
       }
       double* at = vectors;
       for (int64_t c = 0; c <= depth_; ++c, at += 3) {
-        at[0] = grad(c);
+        at[0] = grad(c) * bias;
         at[1] = grad(c) * qx;
         at[2] = grad(c) * qy;
       }
@@ -824,7 +833,7 @@ class Sweep {
         y += v * m[3 * c + 2];
         if (c < depth_)
           gradients_->values[key * depth_ + c] +=
-              ThresholdPair<double>::kBias * m[3 * c] + kx * m[3 * c + 1] + ky * m[3 * c + 2];
+              m[3 * c] + kx * m[3 * c + 1] + ky * m[3 * c + 2];
       }
     }
     gradients_->key[2 * key] += x;

@@ -61,7 +61,7 @@ struct RowPass : Backward<T, Kind, kOwnValues> {
   using Pair = Kind<T>;
   using Params = InteractBackwardParams<T>;
   using Sizes = TileTraits<T, kOwnValues, kOwnValues ? 2 + Base::kColumns : 2>;
-  static constexpr int kColumnSums = 0, kSums = 2;
+  static constexpr int kColumnSums = 0, kSums = kLimitHasGradient<Pair> ? 3 : 2;
   using Base::b, Base::kColumns, Base::pair, Base::params, Base::visibility;
 
   struct Owner {
@@ -102,12 +102,15 @@ struct RowPass : Backward<T, Kind, kOwnValues> {
     const T grad = scored.derivative(p, grad_weight);
     sums[0] = multiply_add(grad, record[0], sums[0]);
     sums[1] = multiply_add(grad, record[1], sums[1]);
+    if constexpr (kLimitHasGradient<Pair>) sums[2] += grad;
   }
   __device__ __forceinline__ void store(int row, int /*column*/, bool last,
                                         const T (&sums)[kSums]) const {
     if (!last) return;
     const bool inside = row < visibility().row_end;
     const Point<T> grad{inside ? sums[0] : T(0), inside ? sums[1] : T(0)};
+    if constexpr (kLimitHasGradient<Pair>)
+      if (params.grad_threshold) params.grad_threshold.at(b, row) = inside ? -sums[2] : T(0);
     if constexpr (!kHasThreshold<Pair>) {
       if (params.grad_alpha && inside)
         params.grad_alpha.at(b, row) +=

@@ -25,6 +25,9 @@ const char* run(const InteractBackwardParams<T>& params, void* stream) {
   if (pair.score == Score::kInverseGate)
     return pair.values ? launch_passes<T, GatePair, true>(params, stream)
                        : launch_passes<T, GatePair, false>(params, stream);
+  if (pair.score == Score::kExcess)
+    return pair.values ? launch_passes<T, ExcessPair, true>(params, stream)
+                       : launch_passes<T, ExcessPair, false>(params, stream);
   return pair.values ? launch_passes<T, ThresholdPair, true>(params, stream)
                      : launch_passes<T, ThresholdPair, false>(params, stream);
 }

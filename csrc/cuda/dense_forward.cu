@@ -20,6 +20,9 @@ const char* run(const InteractParams<T>& params, void* stream) {
     return pair.values ? launch_forward<Forward<T, GatePair, true, true>>(params, stream)
                        : launch_forward<Forward<T, GatePair, false, true>>(params, stream);
   if (const char* error = thresholds(pair, params.threshold, stream)) return error;
+  if (pair.score == Score::kExcess)
+    return pair.values ? launch_forward<Forward<T, ExcessPair, true, true>>(params, stream)
+                       : launch_forward<Forward<T, ExcessPair, false, true>>(params, stream);
   if (pair.values) return launch_forward<Forward<T, ThresholdPair, true, true>>(params, stream);
   return params.strength || params.degree
              ? launch_forward<Forward<T, ThresholdPair, false, true>>(params, stream)

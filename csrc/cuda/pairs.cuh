@@ -16,6 +16,11 @@ struct PairOf<ThresholdPair<T>> {
   __device__ __forceinline__ ThresholdPair<T> operator()(T limit) const { return {limit}; }
 };
 template <class T>
+struct PairOf<ExcessPair<T>> {
+  __device__ __forceinline__ PairOf(const PairParams<T>&, int64_t) {}
+  __device__ __forceinline__ ExcessPair<T> operator()(T limit) const { return {{limit}}; }
+};
+template <class T>
 struct PairOf<GatePair<T>> {
   T eps, min_gate;
 
@@ -23,11 +28,6 @@ struct PairOf<GatePair<T>> {
       : eps(static_cast<T>(p.eps)), min_gate(p.min_gate[b]) {}
   __device__ __forceinline__ GatePair<T> operator()(T) const { return {eps, min_gate}; }
 };
-
-template <class Pair>
-constexpr bool kHasThreshold = false;
-template <class T>
-constexpr bool kHasThreshold<ThresholdPair<T>> = true;
 
 // A gate's division is work enough for one iteration; unrolled, its registers would spill.
 template <class Pair, class Sizes>

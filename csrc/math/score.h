@@ -1,6 +1,6 @@
-// The two pair scores, each weight beside its derivative (SPEC 2).
+// The pair scores, each weight beside its derivative (SPEC 2).
 //
-// Both are functions of one inner product: with a query q made from the row's state,
+// All are functions of one inner product: with a query q made from the row's state,
 //   p_ij = q_i . k_j + bias,   w_ij = weight(p_ij) where kept, else 0.
 // `V` is float, double or a vector of either; a comparison with NaN never drops a pair.
 #pragma once
@@ -38,6 +38,29 @@ struct ThresholdPair {
   }
   QFLUX_INLINE V derivative(V /*p*/, V grad) const { return grad; }
 };
+
+// w = p - limit if p >= limit else 0: continuous, so that the limit has a gradient too,
+//   dw / dlimit = -1 where kept.
+template <class V>
+struct ExcessPair : ThresholdPair<V> {
+  QFLUX_INLINE V weight(V p) const { return p - this->limit; }
+  template <class M>
+  QFLUX_INLINE V weight(V p, M kept) const {
+    return select(kept, p - this->limit, V(0));
+  }
+};
+
+// Whether a row's limit is tau, and whether its gradient is wanted.
+template <class Pair>
+constexpr bool kHasThreshold = false;
+template <class V>
+constexpr bool kHasThreshold<ThresholdPair<V>> = true;
+template <class V>
+constexpr bool kHasThreshold<ExcessPair<V>> = true;
+template <class Pair>
+constexpr bool kLimitHasGradient = false;
+template <class V>
+constexpr bool kLimitHasGradient<ExcessPair<V>> = true;
 
 // w = p / (eps + |p|) if 1 / (eps + |p|) > min_gate else 0, with p = x_i . x_j + alpha (x_i ^ x_j)
 // and the wedge y_i x_j - x_i y_j = r_i r_j sin(th_i - th_j).

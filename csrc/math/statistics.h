@@ -44,4 +44,35 @@ QFLUX_INLINE double threshold(Point<double> x, const Moments& window, Point<doub
   return mean + sigma * square_root(variance + eps) + undefined;
 }
 
+// What tau owes to its row, to the sums over its window and to sigma, for a gradient `grad` of tau.
+// With the window's mean m and covariance C = M - m m', v = x' C x / 4 and sd = sqrt(v + eps):
+//   d tau / dx = (shift + m) / 2 + sigma C x / (4 sd),  d tau / d sigma = sd,
+//   d tau / dM = sigma x x' / (8 sd),  d tau / dm = x / 2 - sigma (x . m) x / (4 sd).
+struct ThresholdGradient {
+  Point<double> x;
+  Moments sums;  // `count` has none
+  double sigma;
+};
+
+QFLUX_INLINE ThresholdGradient threshold_vjp(Point<double> x, const Moments& window,
+                                             Point<double> shift, double sigma, double eps,
+                                             double grad) {
+  const double scale = 1 / window.count;
+  const double mx = window.x * scale, my = window.y * scale;
+  const double cxx = window.xx * scale - mx * mx;
+  const double cxy = window.xy * scale - mx * my;
+  const double cyy = window.yy * scale - my * my;
+  const double ux = cxx * x.x + cxy * x.y, uy = cxy * x.x + cyy * x.y;
+  const double variance = (x.x * ux + x.y * uy) / 4;
+  // Where nothing deviates, or rounding says less than nothing, the deviation has no gradient.
+  const bool deviates = variance > 0;
+  const double sd = square_root((deviates ? variance : 0.0) + eps);
+  const double half = grad / 2, slope = deviates ? half * sigma / (2 * sd) : 0.0;
+  const double of_mean = (half - slope * (x.x * mx + x.y * my)) * scale, part = slope * scale / 2;
+  return {{half * (shift.x + mx) + slope * ux, half * (shift.y + my) + slope * uy},
+          {0, of_mean * x.x, of_mean * x.y, part * x.x * x.x, 2 * part * x.x * x.y,
+           part * x.y * x.y},
+          grad * sd};
+}
+
 }  // namespace qflux

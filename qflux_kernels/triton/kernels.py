@@ -85,7 +85,7 @@ def _visible(row, key, row_end, key_end, shift, CAUSAL: tl.constexpr):
 
 
 @triton.jit
-def _weigh(p, limit, visible, eps: tl.constexpr, GATE: tl.constexpr):
+def _weigh(p, limit, visible, eps: tl.constexpr, GATE: tl.constexpr, EXCESS: tl.constexpr):
     """Weight and decision of visible pairs; a comparison with NaN never drops one."""
     if GATE:
         gate = 1.0 / (eps + tl.abs(p))
@@ -95,6 +95,8 @@ def _weigh(p, limit, visible, eps: tl.constexpr, GATE: tl.constexpr):
     else:
         kept = visible & ~(p < limit)
         weight = p
+        if EXCESS:
+            weight = p - limit
     return tl.where(kept, weight, 0.0), kept
 
 
@@ -223,6 +225,7 @@ def gather_values(
     depth,
     eps: tl.constexpr,
     GATE: tl.constexpr,
+    EXCESS: tl.constexpr,
     CAUSAL: tl.constexpr,
     BY_KEY: tl.constexpr,
     ALONE: tl.constexpr,  # by row, and the values are the keys
@@ -293,7 +296,7 @@ def gather_values(
                 kx, ky = _load_points(keys, other[None, :], here[None, :])
                 visible = _visible(owner[:, None], other[None, :], row_end, key_end, shift, CAUSAL)
             p = _inner_product(qx, qy, kx, ky, GATE)
-            weight, kept = _weigh(p, bound, visible, eps, GATE)
+            weight, kept = _weigh(p, bound, visible, eps, GATE, EXCESS)
             # A zero weight would not keep out a value that is not finite. A dropped value must
             # show all the same; a gradient only reaches what was kept.
             counted = kept if BY_KEY else visible
@@ -352,12 +355,14 @@ def gather_points(
     grad_strength,  # (batch, rows), reduction applied, or None
     lengths,  # (batch,) int32 or None
     out,  # (batch, owners, 2)
+    limit_out,  # (batch, rows): gradient of the threshold, by row; or None
     batch,
     rows,
     num_keys,
     depth,
     eps: tl.constexpr,
     GATE: tl.constexpr,
+    EXCESS: tl.constexpr,
     CAUSAL: tl.constexpr,
     BY_KEY: tl.constexpr,
     ALONE: tl.constexpr,  # the values are the keys: by key, their gradient is added
@@ -385,12 +390,15 @@ def gather_points(
     total_y = tl.zeros([OWNERS], dtype)
     error_x = tl.zeros([OWNERS], dtype)
     error_y = tl.zeros([OWNERS], dtype)
+    total_limit = tl.zeros([OWNERS], dtype)
+    error_limit = tl.zeros([OWNERS], dtype)
 
     begin, end = _met(first, row_end, key_end, shift, CAUSAL, BY_KEY, OWNERS)
     chunk = begin
     while chunk < end:
         part_x = tl.zeros([OWNERS, OTHERS], dtype)
         part_y = tl.zeros([OWNERS, OTHERS], dtype)
+        part_limit = tl.zeros([OWNERS, OTHERS], dtype)
         start = chunk
         while start < tl.minimum(chunk + CHUNK, end):
             other = start + tl.arange(0, OTHERS)
@@ -405,7 +413,7 @@ def gather_points(
             bound = tl.load(limit + row, mask=row_here, other=0.0)
             visible = _visible(row, key, row_end, key_end, shift, CAUSAL)
             p = _inner_product(qx, qy, kx, ky, GATE)
-            weight, kept = _weigh(p, bound, visible, eps, GATE)
+            weight, kept = _weigh(p, bound, visible, eps, GATE, EXCESS)
 
             grad = tl.zeros([OWNERS, OTHERS], dtype)
             if grad_strength is not None:
@@ -438,11 +446,17 @@ def gather_points(
             else:
                 part_x = tl.fma(grad, tl.where(kept, kx, 0.0), part_x)
                 part_y = tl.fma(grad, tl.where(kept, ky, 0.0), part_y)
+                if limit_out is not None:
+                    part_limit -= grad
             start += OTHERS
         total_x, error_x = _add(total_x, error_x, tl.sum(part_x, 1))
         total_y, error_y = _add(total_y, error_y, tl.sum(part_y, 1))
+        if limit_out is not None:
+            total_limit, error_limit = _add(total_limit, error_limit, tl.sum(part_limit, 1))
 
         chunk += CHUNK
     place = (b * owners + owner) * 2
     tl.store(out + place, _settled(total_x, error_x), mask=inside)
     tl.store(out + place + 1, _settled(total_y, error_y), mask=inside)
+    if limit_out is not None:
+        tl.store(limit_out + b * rows + owner, _settled(total_limit, error_limit), mask=inside)

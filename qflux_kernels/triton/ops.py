@@ -32,7 +32,8 @@ _SCHEMAS = {
     "-> (Tensor context, Tensor strength, Tensor degree, Tensor threshold)",
     "interact_backward": "(Tensor grad_context, Tensor grad_strength, Tensor threshold, "
     f"Tensor states, Tensor? keys, Tensor? values, {_PAIR}, bool need_rows, bool need_keys) "
-    "-> (Tensor grad_states, Tensor grad_keys, Tensor grad_values, Tensor grad_coefficient)",
+    "-> (Tensor grad_states, Tensor grad_keys, Tensor grad_values, Tensor grad_coefficient, "
+    "Tensor grad_threshold)",
     "evolve": "(Tensor states, Tensor? dt, float dt_value, Tensor? skip, float skip_value, "
     f"{_PAIR}, {_STEP}, bool save) "
     "-> (Tensor result, Tensor strength, Tensor degree, Tensor tape)",
@@ -72,7 +73,8 @@ class _Pairs:
         self.coefficient = per_sequence(coefficient, coefficient_value)
         self.min_gate = per_sequence(min_gate, min_gate_value)
         self.lengths = lengths
-        self.gate = score == 1
+        self.gate = autograd.SCORES[score] == "inverse_gate"
+        self.excess = autograd.SCORES[score] == "excess"
         self.eps = eps
         self.row_window = row_window
         self.causal = causal
@@ -119,7 +121,9 @@ class _Pairs:
         return 1 / self.visible(states, keys).clamp(min=1).to(states.dtype)
 
     def constants(self) -> dict[str, object]:
-        return {"eps": self.eps, "GATE": self.gate, "CAUSAL": self.causal}
+        return {
+            "eps": self.eps, "GATE": self.gate, "EXCESS": self.excess, "CAUSAL": self.causal,
+        }  # fmt: skip
 
 
 def _turned(points: torch.Tensor) -> torch.Tensor:
@@ -222,6 +226,7 @@ class _Backward(NamedTuple):
     keys: torch.Tensor | None
     values: torch.Tensor | None
     alpha: torch.Tensor  # (B,)
+    threshold: torch.Tensor  # (B, S); of the excess, else zero
 
 
 def _backward(
@@ -233,6 +238,7 @@ def _backward(
     batch, rows, _ = states.shape
     points = states if keys is None else keys
     grad_states, grad_alpha = states.new_zeros(states.shape), states.new_zeros(batch)
+    grad_threshold = torch.zeros_like(threshold)
     grad_points = points.new_zeros(points.shape)
     grad_values = None if values is None else values.new_zeros(values.shape)
     if states.numel() and points.numel():
@@ -252,7 +258,8 @@ def _backward(
                 "gather_points", batch * _blocks(like.shape[1], kernels.TILE), like.device,
                 query, points, pairs.limit(threshold),
                 points if values is None else values.contiguous(), grad_context, grad_strength,
-                ends, out, batch, rows, points.shape[1], grad_context.shape[2],
+                ends, out, None if by_key or not pairs.excess else grad_threshold,
+                batch, rows, points.shape[1], grad_context.shape[2],
                 BY_KEY=by_key, ALONE=values is None, OWNERS=kernels.TILE,
                 OTHERS=kernels.TILE, CHUNK=kernels.CHUNK, **pairs.constants(),
             )  # fmt: skip
@@ -274,8 +281,8 @@ def _backward(
                     grad_values, None, None, by_key=True,
                 )  # fmt: skip
     if keys is None:
-        return _Backward(grad_states + grad_points, None, grad_values, grad_alpha)
-    return _Backward(grad_states, grad_points, grad_values, grad_alpha)
+        return _Backward(grad_states + grad_points, None, grad_values, grad_alpha, grad_threshold)
+    return _Backward(grad_states, grad_points, grad_values, grad_alpha, grad_threshold)
 
 
 def _interact(states, keys, values, *pair):
@@ -287,20 +294,21 @@ def _interact_backward(
     grad_context, grad_strength, threshold, states, keys, values, coefficient, *rest
 ):
     *pair, need_rows, need_keys = rest
+    pairs = _Pairs(states, coefficient, *pair)
     _check_points(states, keys, values)
     (batch, rows, _), depth = states.shape, 2 if values is None else values.shape[2]
     _check("grad_context", grad_context, states, batch, rows, depth)
     _check("grad_strength", grad_strength, states, batch, rows)
     _check("threshold", threshold, states, batch, rows)
     grads = _backward(
-        _Pairs(states, coefficient, *pair), grad_context, grad_strength, threshold,
-        states, keys, values, need_rows, need_keys,
+        pairs, grad_context, grad_strength, threshold, states, keys, values, need_rows, need_keys,
     )  # fmt: skip
     return (
         grads.states,
         states.new_empty(0) if keys is None else grads.keys,
         states.new_empty(0) if values is None else grads.values,
         states.new_empty(0) if coefficient is None else grads.alpha,
+        grads.threshold if pairs.excess else states.new_empty(0),
     )
 
 
