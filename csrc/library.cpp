@@ -91,7 +91,8 @@ struct PairArguments {
     check_per_sequence("coefficient", coefficient, states);
     check_per_sequence("min_gate", min_gate, states);
     check_per_sequence("lengths", lengths, states, true);
-    STD_TORCH_CHECK(score >= 0 && score <= 2, "qflux_kernels: score must be 0, 1 or 2, got ", score);
+    STD_TORCH_CHECK(score >= 0 && score <= 2, "qflux_kernels: score must be 0, 1 or 2, got ",
+                    score);
     STD_TORCH_CHECK(algorithm >= 0 && algorithm <= 2,
                     "qflux_kernels: algorithm must be 0, 1 or 2, got ", algorithm);
     coefficient = contiguous(coefficient);
@@ -247,15 +248,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> interact_backward(
 }
 
 // The gradients of states, keys and sigma that come from one of the threshold; CPU only.
-std::tuple<Tensor, Tensor, Tensor> threshold_backward(Tensor grad_threshold, Tensor states,
-                                                      OptionalTensor keys,
-                                                      OptionalTensor coefficient,
-                                                      double coefficient_value,
-                                                      OptionalTensor lengths, double eps,
-                                                      bool row_window, bool causal) {
-  PairArguments pair{coefficient, coefficient_value, std::nullopt, 0.0,   lengths,
-                     0,           eps,               row_window,   causal, false,
-                     0};
+std::tuple<Tensor, Tensor, Tensor> threshold_backward(
+    Tensor grad_threshold, Tensor states, OptionalTensor keys, OptionalTensor coefficient,
+    double coefficient_value, OptionalTensor lengths, double eps, bool row_window, bool causal) {
+  PairArguments pair{coefficient, coefficient_value, std::nullopt, 0.0,   lengths, 0,
+                     eps,         row_window,        causal,       false, 0};
   check_keys(states, keys, std::nullopt, lengths);
   pair.check(states);
   check_shape("grad_threshold", grad_threshold, {states.size(0), states.size(1)});

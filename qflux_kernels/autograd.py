@@ -342,6 +342,14 @@ def _interact_backward_fake(
     )
 
 
+def _threshold_backward_fake(grad_threshold, states, keys, *_):
+    return (
+        states.new_empty(states.shape),
+        states.new_empty(0 if keys is None else keys.shape),
+        states.new_empty(states.shape[:1]),
+    )
+
+
 def _evolve_fake(states, *arguments):
     steps, save = arguments[15], arguments[-1]
     batch, length, _ = states.shape
@@ -371,5 +379,7 @@ def register(family: str) -> None:
         "evolve": _evolve_fake,
         "evolve_backward": _evolve_backward_fake,
     }
+    if not family:
+        fakes["threshold_backward"] = _threshold_backward_fake
     for name, fake in fakes.items():
         torch.library.register_fake(f"qflux_kernels::{family}{name}", fake)

@@ -121,6 +121,11 @@ def check_algorithm(algorithm: str, score: Score, backend: str, device: torch.de
             "algorithm='sweep' is there for backend='cpu' and backend='cuda' only, and "
             f"backend={backend!r} would serve states on {device}. Use 'auto' or 'dense'"
         )
+    if score.weight != "score" and device.type == "cuda":
+        raise BackendUnavailableError(
+            f"algorithm='sweep' serves score.weight='score' only on {device}, got "
+            f"{score.weight!r}. Use 'auto' or 'dense'"
+        )
 
 
 def diagnostics() -> dict[str, object]:

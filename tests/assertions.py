@@ -137,6 +137,9 @@ def _pairs(problem: Problem, first: int, last: int) -> Pairs:
         kept = s >= tau
         borderline = (s - tau).abs() <= delta * (1 + size)
         weight, rounding = s, unit * (1 + size)
+        if problem.score.weight == "excess":
+            # Of a difference the rounding of both terms remains.
+            weight, rounding = s - tau, rounding + unit * tau.abs()
     else:
         alpha, min_gate = coefficient, problem.min_gate
         turned = torch.stack((rows[..., 1], -rows[..., 0]), -1)
@@ -171,8 +174,8 @@ def _expected(problem: Problem, dtype: torch.dtype, rtol: float, first: int, las
     pairs = _pairs(problem, first, last)
     values = torch.where(problem.values.isfinite(), problem.values, 0.0)
     kept = pairs.weight * pairs.kept
-    budget = kept.abs() * rtol + pairs.rounding * pairs.kept
     # A borderline pair that counts is rounded like any other.
+    budget = kept.abs() * rtol + pairs.rounding * (pairs.kept | pairs.borderline)
     budget += (1 + rtol) * pairs.weight.abs() * pairs.borderline
     context, context_budget = kept @ values, budget @ values.abs()
     strength, strength_budget = kept.sum(-1), budget.sum(-1)

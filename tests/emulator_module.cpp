@@ -162,6 +162,7 @@ void interact_backward(const py::dict& d) {
   p.grad_keys = view<T>(d["grad_keys"]);
   p.grad_values = view<T>(d["grad_values"]);
   p.grad_alpha = view<T>(d["grad_alpha"]);
+  if (d.contains("grad_threshold")) p.grad_threshold = view<T>(d["grad_threshold"]);
   p.accumulate = d["accumulate"].cast<bool>();
   p.keys_are_states = d["keys_are_states"].cast<bool>();
   by_algorithm(

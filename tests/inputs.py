@@ -16,6 +16,12 @@ SCORES = [
     InverseGate(),
     InverseGate(-0.7, 1e-3, 1.5),
 ]
+# Weights measured from the threshold, which `evolve` does not take.
+INTERACT_SCORES = [
+    *SCORES,
+    Threshold(0.4, weight="excess"),
+    Threshold(-0.3, "row", 1e-3, weight="excess"),
+]
 EXTREME_SCORES = [
     *SCORES,
     Threshold(0.0, "prefix", 0.0),

@@ -197,6 +197,8 @@ def test_options_of_evolve(operators, name, value, error, parts):
         (Threshold, "sigma", torch.tensor(1), TypeError, ["floating-point", "int64"]),
         (Threshold, "stats", "all", ValueError, ["prefix", "row", "all"]),
         (Threshold, "stats", None, TypeError, ["prefix", "row", "NoneType"]),
+        (Threshold, "weight", "softmax", ValueError, ["score", "excess", "softmax"]),
+        (Threshold, "weight", None, TypeError, ["score", "excess", "NoneType"]),
         (Threshold, "eps", -1e-9, ValueError, ["0", "-1e-09"]),
         (Threshold, "eps", float("nan"), ValueError, ["nan"]),
         (Threshold, "eps", torch.tensor(1e-6), TypeError, ["real number", "Tensor"]),
@@ -257,6 +259,12 @@ def test_backends_that_are_not_there():
             with pytest.raises(BackendUnavailableError, match=what):
                 call(algorithm="sweep", backend=backend, score=score)
         assert call(backend="reference")[0].shape == X.shape
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_evolve_takes_no_excess(backend):
+    with pytest.raises(ValueError, match=messages("weight", "score", "excess")):
+        evolve(X, 0.1, score=Threshold(weight="excess"), backend=backend)
 
 
 @pytest.mark.parametrize("value, error", [("sparse", ValueError), (None, TypeError)])

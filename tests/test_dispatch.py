@@ -17,6 +17,7 @@ PAIR = {
     "row window, mean": (0, 1e-6, True, True, True, 0),
     "gate": (1, 1e-3, False, False, False, 1),
 }
+INTERACT_PAIR = PAIR | {"excess": (2, *PAIR["threshold"][1:])}
 STEP = (2, True, 0.1, 2.0, 0.01, 0.1, 1.0)
 
 
@@ -50,7 +51,7 @@ def requires(tensors, wanted):
     return [t.clone().requires_grad_(i in wanted) for i, t in enumerate(tensors)]
 
 
-@pytest.mark.parametrize("pair", PAIR)
+@pytest.mark.parametrize("pair", INTERACT_PAIR)
 @pytest.mark.parametrize("given", ["states", "keys", "values", "all", "lengths", "nothing"])
 @pytest.mark.parametrize("wanted", [(0,), (1, 2, 3)], ids=str)
 def test_opcheck_interact(device, wanted, given, pair):
@@ -59,7 +60,7 @@ def test_opcheck_interact(device, wanted, given, pair):
         rows, keys = 0, 0
     tensors = inputs(device, rows=rows, keys=keys)
     states, sources, values, alpha, min_gate, lengths = requires(tensors, wanted)
-    gate = PAIR[pair][0] == 1
+    gate = INTERACT_PAIR[pair][0] == 1
     torch.library.opcheck(
         OPS.interact.default,
         (
@@ -71,12 +72,12 @@ def test_opcheck_interact(device, wanted, given, pair):
             min_gate if given == "all" and gate else None,
             0.0,
             lengths if given == "lengths" else None,
-            *PAIR[pair],
+            *INTERACT_PAIR[pair],
         ),
     )
 
 
-@pytest.mark.parametrize("pair", PAIR)
+@pytest.mark.parametrize("pair", INTERACT_PAIR)
 @pytest.mark.parametrize("given", ["states", "keys", "values", "all", "nothing"])
 @pytest.mark.parametrize(
     "needs, wanted",
@@ -92,7 +93,7 @@ def test_opcheck_interact_backward(device, needs, wanted, given, pair):
     sources = sources if given in ("keys", "all") else None
     values = values if given in ("values", "all") else None
     alpha = alpha if given == "all" else None
-    arguments = (states, sources, values, alpha, 0.5, None, 0.0, None, *PAIR[pair])
+    arguments = (states, sources, values, alpha, 0.5, None, 0.0, None, *INTERACT_PAIR[pair])
     context, strength, _, threshold = (t.detach() for t in OPS.interact(*arguments))
     torch.library.opcheck(
         OPS.interact_backward.default,
@@ -132,7 +133,9 @@ def test_opcheck_evolve(device, wanted, rows, save, tensors, pair):
 SCORES = {
     "threshold": lambda alpha: Threshold(1.4, "row"),
     "gate": lambda alpha: InverseGate(alpha, 1e-3),
+    "excess": lambda alpha: Threshold(alpha, weight="excess"),
 }
+RUNS = [("interact", score) for score in SCORES] + [("evolve", "threshold"), ("evolve", "gate")]
 
 
 def run_interact(states, keys, values, alpha, lengths, score):
@@ -163,8 +166,7 @@ def problem(device, name, rows, score):
     return run_evolve, (states, dt, skip, alpha), (lengths, score)
 
 
-@pytest.mark.parametrize("score", SCORES)
-@pytest.mark.parametrize("name", ["interact", "evolve"])
+@pytest.mark.parametrize("name, score", RUNS)
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_compile(device, backend, name, score):
     function, tensors, rest = problem(device, name, 21, score)
@@ -183,8 +185,7 @@ def test_compile_with_inductor(device):
         torch.testing.assert_close(a, b)
 
 
-@pytest.mark.parametrize("score", SCORES)
-@pytest.mark.parametrize("name", ["interact", "evolve"])
+@pytest.mark.parametrize("name, score", RUNS)
 def test_no_recompilation_over_lengths(device, name, score):
     function, tensors, rest = problem(device, name, 21, score)
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager", dynamic=True)
@@ -234,6 +235,7 @@ def test_vmap(device, rows):
     check(lambda x, n: interact(x, lengths=n), states, lengths)
     check(lambda x, a: interact(x, score=InverseGate(a)), states, alpha)
     check(lambda x, a: interact(x, score=Threshold(a)), states, alpha)
+    check(lambda x, a: interact(x, score=Threshold(a, weight="excess")), states, alpha)
     check(lambda x, dt: evolve(x, dt), states, dt)
     check(lambda dt: evolve(states[0], dt, skip=dt), dt)
     check(lambda x, a, n: evolve(x, 0.1, score=InverseGate(a), lengths=n), states, alpha, lengths)
@@ -261,11 +263,12 @@ def test_vmap_of_grad(device, score):
     def evolve_loss(x, dt, a):
         return evolve(x, dt, skip=dt, score=SCORES[score](a), steps=2).states.pow(2).sum()
 
-    for function, tensors in [
+    runs = [
         (interact_loss, (states, keys, values, alpha)),
         (alone_loss, (states, alpha)),
         (evolve_loss, (states, dt, alpha)),
-    ]:
+    ]
+    for function, tensors in runs[: 3 if ("evolve", score) in RUNS else 2]:
         # The threshold has no use for alpha, which then gets zeros under torch.func.
         positions = tuple(range(len(tensors)))
         leaves = [t.clone().requires_grad_() for t in tensors]

@@ -28,6 +28,7 @@ from assertions import assert_interaction_close, assert_relative, count_borderli
 from inputs import SWEEP_STATES
 
 from qflux_kernels import Interaction, InverseGate, Radius, Threshold, reference
+from qflux_kernels.thresholds import threshold_vjp
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
@@ -131,6 +132,7 @@ class Case:
     depth: int | None = None
     batch: int = 2
     gate: bool = False
+    excess: bool = False
     causal: bool = True
     mean: bool = False
     row_window: bool = False
@@ -147,7 +149,7 @@ class Case:
             parts.append(f"d{self.depth}")
         parts += [
             name
-            for name in ("gate", "mean", "row_window", "lengths")
+            for name in ("gate", "excess", "mean", "row_window", "lengths")
             if getattr(self, name) not in (False, None)
         ]
         parts += [] if self.causal else ["full"]
@@ -215,7 +217,7 @@ class Inputs:
             "rows": case.rows,
             "key_count": case.num_keys,
             "depth": 2 if case.depth is None else case.depth,
-            "score": int(case.gate),
+            "score": 2 if case.excess else int(case.gate),
             "eps": self.eps,
             "row_window": case.row_window,
             "causal": case.causal,
@@ -230,11 +232,14 @@ class Inputs:
         """The same as keyword arguments of the reference."""
         coefficient = torch.from_numpy(self.coefficient) if alpha is None else alpha
         window = "row" if self.case.row_window else "prefix"
+        weight = "excess" if self.case.excess else "score"
         return {
             "causal": self.case.causal,
             "score": InverseGate(coefficient, self.eps, torch.from_numpy(self.min_gate))
             if self.case.gate
-            else Threshold(coefficient, window, self.eps),
+            else Threshold(
+                coefficient, window, self.eps, "excess" if self.case.excess else "score"
+            ),
             "reduction": "mean" if self.case.mean else "sum",
             "lengths": None if self.lengths is None else torch.from_numpy(self.lengths),
         }
@@ -284,6 +289,8 @@ def interact_backward(
     if case.gate:
         start = np.full((case.batch, case.rows), before or 0, dtype)
         out["grad_alpha"] = memory.copy(start, case.layout)
+    if case.excess:
+        out["grad_threshold"] = memory.array((case.batch, case.rows), dtype, case.layout)
     given = {
         "grad_context": memory.copy(inputs.grad_context.astype(dtype), case.layout),
         "grad_strength": memory.copy(inputs.grad_strength.astype(dtype), case.layout),
@@ -293,7 +300,26 @@ def interact_backward(
     }
     emulator.interact_backward(call | out | given | dict.fromkeys(omit))
     memory.check()
+    if case.excess:
+        add_threshold(inputs, out, dtype)
     return {name: array for name, array in out.items() if array is not None and name not in omit}
+
+
+def add_threshold(inputs: Inputs, out: dict[str, np.ndarray], dtype: type) -> None:
+    """What reaches states and keys by the threshold, which is no launcher's business."""
+
+    def tensor(array: np.ndarray | None) -> torch.Tensor | None:
+        return None if array is None else torch.from_numpy(array.astype(dtype))
+
+    case = inputs.case
+    lengths = None if inputs.lengths is None else torch.from_numpy(inputs.lengths)
+    shares = threshold_vjp(
+        tensor(out.pop("grad_threshold")), tensor(inputs.states), tensor(inputs.keys),
+        tensor(inputs.coefficient), lengths, inputs.eps, case.row_window, case.causal,
+    )  # fmt: skip
+    for name, share in zip(("grad_states", "grad_keys"), shares, strict=False):
+        if share.numel():
+            out[name] += share.numpy()
 
 
 def expected(inputs: Inputs) -> dict[str, np.ndarray]:
@@ -379,6 +405,12 @@ SHAPES = [
 ]
 OPTIONS = [
     Case(150, causal=False),
+    Case(1, excess=True),
+    Case(263, excess=True),
+    Case(150, excess=True, depth=5, causal=False, layout="planes"),
+    Case(140, keys=300, excess=True, row_window=True, mean=True, layout="strided"),
+    Case(300, keys=140, excess=True, depth=33),
+    Case(150, excess=True, lengths=(0, 1, 77, 150, 149), batch=5, depth=3),
     Case(150, causal=False, gate=True, mean=True),
     Case(150, row_window=True),
     Case(1030, row_window=True, mean=True, batch=1),
@@ -444,6 +476,8 @@ FLOAT32 = [
     Case(200, batch=1),
     Case(200, batch=1, depth=9),
     Case(90, keys=300, batch=1, depth=3, row_window=True, layout="strided"),
+    Case(200, batch=1, excess=True),
+    Case(90, keys=300, batch=1, depth=3, excess=True),
     Case(200, batch=1, gate=True, eps=0.1, mean=True),
     Case(200, batch=1, gate=True, eps=0.1, depth=5),
 ]
@@ -504,6 +538,7 @@ def test_thresholds_of_states_far_from_the_origin(emulator):
 ORDERS = [
     Case(300, batch=3),
     Case(300, batch=3, gate=True, layout="planes"),
+    Case(300, batch=3, excess=True, depth=3),
     Case(1100, batch=1, row_window=True),
     Case(150, keys=600, depth=11, layout="strided"),
     Case(150, keys=300, depth=3, gate=True, causal=False),

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 from assertions import assert_no_missing_gradient, assert_relative, count_borderline
-from inputs import SCORES, layouts
+from inputs import INTERACT_SCORES, SCORES, layouts
 
 import qflux_kernels
 from qflux_kernels import InverseGate, Radius, Threshold, evolve, interact, reference
@@ -47,7 +47,7 @@ def leaves(device, dtype, *tensors):
     return [t.to(device=device, dtype=dtype).requires_grad_() for t in tensors]
 
 
-@pytest.mark.parametrize("score", SCORES, ids=str)
+@pytest.mark.parametrize("score", INTERACT_SCORES, ids=str)
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("rows, keys", [(6, 6), (5, 8), (8, 5)])
 def test_gradcheck_interact(device, rows, keys, causal, score):
@@ -67,7 +67,7 @@ def test_gradcheck_interact(device, rows, keys, causal, score):
         torch.autograd.gradcheck(run, (*full, alpha.to(device).requires_grad_()))
 
 
-@pytest.mark.parametrize("score", SCORES, ids=str)
+@pytest.mark.parametrize("score", INTERACT_SCORES, ids=str)
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("reduction", ["sum", "mean"])
 @pytest.mark.parametrize("lengths", [None, [4, 7]])
@@ -114,7 +114,7 @@ def test_gradcheck_evolve(device, lengths, causal, score, radius):
         torch.autograd.gradcheck(run, (*tensors, alpha.to(device).requires_grad_()))
 
 
-@pytest.mark.parametrize("score", SCORES, ids=str)
+@pytest.mark.parametrize("score", INTERACT_SCORES, ids=str)
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("reduction", ["sum", "mean"])
 @pytest.mark.parametrize(
@@ -192,7 +192,7 @@ def test_alpha_of_each_cylinder(device, shape):
         assert_relative("gradient of alpha", got, wanted, 1e-9)
 
 
-@pytest.mark.parametrize("score", SOFT_SCORES, ids=str)
+@pytest.mark.parametrize("score", [*SOFT_SCORES, Threshold(0.4, weight="excess")], ids=str)
 @pytest.mark.parametrize("causal", [True, False])
 def test_float32_is_as_good_as_the_reference_in_float32(device, causal, score):
     """An error budget: twice the error of plain PyTorch in float32, and a rounding floor.
@@ -222,6 +222,41 @@ def test_float32_is_as_good_as_the_reference_in_float32(device, causal, score):
     for name, (error, of_plain, scale) in zip(("states", "keys", "values"), rms, strict=True):
         budget = 2 * of_plain + 1e-6 * scale
         assert error <= budget, f"{name}: error {error:.3g}, budget {budget:.3g}"
+
+
+@pytest.mark.parametrize("shape", [(), (3,), (2, 1), (2, 3)], ids=str)
+@pytest.mark.parametrize("stats", ["prefix", "row"])
+@pytest.mark.parametrize("rows, keys", [(40, 40), (30, 50), (50, 30)])
+def test_sigma_of_the_excess(device, rows, keys, stats, shape):
+    """What is measured from the threshold tells it where to be."""
+    states, sources = torch.randn(2, 3, rows, 2, dtype=F64), torch.randn(2, 3, keys, 2, dtype=F64)
+    sigma, weights = torch.rand(shape, dtype=F64), torch.randn(2, 3, rows, dtype=F64)
+    found = []
+    for module, where in ((reference, "cpu"), (qflux_kernels, device)):
+        given = leaves(where, F64, states, sources, sigma)
+        score = Threshold(given[2], stats, 0.1, weight="excess")
+        strength = module.interact(*given[:2], score=score, reduction="mean").strength
+        found.append(pulled(strength, given, weights.to(where)))
+    for name, wanted, got in zip(("states", "keys", "sigma"), *found, strict=True):
+        assert_relative(f"gradient of {name}", got, wanted, 1e-9)
+    # Each gradient comes alone as it comes with the others.
+    for n in range(3):
+        given = [t.to(device) for t in (states, sources, sigma)]
+        given[n].requires_grad_()
+        score = Threshold(given[2], stats, 0.1, weight="excess")
+        strength = interact(*given[:2], score=score, reduction="mean").strength
+        assert torch.equal(pulled(strength, given[n], weights.to(device))[0], found[1][n])
+
+
+def test_equal_keys_have_a_deviation_without_gradient(device):
+    """There the root in the threshold has no derivative, however small eps is."""
+    states, keys = leaves(device, F64, torch.randn(6, 2), torch.full((6, 2), 0.7))
+    for eps in (0.0, 1e-6):
+        score = Threshold(-0.5, eps=eps, weight="excess")
+        strength = interact(states, keys, score=score).strength
+        for grad in pulled(strength, (states, keys), torch.ones_like(strength)):
+            # s - tau is 0.5 sqrt(eps) here, whatever the states.
+            assert grad.isfinite().all() and grad.abs().max() <= 1e-12
 
 
 @pytest.mark.parametrize("score", SOFT_SCORES, ids=str)
@@ -459,7 +494,7 @@ def test_degree_has_no_gradient(device):
     assert not detached.context.requires_grad
 
 
-@pytest.mark.parametrize("score", SCORES, ids=str)
+@pytest.mark.parametrize("score", INTERACT_SCORES, ids=str)
 def test_padding_has_no_gradient(device, score):
     """Padding gives nothing, takes nothing, and whatever it holds stays there."""
     states, values = torch.randn(2, 20, 2, device=device), torch.randn(2, 20, 3, device=device)
@@ -480,6 +515,8 @@ def test_padding_has_no_gradient(device, score):
         )
         assert all(map(torch.equal, dirty, clean)), bad
 
+    if score not in SCORES:
+        return
     pull = torch.randn(2, 20, 2, device=device)
     dt = torch.full((2, 20), 0.1, device=device)
 
@@ -503,9 +540,11 @@ def test_gradients_of_nothing(device, shape):
     values = torch.randn(*shape[:-1], 3, device=device, requires_grad=True)
     dt = torch.rand(shape[:-1], device=device, requires_grad=True)
     alpha = torch.tensor(0.5, device=device, requires_grad=True)
-    result = interact(states, values=values, score=InverseGate(alpha))
-    grads = pulled(result[:2], (states, values, alpha), [torch.ones_like(t) for t in result[:2]])
-    assert [g.shape for g in grads] == [states.shape, values.shape, ()]
+    for score in (InverseGate(alpha), Threshold(alpha, weight="excess")):
+        result = interact(states, values=values, score=score)
+        ones = [torch.ones_like(t) for t in result[:2]]
+        grads = pulled(result[:2], (states, values, alpha), ones)
+        assert [g.shape for g in grads] == [states.shape, values.shape, ()]
     assert grads[2] == 0
     result = evolve(states, dt, score=InverseGate(alpha))
     grads = pulled(result.states, (states, dt, alpha), torch.ones_like(result.states))

@@ -153,7 +153,13 @@ def test_evolution_applies_time_step_and_dynamic_skip():
     torch.testing.assert_close(evolution(states), skip * states + (1 - skip) * moved)
 
 
-LAYERS = [{}, {"evolution": True}, {"value_dim": 0}, {"score": "inverse_gate"}]
+LAYERS = [
+    {},
+    {"weight": "score"},
+    {"evolution": True},
+    {"value_dim": 0},
+    {"score": "inverse_gate"},
+]
 
 
 @pytest.mark.parametrize("changes", LAYERS)

@@ -28,7 +28,9 @@ def pair_weights(x, keys, seen, window, score):
             return {}
         mean = sum(s[j] for j in window) / len(window)
         deviation = math.sqrt(sum((s[j] - mean) ** 2 for j in window) / len(window) + score.eps)
-        return {j: s[j] for j in seen if s[j] >= mean + score.sigma * deviation}
+        tau = mean + score.sigma * deviation
+        start = tau if score.weight == "excess" else 0.0
+        return {j: s[j] - start for j in seen if s[j] >= tau}
     kept = {}
     for j in seen:
         radii = math.hypot(*x) * math.hypot(*keys[j])
@@ -99,9 +101,14 @@ SCORES = [
     InverseGate(),
     InverseGate(-1.3, 0.1, 0.9),
 ]
+INTERACT_SCORES = [
+    *SCORES,
+    Threshold(0.4, weight="excess"),
+    Threshold(-0.2, "row", 0.1, weight="excess"),
+]
 
 
-@pytest.mark.parametrize("score", SCORES, ids=str)
+@pytest.mark.parametrize("score", INTERACT_SCORES, ids=str)
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("reduction", ["sum", "mean"])
 def test_interact_equals_loops(score, causal, reduction):
@@ -128,7 +135,7 @@ def test_interact_equals_loops(score, causal, reduction):
         assert all(torch.equal(a, b) for a, b in zip(alone, with_values, strict=True))
 
 
-@pytest.mark.parametrize("score", SCORES, ids=str)
+@pytest.mark.parametrize("score", INTERACT_SCORES, ids=str)
 @pytest.mark.parametrize("causal", [True, False])
 def test_lengths_equal_loops(score, causal):
     states = torch.randn(2, 3, 6, 2, dtype=F64)

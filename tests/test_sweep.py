@@ -21,6 +21,8 @@ OPTIONS = [
     (Threshold(-0.7, eps=0.0), True),
     (Threshold(0.0), False),
     (Threshold(2.5, eps=10.0), False),
+    (Threshold(0.8, weight="excess"), True),
+    (Threshold(0.3, "row", weight="excess"), False),
 ]
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -102,7 +104,7 @@ def test_keys_and_values_of_their_own(device, depth, rows, keys, causal):
     states, sources = torch.randn(rows, 2, dtype=F64), torch.randn(keys, 2, dtype=F64) + 0.3
     values = torch.randn(keys, depth, dtype=F64)
     given = [t.to(device) for t in (states, sources, values)]
-    for score in (Threshold(), Threshold(1.2, "row")):
+    for score in (Threshold(), Threshold(1.2, "row"), Threshold(0.6, weight="excess")):
         assert_same(*both(*given, score=score, causal=causal), 1e-12)
 
 

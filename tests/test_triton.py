@@ -72,6 +72,8 @@ CASES = [
     (31, None, None, Threshold(0.0, eps=0.0), True, "sum"),
     (32, None, None, InverseGate(-0.7, 1e-2, 1.5), True, "mean"),
     (33, None, None, Threshold(1.4, "row"), True, "mean"),
+    (33, None, None, Threshold(0.3, weight="excess"), True, "mean"),
+    (20, 37, 5, Threshold(0.6, "row", weight="excess"), True, "sum"),
     (40, None, None, InverseGate(), False, "sum"),
     (65, 33, None, Threshold(), True, "mean"),
     (7, 70, None, InverseGate(0.4, 0.1, 1.1), True, "sum"),

@@ -45,8 +45,8 @@ struct ForwardBlock {
 };
 template <class T>
 struct BackwardBlock {
-  T* point;   // [kBlock][2]: gradient of the query, or of the key
-  T* values;  // [kBlock][depth]: gradient of the values; key pass of the general path only
+  T* point;            // [kBlock][2]: gradient of the query, or of the key
+  T* values;           // [kBlock][depth]: gradient of the values; key pass of the general path only
   T* limit = nullptr;  // [kBlock]: gradient of the limit; row pass of Score::kExcess only
 };
 

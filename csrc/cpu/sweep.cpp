@@ -752,8 +752,8 @@ class Sweep {
     }
   }
 
-  // The vectors that keys sum over rows, the mirror image of key_vectors: (bias g, q g) for each column,
-  // or with values that are the keys what their two gradients need together.
+  // The vectors that keys sum over rows, the mirror image of key_vectors: (bias g, q g) for each
+  // column, or with values that are the keys what their two gradients need together.
   void row_vectors(const RowSet<T>& set, int64_t first, int64_t last, double* vectors) const {
     for (int64_t n = first; n < last; ++n, vectors += width_) {
       const double qx = set.plane(0)[n], qy = set.plane(1)[n];
@@ -832,8 +832,7 @@ class Sweep {
         x += v * m[3 * c + 1];
         y += v * m[3 * c + 2];
         if (c < depth_)
-          gradients_->values[key * depth_ + c] +=
-              m[3 * c] + kx * m[3 * c + 1] + ky * m[3 * c + 2];
+          gradients_->values[key * depth_ + c] += m[3 * c] + kx * m[3 * c + 1] + ky * m[3 * c + 2];
       }
     }
     gradients_->key[2 * key] += x;

@@ -69,10 +69,10 @@ QFLUX_INLINE ThresholdGradient threshold_vjp(Point<double> x, const Moments& win
   const double sd = square_root((deviates ? variance : 0.0) + eps);
   const double half = grad / 2, slope = deviates ? half * sigma / (2 * sd) : 0.0;
   const double of_mean = (half - slope * (x.x * mx + x.y * my)) * scale, part = slope * scale / 2;
-  return {{half * (shift.x + mx) + slope * ux, half * (shift.y + my) + slope * uy},
-          {0, of_mean * x.x, of_mean * x.y, part * x.x * x.x, 2 * part * x.x * x.y,
-           part * x.y * x.y},
-          grad * sd};
+  return {
+      {half * (shift.x + mx) + slope * ux, half * (shift.y + my) + slope * uy},
+      {0, of_mean * x.x, of_mean * x.y, part * x.x * x.x, 2 * part * x.x * x.y, part * x.y * x.y},
+      grad * sd};
 }
 
 }  // namespace qflux
