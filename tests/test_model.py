@@ -175,9 +175,10 @@ def test_a_layer_sees_distances_between_positions_only(changes):
     torch.testing.assert_close(there_states, rotate(here_states, shift))
 
 
-def test_heard_values_are_averaged_over_what_was_kept():
+@pytest.mark.parametrize("weight", ["score", "excess"])
+def test_heard_values_are_averaged_over_what_was_kept(weight):
     torch.manual_seed(0)
-    config = QuantumFluxConfig(**SMALL)
+    config = QuantumFluxConfig(**SMALL, weight=weight)
     attention = GeometricAttention(config).double()
     torch.nn.init.normal_(attention.norm.weight)
     hidden, angle = torch.randn(2, 9, 12).double(), torch.randn(3, 9).double()
@@ -199,8 +200,10 @@ def test_heard_values_are_averaged_over_what_was_kept():
             ]
         )
         sigma = attention.score.sigma[cylinder]
-        kept = scores >= scores.mean() + sigma * (scores.var(correction=0) + 1e-6).sqrt()
-        heard = (scores * kept) @ values[batch, : row + 1, cylinder] / max(1, int(kept.sum()))
+        tau = scores.mean() + sigma * (scores.var(correction=0) + 1e-6).sqrt()
+        kept = scores >= tau
+        weights = (scores - tau if weight == "excess" else scores) * kept
+        heard = weights @ values[batch, : row + 1, cylinder] / max(1, int(kept.sum()))
         rows[batch, row, cylinder] = heard + values[batch, row, cylinder]
     normal = F.layer_norm(rows.flatten(2), (12,), attention.norm.weight, attention.norm.bias)
     expected = attention.output(normal * gate * gate.sigmoid())
