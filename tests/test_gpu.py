@@ -9,15 +9,21 @@ from qflux_kernels import InverseGate, Threshold, diagnostics, evolve, interact,
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 # Lengths are such that a sweep has rectangles: base blocks are of 1,024 keys.
-WAYS = [(Threshold(), "dense"), (Threshold(), "sweep"), (InverseGate(), "dense")]
+EXCESS = Threshold(weight="excess")
+WAYS = [
+    (Threshold(), "dense"),
+    (Threshold(), "sweep"),
+    (InverseGate(), "dense"),
+    (EXCESS, "dense"),
+]
 
 
 def step(states, dt, score, algorithm):
     """One step forward and backward: what a captured graph replays."""
     states = states.detach().requires_grad_()
-    options = {"score": score, "reduction": "mean", "algorithm": algorithm}
-    result = evolve(states, dt, **options)
-    heard = interact(result.states, **options)
+    options = {"reduction": "mean", "algorithm": algorithm}
+    result = evolve(states, dt, score=Threshold() if score == EXCESS else score, **options)
+    heard = interact(result.states, score=score, **options)
     (gradient,) = torch.autograd.grad(heard.context.square().sum(), states)
     return result.states.detach(), heard.strength.detach(), gradient
 
