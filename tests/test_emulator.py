@@ -237,9 +237,7 @@ class Inputs:
             "causal": self.case.causal,
             "score": InverseGate(coefficient, self.eps, torch.from_numpy(self.min_gate))
             if self.case.gate
-            else Threshold(
-                coefficient, window, self.eps, "excess" if self.case.excess else "score"
-            ),
+            else Threshold(coefficient, window, self.eps, weight),
             "reduction": "mean" if self.case.mean else "sum",
             "lengths": None if self.lengths is None else torch.from_numpy(self.lengths),
         }

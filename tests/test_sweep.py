@@ -117,7 +117,7 @@ def test_keys_and_values_of_their_own(device, depth, rows, keys, causal):
 def test_excess_is_swept_on_a_cpu_only():
     score = Threshold(weight="excess")
     check_algorithm("sweep", score, "compiled", torch.device("cpu"))
-    with pytest.raises(BackendUnavailableError, match="excess.*'auto' or 'dense'"):
+    with pytest.raises(BackendUnavailableError, match=r"excess.*'auto' or 'dense'"):
         check_algorithm("sweep", score, "compiled", torch.device("cuda"))
 
 
