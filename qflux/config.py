@@ -5,12 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from qflux_kernels.options import BACKENDS, REDUCTIONS, WEIGHTS
+
 from .record import Record
 
 SCORES = ("threshold", "inverse_gate")
-WEIGHTS = ("score", "excess")
-REDUCTIONS = ("sum", "mean")
-BACKENDS = ("auto", "reference", "cpu", "cuda", "triton")
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from qflux_kernels import InverseGate, Radius, Threshold, evolve, interact, project_norm
+from qflux_kernels.options import BACKENDS, REDUCTIONS, STATISTICS
 
 from .causal_lm import CausalLM, check_ids, next_token_loss
-from .config import BACKENDS, REDUCTIONS, SCORES
+from .config import SCORES
 from .embedding import CylinderEmbedding, rotate
 from .hebbian import ConnectionMemory
 from .layers import flatten_states
@@ -24,7 +25,6 @@ from .record import Record
 
 EMBEDDINGS = ("cardioid", "annulus", "learned")
 POSITIONS = ("none", "phase")
-STATISTICS = ("prefix", "row")
 TIMESTEPS = ("constant", "beta")
 RADIUS_BOUNDS = ("fixed", "learned", "context")
 READOUTS = ("last", "layers")

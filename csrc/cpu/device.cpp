@@ -480,10 +480,10 @@ bool swept_backward(const InteractBackwardParams<T>& params, const Staging<T>& s
   const int64_t depth = staging.depth;
   std::vector<double> query(need_rows ? 2 * p.rows : 0, 0.0), key(need_keys ? 2 * p.keys : 0, 0.0);
   std::vector<double> values(need_keys && p.values ? p.keys * depth : 0, 0.0);
-  std::vector<double> limit(need_rows ? p.rows : 0, 0.0);
+  std::vector<double> limit(params.grad_threshold ? p.rows : 0, 0.0);
   if (!sweep_backward(kernels<T>(), loops<T>(), staging.sequence(b),
                       {need_rows ? query.data() : nullptr, need_keys ? key.data() : nullptr,
-                       values.data(), limit.data()}))
+                       values.data(), limit.empty() ? nullptr : limit.data()}))
     return false;
   if (need_rows)
     for_each_block(1, blocks(p.rows, kMomentsTile), false, 1, [&](int64_t, int64_t tile) {
@@ -491,7 +491,7 @@ bool swept_backward(const InteractBackwardParams<T>& params, const Staging<T>& s
       for (int64_t i = first; i < last; ++i)
         write_row_gradient(params, b, i,
                            {static_cast<T>(query[2 * i]), static_cast<T>(query[2 * i + 1])},
-                           static_cast<T>(limit[i]));
+                           limit.empty() ? T(0) : static_cast<T>(limit[i]));
     });
   if (need_keys)
     for_each_block(1, blocks(p.keys, kMomentsTile), false, 1, [&](int64_t, int64_t tile) {

@@ -331,7 +331,7 @@ class Sweep {
           if (!sweep.gradients_->query) continue;
           sweep.gradients_->query[2 * row] += point[n][0];
           sweep.gradients_->query[2 * row + 1] += point[n][1];
-          sweep.gradients_->limit[row] += limit[n];
+          if (sweep.gradients_->limit) sweep.gradients_->limit[row] += limit[n];
           continue;
         }
         for (int64_t c = 0; c < depth; ++c)
@@ -732,7 +732,7 @@ class Sweep {
         }
         results.point[n][0] += x;
         results.point[n][1] += y;
-        if (s_.score == Score::kExcess) results.limit[n] -= upstream;
+        results.limit[n] -= upstream;
         continue;
       }
       const double bias = bias_of(set.plane(2)[first + n]);

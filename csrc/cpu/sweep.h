@@ -18,7 +18,7 @@ struct SweptGradients {
   double* query;   // [rows][2]
   double* key;     // [keys][2]: with values that are the keys, as keys and as values
   double* values;  // [keys][depth]
-  double* limit;   // [rows], with `query`: zero unless the score is Score::kExcess
+  double* limit;   // [rows], with `query`: of the thresholds, Score::kExcess only
 };
 
 // Both return false, having written nothing, where the geometry does not pay (short sequences) or
