@@ -174,9 +174,12 @@ def _expected(problem: Problem, dtype: torch.dtype, rtol: float, first: int, las
     pairs = _pairs(problem, first, last)
     values = torch.where(problem.values.isfinite(), problem.values, 0.0)
     kept = pairs.weight * pairs.kept
+    budget = kept.abs() * rtol + pairs.rounding * pairs.kept
     # A borderline pair that counts is rounded like any other.
-    budget = kept.abs() * rtol + pairs.rounding * (pairs.kept | pairs.borderline)
     budget += (1 + rtol) * pairs.weight.abs() * pairs.borderline
+    if isinstance(problem.score, Threshold) and problem.score.weight == "excess":
+        # Its weight is next to nothing there, and the rounding no longer a small part of it.
+        budget += pairs.rounding * (pairs.borderline & ~pairs.kept)
     context, context_budget = kept @ values, budget @ values.abs()
     strength, strength_budget = kept.sum(-1), budget.sum(-1)
     if problem.reduction == "mean":

@@ -226,7 +226,7 @@ class _Backward(NamedTuple):
     keys: torch.Tensor | None
     values: torch.Tensor | None
     alpha: torch.Tensor  # (B,)
-    threshold: torch.Tensor  # (B, S); of the excess, else zero
+    threshold: torch.Tensor | None  # (B, S); of the excess only
 
 
 def _backward(
@@ -238,7 +238,7 @@ def _backward(
     batch, rows, _ = states.shape
     points = states if keys is None else keys
     grad_states, grad_alpha = states.new_zeros(states.shape), states.new_zeros(batch)
-    grad_threshold = torch.zeros_like(threshold)
+    grad_threshold = torch.zeros_like(threshold) if pairs.excess else None
     grad_points = points.new_zeros(points.shape)
     grad_values = None if values is None else values.new_zeros(values.shape)
     if states.numel() and points.numel():
@@ -258,7 +258,7 @@ def _backward(
                 "gather_points", batch * _blocks(like.shape[1], kernels.TILE), like.device,
                 query, points, pairs.limit(threshold),
                 points if values is None else values.contiguous(), grad_context, grad_strength,
-                ends, out, None if by_key or not pairs.excess else grad_threshold,
+                ends, out, None if by_key else grad_threshold,
                 batch, rows, points.shape[1], grad_context.shape[2],
                 BY_KEY=by_key, ALONE=values is None, OWNERS=kernels.TILE,
                 OTHERS=kernels.TILE, CHUNK=kernels.CHUNK, **pairs.constants(),
@@ -294,8 +294,8 @@ def _interact_backward(
     grad_context, grad_strength, threshold, states, keys, values, coefficient, *rest
 ):
     *pair, need_rows, need_keys = rest
-    pairs = _Pairs(states, coefficient, *pair)
     _check_points(states, keys, values)
+    pairs = _Pairs(states, coefficient, *pair)
     (batch, rows, _), depth = states.shape, 2 if values is None else values.shape[2]
     _check("grad_context", grad_context, states, batch, rows, depth)
     _check("grad_strength", grad_strength, states, batch, rows)
