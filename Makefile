@@ -28,12 +28,12 @@ gpu-check: $(VENV)/.tested
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	git ls-files 'csrc/**' 'tests/*.cpp' 'benchmarks/*.cpp' | grep -E '\.(h|cpp|cu|cuh)$$' | xargs $(BIN)/clang-format --dry-run --Werror
+	git ls-files 'csrc/**' 'tests/cpp/*.cpp' 'benchmarks/*.cpp' | grep -E '\.(h|cpp|cu|cuh)$$' | xargs $(BIN)/clang-format --dry-run --Werror
 
 format: $(VENV)/.lint
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	git ls-files 'csrc/**' 'tests/*.cpp' 'benchmarks/*.cpp' | grep -E '\.(h|cpp|cu|cuh)$$' | xargs $(BIN)/clang-format -i
+	git ls-files 'csrc/**' 'tests/cpp/*.cpp' 'benchmarks/*.cpp' | grep -E '\.(h|cpp|cu|cuh)$$' | xargs $(BIN)/clang-format -i
 
 clean:
 	rm -rf build dist *.egg-info qflux_kernels/*.so $(VENV)/.built $(VENV)/.tested

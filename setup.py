@@ -117,16 +117,16 @@ class BuildObject(build_ext):
         csrc = ROOT / "csrc"
         units = [
             (binding, csrc / "library.cpp", "library"),
-            (binding, csrc / "library_projection.cpp", "library_projection"),
+            (binding, csrc / "ops" / "project_norm.cpp", "project_norm"),
             ([*binding, "-O3"], csrc / "cpu" / "device.cpp", "device"),
             ([*binding, "-O3"], csrc / "cpu" / "projection.cpp", "projection"),
-            ([*binding, "-O3"], csrc / "cpu" / "sweep.cpp", "sweep"),
+            ([*binding, "-O3"], csrc / "cpu" / "sweep" / "sweep.cpp", "sweep"),
         ]
         sets = X86_SETS if is_x86() else {"baseline": []}
         for name, flags in sets.items():
-            for loops in ("dense", "projection_loops", "sweep_loops"):
-                source = csrc / "cpu" / f"{loops}.cpp"
-                units.append(([*cxx, *LOOPS, *flags], source, f"{loops}_{name}"))
+            for loops in ("dense", "projection", "sweep"):
+                source = csrc / "cpu" / "isa" / f"{loops}.cpp"
+                units.append(([*cxx, *LOOPS, *flags], source, f"isa_{loops}_{name}"))
         if nvcc:
             architectures = cuda_architectures()
             names = " ".join(name for _, name in architectures)
@@ -137,7 +137,8 @@ class BuildObject(build_ext):
             for gencode, _ in architectures:
                 device += ["-gencode", gencode]
             units += [
-                (device, path, f"cuda_{path.stem}") for path in sorted((csrc / "cuda").glob("*.cu"))
+                (device, path, f"cuda_{path.parent.name}_{path.stem}")
+                for path in sorted((csrc / "cuda").rglob("*.cu"))
             ]
         return [
             (

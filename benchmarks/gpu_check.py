@@ -50,7 +50,7 @@ def main() -> int:
     if Path(sanitizer).exists():
         for tool in ("memcheck", "racecheck"):
             command = [sanitizer, "--tool", tool, "--error-exitcode", "9"]
-            command += [*pytest, "tests/test_gpu.py", "-k", SHORT]
+            command += [*pytest, "tests/kernels/test_gpu.py", "-k", SHORT]
             passed &= run(f"compute-sanitizer {tool}", command, report)
     else:
         passed = False

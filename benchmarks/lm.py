@@ -25,13 +25,13 @@ from common import environment
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-import qflux.layers
+import qflux.models.layers
 from qflux import QuantumFluxConfig, QuantumFluxLM
-from qflux.data import IGNORED_LABEL, TrainingWindows, evaluation_batches, load_text
-from qflux.learner import make_optimizer
-from qflux.schedules import learning_rate_at
-from qflux.training import TrainingOptions
-from qflux.vocabulary import VOCABULARIES, make_vocabulary
+from qflux.text.data import IGNORED_LABEL, TrainingWindows, evaluation_batches, load_text
+from qflux.text.vocabulary import VOCABULARIES, make_vocabulary
+from qflux.train.loop import TrainingOptions
+from qflux.train.schedules import learning_rate_at
+from qflux.train.step import make_optimizer
 from qflux_kernels import Interaction, interact
 
 COLUMNS = [
@@ -292,7 +292,7 @@ def kept_share(model: nn.Module, works: Sequence[Tensor], context: int) -> float
         return heard
 
     ids = max(works, key=len)[:context].to(next(model.parameters()).device)
-    with mock.patch.object(qflux.layers, "interact", recording):
+    with mock.patch.object(qflux.models.layers, "interact", recording):
         model(ids[None])
     return torch.stack(kept).mean().item() if kept else None
 

@@ -271,9 +271,9 @@ def shares(states: torch.Tensor, keys: torch.Tensor | None, score: Threshold) ->
 
 def model_states(folder: Path, length: int, text: Path | None) -> list[tuple[str, torch.Tensor]]:
     """(where, shares) for each call of the kernels in one pass over held-out text."""
-    import qflux.layers
-    from qflux.checkpoint import load_model
-    from qflux.data import load_text
+    import qflux.models.layers
+    from qflux.text.data import load_text
+    from qflux.train.checkpoint import load_model
 
     model, vocabulary = load_model(folder)
     held_out = "".join(load_text(text).validation.values())
@@ -289,9 +289,9 @@ def model_states(folder: Path, length: int, text: Path | None) -> list[tuple[str
                 found.append((name, shares(states, keys, score)))
             return function(states, *arguments, score=score, **options)
 
-        return mock.patch.object(qflux.layers, name, called)
+        return mock.patch.object(qflux.models.layers, name, called)
 
-    interact, evolve = qflux.layers.interact, qflux.layers.evolve
+    interact, evolve = qflux.models.layers.interact, qflux.models.layers.evolve
     with torch.no_grad(), record("interact", interact), record("evolve", evolve):
         model(ids)
     return found

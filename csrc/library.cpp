@@ -5,11 +5,11 @@
 #include <cstring>
 #include <tuple>
 
-#include "checks.h"
 #include "evolve.h"
-#include "on_device.h"
+#include "ops/checks.h"
+#include "ops/on_device.h"
 #if defined(QFLUX_CUDA)
-#include "cuda/launch.h"
+#include "cuda/common/launch.h"
 #endif
 
 namespace qflux {

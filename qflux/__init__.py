@@ -1,16 +1,16 @@
 """The Quantum Flux language model on top of `qflux_kernels`."""
 
-from .causal_lm import LanguageModelOutput
-from .checkpoint import load_model, save_model
-from .config import QuantumFluxConfig
-from .cylinder import CylinderConfig, CylinderLM, CylinderOutput, phase_coherence
-from .data import TextSplit, load_dataset_text, load_text, ngram_losses
-from .generation import generate
-from .hebbian import ConnectionMemory, apply_update, delta_rule
-from .model import QuantumFluxLM
-from .presets import PRESETS, make_config, make_model
-from .training import TrainingOptions, TrainingResult, evaluate, train
-from .vocabulary import BpeVocabulary, ByteVocabulary, CharacterVocabulary, make_vocabulary
+from .inference.generate import generate
+from .models.base import LanguageModelOutput
+from .models.config import QuantumFluxConfig
+from .models.lm import QuantumFluxLM
+from .models.presets import PRESETS, make_config, make_model
+from .models.published import CylinderConfig, CylinderLM, CylinderOutput, phase_coherence
+from .text.data import TextSplit, load_dataset_text, load_text, ngram_losses
+from .text.vocabulary import BpeVocabulary, ByteVocabulary, CharacterVocabulary, make_vocabulary
+from .train.checkpoint import load_model, save_model
+from .train.hebbian import ConnectionMemory, apply_update, delta_rule
+from .train.loop import TrainingOptions, TrainingResult, evaluate, train
 
 __all__ = [
     "PRESETS",

@@ -11,20 +11,20 @@ import torch
 
 from qflux_kernels import BackendUnavailableError
 
-from .checkpoint import load_model
-from .data import TextSplit, load_dataset_text, load_text, ngram_losses
-from .hebbian import ERRORS
-from .learner import LEARNING, PRECISIONS
-from .presets import PRESETS, make_config
-from .trackers import TRACKERS
-from .training import NonFiniteLossError, TrainingOptions, train
-from .vocabulary import (
+from .models.presets import PRESETS, make_config
+from .text.data import TextSplit, load_dataset_text, load_text, ngram_losses
+from .text.vocabulary import (
     DEFAULT_BPE_SIZE,
     VOCABULARIES,
     BpeVocabulary,
     Vocabulary,
     make_vocabulary,
 )
+from .train.checkpoint import load_model
+from .train.hebbian import ERRORS
+from .train.loop import NonFiniteLossError, TrainingOptions, train
+from .train.step import LEARNING, PRECISIONS
+from .train.trackers import TRACKERS
 
 _USER_ERRORS = (ValueError, OSError, ImportError, BackendUnavailableError, NonFiniteLossError)
 _PARSERS = {"int": int, "int | None": int, "float": float, "float | None": float, "str": str}

@@ -18,12 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .causal_lm import CausalLM
-from .checkpoint import load_model, write_atomically
-from .data import IGNORED_LABEL
+from .models.base import CausalLM
+from .models.presets import config_from_json, make_model
 from .optional import require
-from .presets import config_from_json, make_model
-from .vocabulary import Vocabulary, to_tokenizer
+from .text.data import IGNORED_LABEL
+from .text.vocabulary import Vocabulary, to_tokenizer
+from .train.checkpoint import load_model, write_atomically
 
 transformers = require("transformers", "qflux.hf", extra="hf")
 from transformers.modeling_outputs import CausalLMOutput  # noqa: E402 (after the check above)

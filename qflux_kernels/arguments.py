@@ -269,8 +269,8 @@ def evolve_arguments(
     if steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}")
     base = interact_arguments(states, None, None, causal, score, reduction, lengths)
-    if isinstance(score, Threshold) and score.weight != "score":
-        raise ValueError(f"evolve takes score.weight='score' only, got {score.weight!r}")
+    if isinstance(score, Threshold) and score.shrinkage != "hard":
+        raise ValueError(f"evolve takes score.shrinkage='hard' only, got {score.shrinkage!r}")
     return EvolveArguments(
         states=base.states,
         dt=_per_step("dt", dt, base.states, steps),

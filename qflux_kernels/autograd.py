@@ -18,7 +18,7 @@ from .arguments import widen
 from .thresholds import threshold_vjp
 
 # `Score` of csrc/params.h: what a pair weighs.
-SCORES = ("score", "inverse_gate", "excess")
+SCORES = ("hard_threshold", "inverse_gate", "soft_threshold")
 # Planes a token leaves on the tape at each step of `evolve`, in the order of `csrc/params.h`.
 TAPE_PLANES = 11
 
@@ -164,7 +164,7 @@ class _InteractBackward(torch.autograd.Function):
         *arguments, family = arguments
         *grads, grad_threshold = _run(family, "interact_backward", arguments)
         pair = PairOptions(*arguments[11:17])
-        if SCORES[pair.score] == "excess" and arguments[17]:
+        if SCORES[pair.score] == "soft_threshold" and arguments[17]:
             grads = _add_threshold(family, grads, grad_threshold, arguments, pair)
         return tuple(grads)
 
@@ -200,7 +200,7 @@ class _Interact(torch.autograd.Function):
         states, keys, values, coefficient, min_gate, lengths, threshold = ctx.saved_tensors
         coefficient_value, min_gate_value, *options, family = ctx.scalars
         needs = ctx.needs_input_grad
-        excess = SCORES[PairOptions(*options).score] == "excess"
+        excess = SCORES[PairOptions(*options).score] == "soft_threshold"
         # The threshold's gradient comes with the rows and goes to the keys too.
         need_rows = needs[0] or needs[3] or (excess and needs[1])
         need_keys = needs[1] or needs[2] or (needs[0] and keys is None)
@@ -332,7 +332,7 @@ def _interact_backward_fake(
     def like(tensor):
         return states.new_empty(0 if tensor is None else tensor.shape)
 
-    excess = SCORES[PairOptions(*options[4:10]).score] == "excess"
+    excess = SCORES[PairOptions(*options[4:10]).score] == "soft_threshold"
     return (
         like(states),
         like(keys),

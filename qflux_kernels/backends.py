@@ -121,10 +121,10 @@ def check_algorithm(algorithm: str, score: Score, backend: str, device: torch.de
             "algorithm='sweep' is there for backend='cpu' and backend='cuda' only, and "
             f"backend={backend!r} would serve states on {device}. Use 'auto' or 'dense'"
         )
-    if score.weight != "score" and device.type == "cuda":
+    if score.shrinkage != "hard" and device.type == "cuda":
         raise BackendUnavailableError(
-            f"algorithm='sweep' serves score.weight='score' only on {device}, got "
-            f"{score.weight!r}. Use 'auto' or 'dense'"
+            f"algorithm='sweep' serves score.shrinkage='hard' only on {device}, got "
+            f"{score.shrinkage!r}. Use 'auto' or 'dense'"
         )
 
 

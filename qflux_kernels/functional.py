@@ -15,7 +15,9 @@ def _pair_options(
 ) -> autograd.PairOptions:
     threshold = isinstance(score, Threshold)
     return autograd.PairOptions(
-        score=autograd.SCORES.index(score.weight if threshold else "inverse_gate"),
+        score=autograd.SCORES.index(
+            f"{score.shrinkage}_threshold" if threshold else "inverse_gate"
+        ),
         eps=float(score.eps),
         row_window=threshold and score.stats == "row",
         causal=causal,

@@ -11,7 +11,7 @@ import torch
 
 REDUCTIONS = ("sum", "mean")
 STATISTICS = ("prefix", "row")
-WEIGHTS = ("score", "excess")
+SHRINKAGES = ("hard", "soft")
 ALGORITHMS = ("auto", "dense", "sweep")
 BACKENDS = ("auto", "reference", "cpu", "cuda", "triton")
 
@@ -52,11 +52,12 @@ class Threshold:
 
         s_ij  = (x_i . x_j + 1) / 2
         tau_i = mean_i + sigma * sqrt(var_i + eps)
-        w_ij  = s_ij if s_ij >= tau_i else 0              weight="score"
-        w_ij  = s_ij - tau_i if s_ij >= tau_i else 0      weight="excess"
+        w_ij  = s_ij if s_ij >= tau_i else 0              shrinkage="hard"
+        w_ij  = s_ij - tau_i if s_ij >= tau_i else 0      shrinkage="soft"
 
-    A score jumps at the threshold: no gradient flows through the decision, and none reaches
-    `sigma`. The excess does not jump, and its gradient flows through the threshold too.
+    Hard and soft thresholding are Donoho and Johnstone's terms. A hard threshold jumps: no gradient
+    flows through the decision, and none reaches `sigma`. A soft one does not, and its gradient
+    flows through the threshold too.
 
     Args:
         sigma: selectivity in standard deviations, a float or a tensor that broadcasts to the
@@ -65,20 +66,20 @@ class Threshold:
             "row": every key of the sequence, future ones too; the seed's code to the letter, and
             the same thing when `causal=False`.
         eps: added to the variance inside the root, >= 0. Default 1e-6.
-        weight: "score" (default): the documents'. "excess": by how much a kept score clears its
+        shrinkage: "hard" (default): a kept pair has its score. "soft": it has what exceeds the
             threshold; `interact` and `scores` only.
     """
 
     sigma: float | torch.Tensor = 0.5
     stats: str = "prefix"
     eps: float = 1e-6
-    weight: str = "score"
+    shrinkage: str = "hard"
 
     def __post_init__(self) -> None:
         check_real_or_tensor("sigma", self.sigma)
         check_choice("stats", self.stats, STATISTICS)
         check_real("eps", self.eps, minimum=0.0)
-        check_choice("weight", self.weight, WEIGHTS)
+        check_choice("shrinkage", self.shrinkage, SHRINKAGES)
 
 
 @dataclass(frozen=True)

@@ -78,7 +78,7 @@ def weights(args: InteractArguments, first: int = 0, last: int | None = None) ->
         limit = tau.detach()
         kept = visible & ~(s < limit)
         weight = torch.where(limit.isnan(), nan, s)
-        if args.score.weight == "excess":
+        if args.score.shrinkage == "soft":
             weight = weight - tau
     else:
         rotated = torch.stack((rows[..., 1], -rows[..., 0]), -1)

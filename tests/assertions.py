@@ -137,7 +137,7 @@ def _pairs(problem: Problem, first: int, last: int) -> Pairs:
         kept = s >= tau
         borderline = (s - tau).abs() <= delta * (1 + size)
         weight, rounding = s, unit * (1 + size)
-        if problem.score.weight == "excess":
+        if problem.score.shrinkage == "soft":
             # Of a difference the rounding of both terms remains.
             weight, rounding = s - tau, rounding + unit * tau.abs()
     else:
@@ -177,7 +177,7 @@ def _expected(problem: Problem, dtype: torch.dtype, rtol: float, first: int, las
     budget = kept.abs() * rtol + pairs.rounding * pairs.kept
     # A borderline pair that counts is rounded like any other.
     budget += (1 + rtol) * pairs.weight.abs() * pairs.borderline
-    if isinstance(problem.score, Threshold) and problem.score.weight == "excess":
+    if isinstance(problem.score, Threshold) and problem.score.shrinkage == "soft":
         # Its weight is next to nothing there, and the rounding no longer a small part of it.
         budget += pairs.rounding * (pairs.borderline & ~pairs.kept)
     context, context_budget = kept @ values, budget @ values.abs()

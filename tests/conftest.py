@@ -53,7 +53,7 @@ def math_module(tmp_path_factory):
             "g++", "-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC",
             f"-I{ROOT / 'csrc'}", f"-I{pybind11.get_include()}",
             f"-I{sysconfig.get_path('include')}",
-            str(ROOT / "tests" / "math_module.cpp"), "-o", str(target),
+            str(ROOT / "tests" / "cpp" / "math_module.cpp"), "-o", str(target),
         ],
         check=True,
     )  # fmt: skip

@@ -19,8 +19,8 @@ SCORES = [
 # Weights measured from the threshold, which `evolve` does not take.
 INTERACT_SCORES = [
     *SCORES,
-    Threshold(0.4, weight="excess"),
-    Threshold(-0.3, "row", 1e-3, weight="excess"),
+    Threshold(0.4, shrinkage="soft"),
+    Threshold(-0.3, "row", 1e-3, shrinkage="soft"),
 ]
 EXTREME_SCORES = [
     *SCORES,

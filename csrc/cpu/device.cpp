@@ -9,8 +9,8 @@
 #include <vector>
 
 #include "../math/score.h"
-#include "dense.h"
-#include "sweep.h"
+#include "isa/dense.h"
+#include "sweep/sweep.h"
 
 namespace qflux::cpu {
 namespace {

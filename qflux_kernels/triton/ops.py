@@ -74,7 +74,7 @@ class _Pairs:
         self.min_gate = per_sequence(min_gate, min_gate_value)
         self.lengths = lengths
         self.gate = autograd.SCORES[score] == "inverse_gate"
-        self.excess = autograd.SCORES[score] == "excess"
+        self.excess = autograd.SCORES[score] == "soft_threshold"
         self.eps = eps
         self.row_window = row_window
         self.causal = causal

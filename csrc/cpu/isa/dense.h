@@ -1,0 +1,76 @@
+// The pair loops over one staged sequence, compiled once for each instruction set.
+#pragma once
+
+#include "../../math/statistics.h"
+#include "../../params.h"
+
+namespace qflux::cpu {
+
+// Planes are padded to this many elements, a whole group of owners on every instruction set.
+constexpr int64_t kPadding = 32;
+// Rows (or keys, in the key pass) that one thread owns at a time.
+constexpr int64_t kBlock = 64;
+// Keys of a window whose moments are summed from zero; fixed, so that results never depend on the
+// number of threads.
+constexpr int64_t kMomentsTile = 512;
+
+// One sequence in the layouts the loops want: a plane for each component, zero-padded, for the side
+// that owns, and a record for each token where many columns are broadcast.
+template <class T>
+struct Sequence {
+  Visibility visibility;
+  int64_t depth;  // columns of the values; the fast path (values == nullptr) has 2
+  Score score;
+  T eps, min_gate;
+  bool row_window;
+  const T *query_x, *query_y;  // [row_stride]
+  const T* limit;              // [row_stride]: tau; zero for the inverse gate
+  const T *key_x, *key_y;      // [key_stride]
+  const T* values = nullptr;   // [keys][value_stride] records of `depth`; null: the keys
+  int64_t value_stride;
+  // Backward only.
+  const T* grad = nullptr;           // [depth][row_stride]: of the context, reduction applied
+  const T* grad_strength = nullptr;  // [row_stride]
+  const T* grad_records = nullptr;   // [rows][depth]: the same as grad; general path only
+  const T* value_planes = nullptr;   // [depth][key_stride]; general path only
+  int64_t row_stride, key_stride;
+};
+
+// Results of a block, as sums before the reduction, in owner order.
+template <class T>
+struct ForwardBlock {
+  T* context;       // [kBlock][depth]
+  T* strength;      // [kBlock]
+  int32_t* degree;  // [kBlock], or null
+};
+template <class T>
+struct BackwardBlock {
+  T* point;            // [kBlock][2]: gradient of the query, or of the key
+  T* values;           // [kBlock][depth]: gradient of the values; key pass of the general path only
+  T* limit = nullptr;  // [kBlock]: gradient of the limit; row pass of Score::kExcess only
+};
+
+template <class T>
+struct Kernels {
+  // Owners first .. last - 1, at most kBlock of them, all inside the sequence.
+  void (*forward)(const Sequence<T>&, int64_t first, int64_t last, const ForwardBlock<T>&);
+  void (*backward_rows)(const Sequence<T>&, int64_t first, int64_t last, const BackwardBlock<T>&);
+  void (*backward_keys)(const Sequence<T>&, int64_t first, int64_t last, const BackwardBlock<T>&);
+  // tau of tile's rows 0 .. count - 1 from the moments of the windows that end with each of them.
+  void (*thresholds)(const Moments* windows, const T* x, const T* y, int64_t count,
+                     Point<double> shift, double sigma, double eps, T* tau);
+};
+
+struct InstructionSet {
+  const char* name;
+  Kernels<float> single;
+  Kernels<double> twice;
+};
+
+extern const InstructionSet kBaseline;
+#if defined(QFLUX_X86)
+extern const InstructionSet kAvx2;
+extern const InstructionSet kAvx512;
+#endif
+
+}  // namespace qflux::cpu

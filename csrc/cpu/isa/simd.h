@@ -1,0 +1,171 @@
+// Vectors of the instruction set this translation unit is compiled for.
+//
+// GCC and Clang vector extensions give SSE2, AVX2 and NEON from one source; AVX-512 has its own
+// specialisation because its compares yield mask registers, which the extensions cannot name.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "../../math/scalar.h"
+
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#define QFLUX_VECTOR_BYTES 64
+#elif defined(__AVX2__)
+#define QFLUX_VECTOR_BYTES 32
+#else
+#define QFLUX_VECTOR_BYTES 16
+#endif
+
+namespace qflux {
+namespace {
+
+template <class T>
+struct Lanes;
+template <>
+struct Lanes<float> {
+  using Integer = int32_t;
+  typedef float Raw __attribute__((vector_size(QFLUX_VECTOR_BYTES)));
+  typedef int32_t Bits __attribute__((vector_size(QFLUX_VECTOR_BYTES)));
+};
+template <>
+struct Lanes<double> {
+  using Integer = int64_t;
+  typedef double Raw __attribute__((vector_size(QFLUX_VECTOR_BYTES)));
+  typedef int64_t Bits __attribute__((vector_size(QFLUX_VECTOR_BYTES)));
+};
+
+template <class T>
+struct Vector {
+  static constexpr int kWidth = QFLUX_VECTOR_BYTES / sizeof(T);
+  using Integer = typename Lanes<T>::Integer;
+  using Raw = typename Lanes<T>::Raw;
+  using Bits = typename Lanes<T>::Bits;
+
+  Raw raw;
+
+  Vector() = default;
+  QFLUX_INLINE Vector(Raw r) : raw(r) {}
+  QFLUX_INLINE explicit Vector(T value) : raw(value - Raw{}) {}
+  QFLUX_INLINE explicit Vector(int value) : Vector(T(value)) {}
+};
+
+template <class T>
+QFLUX_INLINE Vector<T> load(const T* from) {
+  Vector<T> v;
+  std::memcpy(&v.raw, from, sizeof(v.raw));
+  return v;
+}
+template <class T>
+QFLUX_INLINE void store(T* to, Vector<T> v) {
+  std::memcpy(to, &v.raw, sizeof(v.raw));
+}
+
+// clang-format off
+template <class T> QFLUX_INLINE Vector<T> operator+(Vector<T> a, Vector<T> b) { return a.raw + b.raw; }
+template <class T> QFLUX_INLINE Vector<T> operator-(Vector<T> a, Vector<T> b) { return a.raw - b.raw; }
+template <class T> QFLUX_INLINE Vector<T> operator*(Vector<T> a, Vector<T> b) { return a.raw * b.raw; }
+template <class T> QFLUX_INLINE Vector<T> operator/(Vector<T> a, Vector<T> b) { return a.raw / b.raw; }
+// clang-format on
+
+#if defined(__AVX512F__)
+
+template <class T>
+struct Mask {
+  uint32_t bits;
+};
+
+// clang-format off
+QFLUX_INLINE Vector<float>  multiply_add(Vector<float> a, Vector<float> b, Vector<float> c) { return {(Vector<float>::Raw)_mm512_fmadd_ps((__m512)a.raw, (__m512)b.raw, (__m512)c.raw)}; }
+QFLUX_INLINE Vector<double> multiply_add(Vector<double> a, Vector<double> b, Vector<double> c) { return {(Vector<double>::Raw)_mm512_fmadd_pd((__m512d)a.raw, (__m512d)b.raw, (__m512d)c.raw)}; }
+QFLUX_INLINE Vector<float>  absolute(Vector<float> a) { return {(Vector<float>::Raw)_mm512_abs_ps((__m512)a.raw)}; }
+QFLUX_INLINE Vector<double> absolute(Vector<double> a) { return {(Vector<double>::Raw)_mm512_abs_pd((__m512d)a.raw)}; }
+QFLUX_INLINE Mask<float>  not_less(Vector<float> a, Vector<float> b) { return {_mm512_cmp_ps_mask((__m512)a.raw, (__m512)b.raw, _CMP_NLT_UQ)}; }
+QFLUX_INLINE Mask<double> not_less(Vector<double> a, Vector<double> b) { return {_mm512_cmp_pd_mask((__m512d)a.raw, (__m512d)b.raw, _CMP_NLT_UQ)}; }
+QFLUX_INLINE Mask<float>  not_less_equal(Vector<float> a, Vector<float> b) { return {_mm512_cmp_ps_mask((__m512)a.raw, (__m512)b.raw, _CMP_NLE_UQ)}; }
+QFLUX_INLINE Mask<double> not_less_equal(Vector<double> a, Vector<double> b) { return {_mm512_cmp_pd_mask((__m512d)a.raw, (__m512d)b.raw, _CMP_NLE_UQ)}; }
+QFLUX_INLINE Vector<float>  select(Mask<float> m, Vector<float> a, Vector<float> b) { return {(Vector<float>::Raw)_mm512_mask_blend_ps((__mmask16)m.bits, (__m512)b.raw, (__m512)a.raw)}; }
+QFLUX_INLINE Vector<double> select(Mask<double> m, Vector<double> a, Vector<double> b) { return {(Vector<double>::Raw)_mm512_mask_blend_pd((__mmask8)m.bits, (__m512d)b.raw, (__m512d)a.raw)}; }
+// clang-format on
+template <class T>
+QFLUX_INLINE Mask<T> both(Mask<T> a, Mask<T> b) {
+  return {a.bits & b.bits};
+}
+// clang-format off
+QFLUX_INLINE Vector<float>  multiply_add_where(Mask<float> m, Vector<float> a, Vector<float> b, Vector<float> c) { return {(Vector<float>::Raw)_mm512_mask3_fmadd_ps((__m512)a.raw, (__m512)b.raw, (__m512)c.raw, (__mmask16)m.bits)}; }
+QFLUX_INLINE Vector<double> multiply_add_where(Mask<double> m, Vector<double> a, Vector<double> b, Vector<double> c) { return {(Vector<double>::Raw)_mm512_mask3_fmadd_pd((__m512d)a.raw, (__m512d)b.raw, (__m512d)c.raw, (__mmask8)m.bits)}; }
+QFLUX_INLINE Vector<float>  add_where(Mask<float> m, Vector<float> a, Vector<float> c) { return {(Vector<float>::Raw)_mm512_mask_add_ps((__m512)c.raw, (__mmask16)m.bits, (__m512)a.raw, (__m512)c.raw)}; }
+QFLUX_INLINE Vector<double> add_where(Mask<double> m, Vector<double> a, Vector<double> c) { return {(Vector<double>::Raw)_mm512_mask_add_pd((__m512d)c.raw, (__mmask8)m.bits, (__m512d)a.raw, (__m512d)c.raw)}; }
+QFLUX_INLINE void count(Mask<float> m, Vector<float>::Bits& counter) { counter = (Vector<float>::Bits)_mm512_mask_add_epi32((__m512i)counter, (__mmask16)m.bits, (__m512i)counter, _mm512_set1_epi32(1)); }
+QFLUX_INLINE void count(Mask<double> m, Vector<double>::Bits& counter) { counter = (Vector<double>::Bits)_mm512_mask_add_epi64((__m512i)counter, (__mmask8)m.bits, (__m512i)counter, _mm512_set1_epi64(1)); }
+// clang-format on
+// Lanes first <= lane < last.
+template <class T>
+QFLUX_INLINE Mask<T> lanes_between(int64_t first, int64_t last) {
+  constexpr int64_t width = Vector<T>::kWidth;
+  const auto below = [](int64_t n) {
+    return n <= 0 ? 0u : n >= width ? (1u << width) - 1u : (1u << n) - 1u;
+  };
+  return {below(last) & ~below(first)};
+}
+
+#else
+
+template <class T>
+struct Mask {
+  typename Vector<T>::Bits bits;
+};
+
+template <class T>
+QFLUX_INLINE Vector<T> multiply_add(Vector<T> a, Vector<T> b, Vector<T> c) {
+  return a.raw * b.raw + c.raw;  // contracted where the instruction set has a fused form
+}
+template <class T>
+QFLUX_INLINE Vector<T> absolute(Vector<T> a) {
+  using Bits = typename Vector<T>::Bits;
+  using Integer = typename Vector<T>::Integer;
+  constexpr Integer kSign = Integer(1) << (8 * sizeof(T) - 1);
+  return (typename Vector<T>::Raw)((Bits)a.raw & ~(kSign - Bits{}));
+}
+template <class T>
+QFLUX_INLINE Mask<T> not_less(Vector<T> a, Vector<T> b) {
+  return {~(a.raw < b.raw)};
+}
+template <class T>
+QFLUX_INLINE Mask<T> not_less_equal(Vector<T> a, Vector<T> b) {
+  return {~(a.raw <= b.raw)};
+}
+template <class T>
+QFLUX_INLINE Vector<T> select(Mask<T> m, Vector<T> a, Vector<T> b) {
+  return m.bits ? a.raw : b.raw;
+}
+template <class T>
+QFLUX_INLINE Mask<T> both(Mask<T> a, Mask<T> b) {
+  return {a.bits & b.bits};
+}
+// a * b + c where the mask holds, else c.
+template <class T>
+QFLUX_INLINE Vector<T> multiply_add_where(Mask<T> m, Vector<T> a, Vector<T> b, Vector<T> c) {
+  return multiply_add(select(m, a, Vector<T>(T(0))), b, c);
+}
+template <class T>
+QFLUX_INLINE Vector<T> add_where(Mask<T> m, Vector<T> a, Vector<T> c) {
+  return select(m, a, Vector<T>(T(0))) + c;
+}
+template <class T>
+QFLUX_INLINE void count(Mask<T> m, typename Vector<T>::Bits& counter) {
+  counter -= m.bits;
+}
+template <class T>
+QFLUX_INLINE Mask<T> lanes_between(int64_t first, int64_t last) {
+  Mask<T> mask;
+  for (int lane = 0; lane < Vector<T>::kWidth; ++lane)
+    mask.bits[lane] = lane >= first && lane < last ? -1 : 0;
+  return mask;
+}
+
+#endif
+
+}  // namespace
+}  // namespace qflux

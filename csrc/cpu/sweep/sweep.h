@@ -1,0 +1,32 @@
+// The threshold score of one long sequence in about O(S log S): see math/sweep.h for the geometry.
+#pragma once
+
+#include "../isa/dense.h"
+#include "../isa/sweep.h"
+
+namespace qflux::cpu {
+
+// Sums of each row before the reduction, zero on entry.
+struct SweptRows {
+  double* context;   // [rows][depth]
+  double* strength;  // [rows]
+  int32_t* degree;   // [rows]
+  int64_t* work;     // as in InteractParams
+};
+// Gradients, zero on entry. A null pointer leaves its part out; rows and keys are independent.
+struct SweptGradients {
+  double* query;   // [rows][2]
+  double* key;     // [keys][2]: with values that are the keys, as keys and as values
+  double* values;  // [keys][depth]
+  double* limit;   // [rows], with `query`: of the thresholds, Score::kExcess only
+};
+
+// Both return false, having written nothing, where the geometry does not pay (short sequences) or
+// does not apply: states, values or gradients that are not finite or too large to square.
+template <class T>
+bool sweep_forward(const Kernels<T>&, const SweepLoops<T>&, const Sequence<T>&, const SweptRows&);
+template <class T>
+bool sweep_backward(const Kernels<T>&, const SweepLoops<T>&, const Sequence<T>&,
+                    const SweptGradients&);
+
+}  // namespace qflux::cpu

@@ -1,0 +1,34 @@
+// What the ops call. Free of CUDA and torch headers, so that a build without a toolkit can read it.
+#pragma once
+
+#include "../../params.h"
+
+namespace qflux::cuda {
+
+// Each enqueues its kernels on `stream` (a cudaStream_t) and returns nullptr, or the text of the
+// first launch error. None allocates, synchronises or leaves the current device, so all of them
+// may run under CUDA-graph capture.
+//
+// With scratch, of sweep_bytes() from a 256-byte boundary on, the threshold score's pairs are met
+// by sweep (sweep.h); without, one by one.
+const char* interact(const InteractParams<float>& params, void* stream, void* scratch = nullptr);
+const char* interact(const InteractParams<double>& params, void* stream, void* scratch = nullptr);
+const char* interact_backward(const InteractBackwardParams<float>& params, void* stream,
+                              void* scratch = nullptr);
+const char* interact_backward(const InteractBackwardParams<double>& params, void* stream,
+                              void* scratch = nullptr);
+const char* evolve(const EvolveParams<float>& params, void* stream, void* scratch = nullptr);
+const char* evolve(const EvolveParams<double>& params, void* stream, void* scratch = nullptr);
+const char* evolve_backward(const EvolveBackwardParams<float>& params, void* stream,
+                            void* scratch = nullptr);
+const char* evolve_backward(const EvolveBackwardParams<double>& params, void* stream,
+                            void* scratch = nullptr);
+
+// The same for all stages of an evolution; 0 where the dense kernels do everything.
+int64_t sweep_bytes(const PairParams<float>& pair, bool backward);
+int64_t sweep_bytes(const PairParams<double>& pair, bool backward);
+
+// Space-separated, as the build passed them in QFLUX_CUDA_ARCHITECTURES.
+const char* architectures();
+
+}  // namespace qflux::cuda

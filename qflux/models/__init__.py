@@ -1,0 +1,1 @@
+"""The two model families, their configurations and presets."""

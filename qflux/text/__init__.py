@@ -1,0 +1,1 @@
+"""Text as ids: works, windows and vocabularies."""

@@ -1,0 +1,303 @@
+// The CUDA launchers, compiled against the emulator, on NumPy arrays of any strides. Test-only.
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+
+#include <stdexcept>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "../../csrc/cuda/common/launch.h"
+#include "../../csrc/cuda/evolve/step.h"
+#include "../../csrc/cuda/projection/project.h"
+#include "../../csrc/cuda/sweep/sweep.h"
+#include "../../csrc/emulator/emulator.h"
+#include "../../csrc/evolve.h"
+
+namespace py = pybind11;
+using namespace qflux;
+
+namespace {
+
+template <class T>
+View<T> view(const py::object& object) {
+  if (object.is_none()) return {};
+  using Plain = std::remove_const_t<T>;
+  if (!py::isinstance<py::array_t<Plain>>(object)) throw std::invalid_argument("wrong dtype");
+  auto array = py::reinterpret_borrow<py::array_t<Plain>>(object);
+  if (array.ndim() != 2 && array.ndim() != 3) throw std::invalid_argument("wrong dimensions");
+  const auto stride = [&](int dim) {
+    return dim < array.ndim() ? array.strides(dim) / static_cast<int64_t>(sizeof(T)) : 0;
+  };
+  T* data;
+  if constexpr (std::is_const_v<T>)
+    data = array.data();
+  else
+    data = array.mutable_data();
+  return {data, stride(0), stride(1), stride(2)};
+}
+
+// A number, or a contiguous array; null for None.
+template <class T>
+T* contiguous(const py::object& object) {
+  return view<T>(object).data;
+}
+
+template <class T>
+PerSequence<T> per_sequence(const py::object& object) {
+  if (!py::isinstance<py::array>(object)) return {nullptr, object.cast<T>()};
+  return {py::reinterpret_borrow<py::array_t<T>>(object).data(), T(0)};
+}
+
+template <class T>
+PerToken<T> per_token(const py::object& object, int64_t batch, int64_t length) {
+  if (!py::isinstance<py::array>(object)) return {nullptr, object.cast<T>(), 0, 0};
+  auto array = py::reinterpret_borrow<py::array_t<T>>(object);
+  return {array.data(), T(0), array.shape(0) > 1 ? batch * length : 0, length};
+}
+
+template <class T>
+PairParams<T> pair_params(const py::dict& d) {
+  PairParams<T> p{};
+  p.states = view<const T>(d["states"]);
+  p.key_points = view<const T>(d["keys"]);
+  p.values = view<const T>(d["values"]);
+  p.batch = d["batch"].cast<int64_t>();
+  p.rows = d["rows"].cast<int64_t>();
+  p.keys = d["key_count"].cast<int64_t>();
+  p.depth = d["depth"].cast<int64_t>();
+  p.score = static_cast<Score>(d["score"].cast<int64_t>());
+  p.eps = d["eps"].cast<double>();
+  p.row_window = d["row_window"].cast<bool>();
+  p.causal = d["causal"].cast<bool>();
+  p.mean = d["mean"].cast<bool>();
+  p.coefficient = per_sequence<T>(d["coefficient"]);
+  p.min_gate = per_sequence<T>(d["min_gate"]);
+  if (!d["lengths"].is_none())
+    p.lengths = py::reinterpret_borrow<py::array_t<int64_t>>(d["lengths"]).data();
+  return p;
+}
+
+template <class T>
+EvolveParams<T> evolve_params(const py::dict& d) {
+  EvolveParams<T> p{};
+  p.pair = pair_params<T>(d);
+  p.steps = d["steps"].cast<int64_t>();
+  p.radius.active = !d["radius"].is_none();
+  if (p.radius.active) {
+    const auto rule = d["radius"].cast<py::tuple>();
+    const auto number = [&](int n) { return rule[n].cast<T>(); };
+    p.radius = {true, number(0), number(1), number(2), number(3), number(4)};
+  }
+  p.dt = per_token<T>(d["dt"], p.pair.batch, p.pair.rows);
+  p.skip = per_token<T>(d["skip"], p.pair.batch, p.pair.rows);
+  p.tape = contiguous<T>(d["tape"]);
+  p.save = d["save"].cast<bool>();
+  return p;
+}
+
+cuda::Launches launches(const py::dict& d) {
+  return static_cast<cuda::Launches>(d["launches"].cast<int>());
+}
+
+void check(const char* error) {
+  if (error != nullptr) throw std::runtime_error(error);
+}
+
+// Scratch of a sweep, full of NaN and guarded on both sides.
+class Scratch {
+ public:
+  explicit Scratch(int64_t bytes) : bytes_(bytes), memory_(bytes + 2 * kGuard + kAlignment, 0xff) {
+    start_ = memory_.data() + kGuard;
+    start_ += (kAlignment - reinterpret_cast<uintptr_t>(start_) % kAlignment) % kAlignment;
+  }
+  int64_t bytes() const { return bytes_; }
+  void* data() { return start_; }
+  void check() const {
+    for (const unsigned char* at = memory_.data(); at < memory_.data() + memory_.size(); ++at)
+      if ((at < start_ || at >= start_ + bytes_) && *at != 0xff)
+        throw std::runtime_error("a write outside the scratch");
+  }
+
+ private:
+  static constexpr int64_t kGuard = 4096, kAlignment = 256;
+  int64_t bytes_;
+  std::vector<unsigned char> memory_;
+  unsigned char* start_;
+};
+
+// Runs call(base, scratch) where the dict asks for a sweep, else otherwise().
+template <class T, class Call, class Otherwise>
+void by_algorithm(const py::dict& d, const PairParams<T>& pair, bool backward, const Call& call,
+                  const Otherwise& otherwise) {
+  const int64_t base = d.contains("sweep_base") ? d["sweep_base"].cast<int64_t>() : 0;
+  if (base == 0) return check(otherwise());
+  Scratch scratch(cuda::sweep_bytes_by(base, pair, backward));
+  check(call(base, scratch.bytes() > 0 ? scratch.data() : nullptr));
+  scratch.check();
+}
+
+template <class T>
+void interact(const py::dict& d) {
+  InteractParams<T> p{};
+  p.pair = pair_params<T>(d);
+  p.context = view<T>(d["context"]);
+  p.strength = view<T>(d["strength"]);
+  p.degree = view<int32_t>(d["degree"]);
+  p.threshold = view<T>(d["threshold"]);
+  by_algorithm(
+      d, p.pair, false,
+      [&](int64_t base, void* scratch) { return cuda::interact_by(base, p, scratch, nullptr); },
+      [&] { return cuda::interact(p, nullptr); });
+}
+
+template <class T>
+void interact_backward(const py::dict& d) {
+  InteractBackwardParams<T> p{};
+  p.pair = pair_params<T>(d);
+  p.grad_context = view<const T>(d["grad_context"]);
+  p.grad_strength = view<const T>(d["grad_strength"]);
+  p.threshold = view<const T>(d["threshold"]);
+  p.grad_states = view<T>(d["grad_states"]);
+  p.grad_keys = view<T>(d["grad_keys"]);
+  p.grad_values = view<T>(d["grad_values"]);
+  p.grad_alpha = view<T>(d["grad_alpha"]);
+  if (d.contains("grad_threshold")) p.grad_threshold = view<T>(d["grad_threshold"]);
+  p.accumulate = d["accumulate"].cast<bool>();
+  p.keys_are_states = d["keys_are_states"].cast<bool>();
+  by_algorithm(
+      d, p.pair, true,
+      [&](int64_t base, void* scratch) {
+        return cuda::interact_backward_by(base, p, scratch, nullptr);
+      },
+      [&] { return cuda::interact_backward(p, nullptr); });
+}
+
+template <class T, class Params>
+void evolve_by(const py::dict& d, const PairParams<T>& pair, bool backward, const Params& p) {
+  by_algorithm(
+      d, pair, backward,
+      [&](int64_t base, void* scratch) {
+        return cuda::evolve_by(launches(d), p, nullptr, {scratch, base});
+      },
+      [&] { return cuda::evolve_by(launches(d), p, nullptr); });
+}
+
+template <class T>
+void evolve(const py::dict& d) {
+  EvolveParams<T> p = evolve_params<T>(d);
+  p.out = view<T>(d["out"]);
+  p.strength = view<T>(d["strength"]);
+  p.degree = view<int32_t>(d["degree"]);
+  evolve_by(d, p.pair, false, p);
+}
+
+template <class T>
+void evolve_backward(const py::dict& d) {
+  EvolveBackwardParams<T> p{};
+  p.forward = evolve_params<T>(d);
+  p.grad_out = view<const T>(d["grad_out"]);
+  p.grad_strength = view<const T>(d["grad_strength"]);
+  p.grad_states = view<T>(d["grad_states"]);
+  p.grad_dt = contiguous<T>(d["grad_dt"]);
+  p.grad_skip = contiguous<T>(d["grad_skip"]);
+  p.grad_alpha = view<T>(d["grad_alpha"]);
+  p.scratch = contiguous<T>(d["scratch"]);
+  evolve_by(d, p.forward.pair, true, p);
+}
+
+template <class T>
+T* flat(const py::object& object) {
+  if (object.is_none()) return nullptr;
+  using Plain = std::remove_const_t<T>;
+  if (!py::isinstance<py::array_t<Plain>>(object)) throw std::invalid_argument("wrong dtype");
+  auto array = py::reinterpret_borrow<py::array_t<Plain>>(object);
+  if constexpr (std::is_const_v<T>)
+    return array.data();
+  else
+    return array.mutable_data();
+}
+
+template <class T>
+ProjectionParams<T> projection_params(const py::dict& d) {
+  ProjectionParams<T> p{};
+  p.tokens = d["tokens"].cast<int64_t>();
+  p.count = d["count"].cast<int64_t>();
+  p.width = d["width"].cast<int64_t>();
+  p.eps = d["eps"].cast<double>();
+  p.features = flat<const T>(d["states"]);
+  p.weight = flat<const T>(d["weight"]);
+  p.bias = flat<const T>(d["bias"]);
+  p.scale = flat<const T>(d["scale"]);
+  p.shift = flat<const T>(d["shift"]);
+  return p;
+}
+
+// The sizes of the scratch: planes, gram, tokens, partial, totals.
+py::tuple project_sizes(int64_t tokens, int64_t count, int64_t width) {
+  ProjectionParams<double> p{};
+  p.tokens = tokens;
+  p.count = count;
+  p.width = width;
+  return py::make_tuple(p.columns() * width, p.columns() * p.columns(), 2 * tokens,
+                        p.chunks() * p.sums(), p.sums());
+}
+
+template <class T>
+cuda::ProjectionScratch<T> projection_scratch(const py::dict& d) {
+  return {flat<T>(d["planes"]), flat<double>(d["gram"]), flat<double>(d["token_scratch"]),
+          flat<double>(d["partial"]), flat<double>(d["totals"])};
+}
+
+template <class T>
+void project(const py::dict& d) {
+  check(
+      cuda::project(projection_params<T>(d), projection_scratch<T>(d), flat<T>(d["out"]), nullptr));
+}
+
+template <class T>
+void project_backward(const py::dict& d) {
+  ProjectionParams<T> p = projection_params<T>(d);
+  p.grad = flat<const T>(d["grad"]);
+  const ProjectionGradients<T> grads{flat<T>(d["grad_features"]), flat<T>(d["grad_weight"]),
+                                     flat<T>(d["grad_bias"]), flat<T>(d["grad_scale"]),
+                                     flat<T>(d["grad_shift"])};
+  check(cuda::project_backward(p, projection_scratch<T>(d), grads, nullptr));
+}
+
+// In the precision of the states.
+template <void (*kSingle)(const py::dict&), void (*kTwice)(const py::dict&)>
+void dispatch(const py::dict& d) {
+  py::isinstance<py::array_t<float>>(d["states"]) ? kSingle(d) : kTwice(d);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(qflux_emulator, m) {
+  m.attr("TAPE_CONTEXT") = static_cast<int64_t>(kTapeContext);
+  m.attr("TAPE_PLANES") = static_cast<int64_t>(kTapePlanes);
+  m.attr("SCRATCH_PLANES") = static_cast<int64_t>(kScratchPlanes);
+  m.def("architectures", &cuda::architectures);
+  m.def(
+      "configure",
+      [](int order, int64_t max_blocks, int64_t max_shared_bytes) {
+        emulator::Machine& machine = emulator::machine();
+        machine.order = static_cast<emulator::Order>(order);
+        machine.max_blocks = max_blocks;
+        machine.max_shared_bytes = max_shared_bytes;
+      },
+      py::arg("order"), py::arg("max_blocks"), py::arg("max_shared_bytes") = 227 * 1024);
+  m.attr("SWEEP_BASE") = cuda::kSweepBase;
+  m.def("count_launches", [] { return std::exchange(emulator::machine().launches, 0); });
+  m.def("sweep_bytes", [](const py::dict& d, bool backward) {
+    return cuda::sweep_bytes_by(d["sweep_base"].cast<int64_t>(), pair_params<float>(d), backward);
+  });
+  m.def("count_picks", [] { return std::exchange(emulator::machine().picks, 0); });
+  m.def("interact", &dispatch<interact<float>, interact<double>>);
+  m.def("interact_backward", &dispatch<interact_backward<float>, interact_backward<double>>);
+  m.def("evolve", &dispatch<evolve<float>, evolve<double>>);
+  m.def("evolve_backward", &dispatch<evolve_backward<float>, evolve_backward<double>>);
+  m.def("project_sizes", &project_sizes);
+  m.def("project", &dispatch<project<float>, project<double>>);
+  m.def("project_backward", &dispatch<project_backward<float>, project_backward<double>>);
+}

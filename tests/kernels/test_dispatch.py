@@ -1,0 +1,443 @@
+"""The operators as PyTorch sees them: dispatcher, compiler, transforms, autocast, memory."""
+
+import copy
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+import qflux_kernels
+from qflux_kernels import InverseGate, Radius, Threshold, evolve, interact
+
+OPS = torch.ops.qflux_kernels
+PAIR = {
+    "threshold": (0, 1e-6, False, True, False, 2),
+    "row window, mean": (0, 1e-6, True, True, True, 0),
+    "gate": (1, 1e-3, False, False, False, 1),
+}
+INTERACT_PAIR = PAIR | {"soft_threshold": (2, *PAIR["threshold"][1:])}
+STEP = (2, True, 0.1, 2.0, 0.01, 0.1, 1.0)
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def inputs(device, batch=2, rows=9, keys=None, depth=3, dtype=torch.float32):
+    """States, keys, values, a coefficient, a minimal gate and lengths of the ops."""
+    keys = rows if keys is None else keys
+
+    def tensor(*shape):
+        return torch.randn(*shape, dtype=dtype, device=device)
+
+    lengths = torch.tensor([rows, rows // 2], device=device)[:batch]
+    return (
+        tensor(batch, rows, 2),
+        tensor(batch, keys, 2),
+        tensor(batch, keys, depth),
+        tensor(batch),
+        torch.rand(batch, dtype=dtype, device=device),
+        lengths,
+    )
+
+
+def requires(tensors, wanted):
+    """Copies of the tensors, of which the wanted ones ask for gradients."""
+    return [t.clone().requires_grad_(i in wanted) for i, t in enumerate(tensors)]
+
+
+@pytest.mark.parametrize("pair", INTERACT_PAIR)
+@pytest.mark.parametrize("given", ["states", "keys", "values", "all", "lengths", "nothing"])
+@pytest.mark.parametrize("wanted", [(0,), (1, 2, 3)], ids=str)
+def test_opcheck_interact(device, wanted, given, pair):
+    rows, keys = (9, 14) if given in ("keys", "all") else (9, 9)
+    if given == "nothing":
+        rows, keys = 0, 0
+    tensors = inputs(device, rows=rows, keys=keys)
+    states, sources, values, alpha, min_gate, lengths = requires(tensors, wanted)
+    gate = INTERACT_PAIR[pair][0] == 1
+    torch.library.opcheck(
+        OPS.interact.default,
+        (
+            states,
+            sources if given in ("keys", "all") else None,
+            values if given in ("values", "all") else None,
+            alpha if given == "all" else None,
+            0.5,
+            min_gate if given == "all" and gate else None,
+            0.0,
+            lengths if given == "lengths" else None,
+            *INTERACT_PAIR[pair],
+        ),
+    )
+
+
+@pytest.mark.parametrize("pair", INTERACT_PAIR)
+@pytest.mark.parametrize("given", ["states", "keys", "values", "all", "nothing"])
+@pytest.mark.parametrize(
+    "needs, wanted",
+    [((True, True), (0, 1, 2, 3)), ((True, False), (0,)), ((False, True), (1, 2))],
+    ids=str,
+)
+def test_opcheck_interact_backward(device, needs, wanted, given, pair):
+    rows, keys = (9, 14) if given in ("keys", "all") else (9, 9)
+    if given == "nothing":
+        rows, keys = 0, 0
+    tensors = inputs(device, rows=rows, keys=keys)
+    states, sources, values, alpha, _, _ = requires(tensors, wanted)
+    sources = sources if given in ("keys", "all") else None
+    values = values if given in ("values", "all") else None
+    alpha = alpha if given == "all" else None
+    arguments = (states, sources, values, alpha, 0.5, None, 0.0, None, *INTERACT_PAIR[pair])
+    context, strength, _, threshold = (t.detach() for t in OPS.interact(*arguments))
+    torch.library.opcheck(
+        OPS.interact_backward.default,
+        (torch.randn_like(context), torch.randn_like(strength), threshold, *arguments, *needs),
+    )
+
+
+@pytest.mark.parametrize("pair", PAIR)
+@pytest.mark.parametrize("tensors", [False, True])
+@pytest.mark.parametrize("save", [False, True])
+@pytest.mark.parametrize("rows", [0, 9, 33])
+@pytest.mark.parametrize("wanted", [(), (0, 3)], ids=str)
+def test_opcheck_evolve(device, wanted, rows, save, tensors, pair):
+    states, _, _, alpha, min_gate, lengths = requires(inputs(device, rows=rows), wanted)
+    dt, skip = torch.rand(2, 2, rows, device=device), torch.rand(1, 2, rows, device=device)
+    gate = PAIR[pair][0] == 1
+    coefficients = (alpha, 0.0, min_gate if gate else None, 0.0, lengths)
+    arguments = (
+        states,
+        dt if tensors else None,
+        0.1,
+        skip if tensors else None,
+        0.2,
+        *(coefficients if tensors else (None, 0.5, None, 0.0, None)),
+        *PAIR[pair],
+        *STEP,
+    )
+    torch.library.opcheck(OPS.evolve.default, (*arguments, save))
+    if save:
+        result, strength, _, tape = (t.detach() for t in OPS.evolve(*arguments, True))
+        torch.library.opcheck(
+            OPS.evolve_backward.default,
+            (torch.randn_like(result), torch.randn_like(strength), tape, *arguments[1:]),
+        )
+
+
+SCORES = {
+    "threshold": lambda alpha: Threshold(1.4, "row"),
+    "gate": lambda alpha: InverseGate(alpha, 1e-3),
+    "soft_threshold": lambda alpha: Threshold(alpha, shrinkage="soft"),
+}
+RUNS = [("interact", score) for score in SCORES] + [("evolve", "threshold"), ("evolve", "gate")]
+
+
+def run_interact(states, keys, values, alpha, lengths, score):
+    alone = interact(states, lengths=lengths, score=SCORES[score](alpha))
+    full = interact(states, keys, values, score=SCORES[score](alpha), reduction="mean")
+    return alone.context, alone.strength, alone.degree, full.context, full.strength
+
+
+def run_evolve(states, dt, skip, alpha, lengths, score):
+    options = {"score": SCORES[score](alpha), "steps": 2, "reduction": "mean"}
+    return tuple(evolve(states, dt, skip=skip, lengths=lengths, **options))
+
+
+def outputs_and_gradients(function, tensors, *rest):
+    """What a function returns and its gradients under a fixed pull."""
+    leaves = [t.detach().clone().requires_grad_() for t in tensors]
+    outputs = function(*leaves, *rest)
+    smooth = [t for t in outputs if t.is_floating_point()]
+    pull = [torch.arange(t.numel(), device=t.device).cos().view_as(t) for t in smooth]
+    return [*outputs, *torch.autograd.grad(smooth, leaves, pull, materialize_grads=True)]
+
+
+def problem(device, name, rows, score):
+    states, keys, values, alpha, _, lengths = inputs(device, rows=rows, keys=rows + 3)
+    if name == "interact":
+        return run_interact, (states, keys, values, alpha), (lengths, score)
+    dt, skip = torch.rand(2, 2, rows, device=device) / 10, torch.rand(rows, device=device)
+    return run_evolve, (states, dt, skip, alpha), (lengths, score)
+
+
+@pytest.mark.parametrize("name, score", RUNS)
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_compile(device, backend, name, score):
+    function, tensors, rest = problem(device, name, 21, score)
+    compiled = torch.compile(function, fullgraph=True, backend=backend)
+    wanted = outputs_and_gradients(function, tensors, *rest)
+    got = outputs_and_gradients(compiled, tensors, *rest)
+    assert all(map(torch.equal, got, wanted))
+
+
+def test_compile_with_inductor(device):
+    function, tensors, rest = problem(device, "evolve", 21, "gate")
+    compiled = torch.compile(function, fullgraph=True)
+    wanted = outputs_and_gradients(function, tensors, *rest)
+    got = outputs_and_gradients(compiled, tensors, *rest)
+    for a, b in zip(got, wanted, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("name, score", RUNS)
+def test_no_recompilation_over_lengths(device, name, score):
+    function, tensors, rest = problem(device, name, 21, score)
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager", dynamic=True)
+    outputs_and_gradients(compiled, tensors, *rest)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for rows in (22, 37, 64, 130):
+            function, tensors, rest = problem(device, name, rows, score)
+            got = outputs_and_gradients(compiled, tensors, *rest)
+            wanted = outputs_and_gradients(function, tensors, *rest)
+            assert all(map(torch.equal, got, wanted))
+
+
+def test_compile_refuses_second_derivatives(device):
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def loss(states):
+        return interact(states).context.pow(2).sum()
+
+    states = torch.randn(9, 2, device=device, requires_grad=True)
+    (grad,) = torch.autograd.grad(loss(states), states, create_graph=True)
+    with pytest.raises(RuntimeError):
+        grad.sum().backward()
+
+
+def loop(function, *batched):
+    """What vmap over the first dimension should return."""
+    results = [function(*arguments) for arguments in zip(*batched, strict=True)]
+    return [torch.stack(parts) for parts in zip(*results, strict=True)]
+
+
+@pytest.mark.parametrize("rows", [0, 1, 12])
+def test_vmap(device, rows):
+    states = torch.randn(4, 2, rows, 2, device=device)
+    keys, values = torch.randn(4, 2, 7, 2, device=device), torch.randn(4, 2, 7, 3, device=device)
+    dt, alpha = torch.rand(4, 2, rows, device=device) / 10, torch.randn(4, 2, device=device)
+    lengths = torch.randint(0, rows + 1, (4, 2), device=device)
+    vmap = torch.func.vmap
+
+    def check(function, *batched, in_dims=0, moved=None):
+        got = vmap(function, in_dims=in_dims)(*(moved or batched))
+        wanted = loop(function, *batched)
+        assert all(map(torch.equal, got, wanted))
+
+    check(lambda x: interact(x), states)
+    check(lambda x, k, v: interact(x, k, v), states, keys, values)
+    check(lambda k: interact(states[0], k), keys)
+    check(lambda v: interact(states[0], keys[0], v), values)
+    check(lambda x, n: interact(x, lengths=n), states, lengths)
+    check(lambda x, a: interact(x, score=InverseGate(a)), states, alpha)
+    check(lambda x, a: interact(x, score=Threshold(a)), states, alpha)
+    check(lambda x, a: interact(x, score=Threshold(a, shrinkage="soft")), states, alpha)
+    check(lambda x, dt: evolve(x, dt), states, dt)
+    check(lambda dt: evolve(states[0], dt, skip=dt), dt)
+    check(lambda x, a, n: evolve(x, 0.1, score=InverseGate(a), lengths=n), states, alpha, lengths)
+    check(
+        lambda x, dt: evolve(x, dt), states, dt, in_dims=(2, 1),
+        moved=(states.movedim(0, 2), dt.movedim(0, 1)),
+    )  # fmt: skip
+    nested = vmap(vmap(lambda x: interact(x).context))(states)
+    assert torch.equal(nested, interact(states).context)
+
+
+@pytest.mark.parametrize("score", SCORES)
+def test_vmap_of_grad(device, score):
+    states, dt = torch.randn(4, 2, 12, 2, device=device), torch.rand(4, 2, 12, device=device) / 10
+    keys, values = torch.randn(4, 2, 9, 2, device=device), torch.randn(4, 2, 9, 3, device=device)
+    alpha = torch.randn(4, 2, device=device)
+
+    def interact_loss(x, k, v, a):
+        return interact(x, k, v, score=SCORES[score](a)).context.pow(2).sum()
+
+    def alone_loss(x, a):
+        result = interact(x, score=SCORES[score](a))
+        return result.context.pow(2).sum() + result.strength.pow(2).sum()
+
+    def evolve_loss(x, dt, a):
+        return evolve(x, dt, skip=dt, score=SCORES[score](a), steps=2).states.pow(2).sum()
+
+    runs = [
+        (interact_loss, (states, keys, values, alpha)),
+        (alone_loss, (states, alpha)),
+        (evolve_loss, (states, dt, alpha)),
+    ]
+    for function, tensors in runs[: 3 if ("evolve", score) in RUNS else 2]:
+        # The threshold has no use for alpha, which then gets zeros under torch.func.
+        positions = tuple(range(len(tensors)))
+        leaves = [t.clone().requires_grad_() for t in tensors]
+        total = sum(function(*arguments) for arguments in zip(*leaves, strict=True))
+        wanted = torch.autograd.grad(total, leaves, materialize_grads=True)
+
+        grad = torch.func.grad(function, positions)
+        apart = loop(grad, *tensors)
+        together = torch.func.vmap(grad)(*tensors)
+        summed = torch.func.grad(lambda *t, f=function: torch.func.vmap(f)(*t).sum(), positions)(
+            *tensors
+        )
+        plain = torch.autograd.grad(
+            torch.func.vmap(function)(*leaves).sum(), leaves, materialize_grads=True
+        )
+        for name, got in [
+            ("grad", apart),
+            ("vmap(grad)", together),
+            ("grad(vmap)", summed),
+            ("autograd of vmap", plain),
+        ]:
+            for a, b in zip(got, wanted, strict=True):
+                torch.testing.assert_close(a, b, msg=lambda text, n=name: f"{n}: {text}")
+
+
+def test_vmap_of_grad_for_some(device):
+    """in_dims that share a tensor between the mapped calls: its gradients are one for each."""
+    states, dt = torch.randn(2, 12, 2, device=device), torch.rand(4, 2, 12, device=device) / 10
+
+    def loss(x, dt):
+        return evolve(x, dt).states.pow(2).sum()
+
+    got = torch.func.vmap(torch.func.grad(loss, (0, 1)), in_dims=(None, 0))(states, dt)
+    wanted = [torch.func.grad(loss, (0, 1))(states, each) for each in dt]
+    for a, b in zip(got, zip(*wanted, strict=True), strict=True):
+        torch.testing.assert_close(a, torch.stack(b))
+
+
+def test_jacobian(device):
+    states = torch.randn(6, 2, dtype=torch.float64, device=device)
+    jacobian = torch.func.jacrev(lambda x: interact(x).context)(states)
+    wanted = torch.autograd.functional.jacobian(
+        lambda x: interact(x, backend="reference").context, states
+    )
+    torch.testing.assert_close(jacobian, wanted)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_keeps_float32(device, dtype):
+    states, values = torch.randn(2, 30, 2, device=device), torch.randn(2, 30, 3, device=device)
+    dt = torch.rand(2, 30, device=device)
+
+    def run():
+        leaves = [t.clone().requires_grad_() for t in (states, values, dt)]
+        result = interact(leaves[0], values=leaves[1])
+        moved = evolve(leaves[0], leaves[2], steps=2)
+        return leaves, [*result, *moved], (result.context.sum() + moved.states.sum())
+
+    leaves, wanted, loss = run()
+    wanted_grads = torch.autograd.grad(loss, leaves)
+    with torch.autocast(torch.device(device).type, dtype=dtype):
+        leaves, got, loss = run()
+        inside = interact(states, backend="reference")
+        mixed = interact(states.to(dtype), values=values)
+        half = interact(states.to(dtype))
+    grads = torch.autograd.grad(loss, leaves)
+    assert got[0].dtype == torch.float32 and inside.context.dtype == torch.float32
+    assert all(map(torch.equal, got, wanted))
+    assert all(map(torch.equal, grads, wanted_grads))
+    outside = interact(states, backend="reference")
+    assert torch.equal(inside.context, outside.context)
+    wide = states.to(dtype).float()
+    assert mixed.context.dtype == torch.float32
+    assert torch.equal(mixed.context, interact(wide, values=values).context)
+    assert half.context.dtype == dtype
+    assert torch.equal(half.degree, interact(wide).degree)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_activation_checkpointing(device, use_reentrant):
+    states, dt = torch.randn(2, 30, 2, device=device), torch.rand(2, 30, device=device)
+
+    def layers(x, dt):
+        x = evolve(x, dt, reduction="mean", steps=2).states
+        return interact(x, score=InverseGate()).context
+
+    leaves = [t.clone().requires_grad_() for t in (states, dt)]
+    wanted = torch.autograd.grad(layers(*leaves).pow(2).sum(), leaves)
+    again = [t.clone().requires_grad_() for t in (states, dt)]
+    checkpoint(layers, *again, use_reentrant=use_reentrant).pow(2).sum().backward()
+    assert all(torch.equal(leaf.grad, grad) for leaf, grad in zip(again, wanted, strict=True))
+
+
+def test_saved_tensors_hooks(device):
+    """What the graph keeps is O(S), and goes through the hooks that offload it."""
+    kept = []
+
+    def pack(tensor):
+        kept.append(tensor.numel())
+        return tensor
+
+    length = 500
+    for run in (lambda x: interact(x).context, lambda x: evolve(x, 0.1).states):
+        kept.clear()
+        x = torch.randn(length, 2, device=device, requires_grad=True)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            run(x).sum().backward()
+        assert 0 < sum(kept) <= 16 * length
+
+
+def test_nothing_is_saved_without_gradients(device):
+    x = torch.randn(500, 2, device=device)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(kept.append, lambda t: t):
+        interact(x)
+        evolve(x, 0.1)
+    assert not kept
+
+
+@pytest.mark.parametrize(
+    "options",
+    [Threshold(1.4, "row", 1e-3), InverseGate(-1.0, 0.1, 2.0), Radius(0.2, 3.0, 0.1, 0.2, 0.9)],
+    ids=str,
+)
+def test_options_are_values(options):
+    for again in (copy.deepcopy(options), pickle.loads(pickle.dumps(options))):
+        assert again == options and hash(again) == hash(options) and again is not options
+    assert repr(options) == repr(copy.copy(options))
+
+
+def test_options_with_tensors_are_copied():
+    score = Threshold(torch.tensor([0.5, 1.4]))
+    for again in (copy.deepcopy(score), pickle.loads(pickle.dumps(score))):
+        assert torch.equal(again.sigma, score.sigma) and again.sigma is not score.sigma
+    result = interact(torch.randn(5, 2))
+    again = pickle.loads(pickle.dumps(result))
+    assert type(again) is qflux_kernels.Interaction
+    assert all(map(torch.equal, again, result))
+
+
+def test_meta_tensors_have_the_results_shapes():
+    states = torch.empty(3, 70, 2, device="meta")
+    result = interact(states, values=torch.empty(3, 70, 5, device="meta"))
+    assert result.context.shape == (3, 70, 5) and result.context.device.type == "meta"
+    assert result.degree.dtype == torch.int32
+    assert evolve(states, 0.1).states.shape == states.shape
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak from /proc")
+def test_memory_of_a_long_sequence(run_python):
+    """200,000 tokens forward and backward: a thousandth of their pairs would not fit the limit.
+
+    The peak is not taken from getrusage, which starts a new program with its parent's peak.
+    """
+    result = run_python(
+        """
+from pathlib import Path
+import torch
+from qflux_kernels import evolve
+
+def peak_after_step(length):
+    states = torch.randn(length, 2, requires_grad=True)
+    evolve(states, 0.1, reduction="mean").states.sum().backward()
+    assert states.grad.isfinite().all()
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) / 1024
+
+before = peak_after_step(1000)
+print(peak_after_step(200_000) - before)
+"""
+    )
+    assert float(result.stdout) < 100

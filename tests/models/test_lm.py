@@ -1,0 +1,421 @@
+"""The network: configuration, causality, gradients, loss, generation."""
+
+import dataclasses
+import itertools
+import json
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+import qflux
+from qflux import QuantumFluxConfig, QuantumFluxLM
+from qflux.inference.generate import sample
+from qflux.models.embedding import CylinderEmbedding, PhaseRotation, rotate
+from qflux.models.layers import EvolutionLayer, GatedMLP, GeometricAttention, StateEvolution
+from qflux_kernels import Radius, Threshold, reference
+
+SMALL = {"vocab_size": 11, "num_layers": 2, "num_cylinders": 3, "hidden_dim": 12, "value_dim": 4}
+VARIANTS = {
+    "default": {},
+    "no layers": {"num_layers": 0},
+    "one layer": {"num_layers": 1},
+    "states alone": {"value_dim": 0},
+    "states alone, one cylinder": {"value_dim": 0, "num_cylinders": 1},
+    "evolution": {"evolution": True},
+    "no mlp": {"mlp_ratio": 0},
+    "no convolution": {"conv_width": 0},
+    "inverse gate": {"score": "inverse_gate"},
+    "inverse gate, states alone": {"score": "inverse_gate", "value_dim": 0},
+    "sum": {"evolution": True, "reduction": "sum"},
+    "mean reversion": {"evolution": True, "radius_reversion": 0.1},
+    "reference": {"backend": "reference"},
+}
+
+
+def make_model(seed=0, **changes):
+    torch.manual_seed(seed)
+    return QuantumFluxLM(QuantumFluxConfig(**{**SMALL, **changes}))
+
+
+def make_ids(batch=2, length=16, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(SMALL["vocab_size"], (batch, length), generator=generator)
+
+
+# --- configuration ---
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "error"),
+    [
+        ("vocab_size", 0, ValueError),
+        ("vocab_size", 2.0, TypeError),
+        ("num_layers", -1, ValueError),
+        ("num_layers", True, TypeError),
+        ("num_cylinders", 0, ValueError),
+        ("hidden_dim", "128", TypeError),
+        ("context_length", 1, ValueError),
+        ("value_dim", -1, ValueError),
+        ("mlp_ratio", -0.5, ValueError),
+        ("conv_width", -1, ValueError),
+        ("evolution", 1, TypeError),
+        ("score", "softmax", ValueError),
+        ("sigma_max", -0.1, ValueError),
+        ("alpha", float("nan"), ValueError),
+        ("reduction", "max", ValueError),
+        ("dt", 0.0, ValueError),
+        ("dt", None, TypeError),
+        ("skip_beta", float("inf"), ValueError),
+        ("radius_min", -0.1, ValueError),
+        ("radius_max", 0.05, ValueError),
+        ("dropout", 1.0, ValueError),
+        ("backend", "tpu", ValueError),
+    ],
+)
+def test_config_rejects_bad_values_by_name(name, value, error):
+    with pytest.raises(error) as caught:
+        QuantumFluxConfig(**{**SMALL, name: value})
+    assert name in str(caught.value)
+    assert repr(value) in str(caught.value)
+
+
+def test_config_is_frozen():
+    config = QuantumFluxConfig(**SMALL)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.num_layers = 3
+
+
+def test_config_json_round_trip():
+    config = QuantumFluxConfig(**SMALL, score="inverse_gate", dt=0.25, dropout=0.5)
+    assert QuantumFluxConfig.from_json(config.to_json()) == config
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ('{"vocab_size": 5, "num_heads": 4, "hue": 1}', "hue, num_heads"),
+        ('{"num_layers": 5}', "vocab_size"),
+        ('{"vocab_size": -5}', "vocab_size"),
+        ("[1, 2]", "list"),
+        ("{", "JSON"),
+    ],
+)
+def test_config_json_errors_name_the_trouble(text, named):
+    with pytest.raises(ValueError, match=named):
+        QuantumFluxConfig.from_json(text)
+
+
+# --- embedding ---
+
+
+def test_embedding_is_radius_and_phase_of_the_token():
+    torch.manual_seed(0)
+    embedding = CylinderEmbedding(QuantumFluxConfig(**SMALL))
+    torch.nn.init.normal_(embedding.radius_logit)
+    ids = make_ids()
+    states = embedding(ids)
+    assert states.shape == (2, 3, 16, 2)
+    radius = 0.1 + 1.9 * torch.sigmoid(embedding.radius_logit)
+    x = radius * embedding.phase.cos()
+    y = radius * embedding.phase.sin()
+    for cylinder in range(3):
+        torch.testing.assert_close(states[:, cylinder, :, 0], x[ids, cylinder])
+        torch.testing.assert_close(states[:, cylinder, :, 1], y[ids, cylinder])
+
+
+def test_positions_turn_phases_at_the_frequency_of_the_cylinder():
+    rotation = PhaseRotation(QuantumFluxConfig(**SMALL))
+    omega = rotation.log_frequency.exp()
+    assert omega[0] == 1 and torch.allclose(omega[1:] / omega[:-1], omega[1] / omega[0])
+    states = torch.tensor([0.8, 0.0]).expand(3, 5, 2)
+    turned = rotate(states, rotation(5))
+    expected = torch.arange(5) * omega[:, None]
+    torch.testing.assert_close(turned[..., 0], 0.8 * expected.cos())
+    torch.testing.assert_close(turned[..., 1], 0.8 * expected.sin())
+
+
+def test_evolution_applies_time_step_and_dynamic_skip():
+    config = QuantumFluxConfig(**SMALL, dt=0.3, skip_beta=2.0, backend="reference")
+    evolution = StateEvolution(config)
+    torch.nn.init.normal_(evolution.log_dt, mean=-1.0)
+    states = torch.randn(2, 3, 7, 2)
+    dt = evolution.log_dt.detach().exp()
+    skip = 1 / (1 + torch.exp(-2.0 * (dt - 0.3)))
+    moved = reference.evolve(
+        states,
+        dt[:, None],
+        score=Threshold(sigma=torch.tensor([0.1, 1.4, 0.75])),
+        radius=Radius(),
+        reduction="mean",
+    ).states
+    skip = skip[:, None, None]
+    torch.testing.assert_close(evolution(states), skip * states + (1 - skip) * moved)
+
+
+LAYERS = [
+    {},
+    {"shrinkage": "hard"},
+    {"evolution": True},
+    {"value_dim": 0},
+    {"score": "inverse_gate"},
+]
+
+
+@pytest.mark.parametrize("changes", LAYERS)
+def test_a_layer_sees_distances_between_positions_only(changes):
+    torch.manual_seed(0)
+    config = QuantumFluxConfig(**{**SMALL, **changes})
+    layer, rotation = EvolutionLayer(config).double(), PhaseRotation(config).double()
+    states, hidden = torch.randn(2, 3, 9, 2).double(), torch.randn(2, 9, 12).double()
+    shift = torch.tensor([0.4, 1.0, 2.5])[:, None].double()
+    here_states, here_hidden = layer(states, hidden, rotation(9))
+    there_states, there_hidden = layer(rotate(states, shift), hidden, rotation(9) + shift)
+    torch.testing.assert_close(there_hidden, here_hidden)
+    torch.testing.assert_close(there_states, rotate(here_states, shift))
+
+
+@pytest.mark.parametrize("shrinkage", ["hard", "soft"])
+def test_heard_values_are_averaged_over_what_was_kept(shrinkage):
+    torch.manual_seed(0)
+    config = QuantumFluxConfig(**SMALL, shrinkage=shrinkage)
+    attention = GeometricAttention(config).double()
+    torch.nn.init.normal_(attention.norm.weight)
+    hidden, angle = torch.randn(2, 9, 12).double(), torch.randn(3, 9).double()
+    states = torch.randn(2, 3, 9, 2).double()
+    projected = attention.inputs(attention.conv(hidden))
+    queries, keys = (projected[..., at : at + 6].unflatten(-1, (3, 2)) for at in (0, 6))
+    values, gate = projected[..., 12:24].unflatten(-1, (3, 4)), projected[..., 24:]
+    rows = torch.zeros(2, 9, 3, 4).double()
+    for batch, cylinder, row in itertools.product(range(2), range(3), range(9)):
+        turn = [
+            torch.tensor([[a.cos(), -a.sin()], [a.sin(), a.cos()]]).double()
+            for a in angle[cylinder]
+        ]
+        query = turn[row] @ queries[batch, row, cylinder]
+        scores = torch.stack(
+            [
+                (query @ (turn[j] @ keys[batch, j, cylinder] + states[batch, cylinder, j]) + 1) / 2
+                for j in range(row + 1)
+            ]
+        )
+        sigma = attention.score.sigma[cylinder]
+        tau = scores.mean() + sigma * (scores.var(correction=0) + 1e-6).sqrt()
+        kept = scores >= tau
+        weights = (scores - tau if shrinkage == "soft" else scores) * kept
+        heard = weights @ values[batch, : row + 1, cylinder] / max(1, int(kept.sum()))
+        rows[batch, row, cylinder] = heard + values[batch, row, cylinder]
+    normal = F.layer_norm(rows.flatten(2), (12,), attention.norm.weight, attention.norm.bias)
+    expected = attention.output(normal * gate * gate.sigmoid())
+    torch.testing.assert_close(attention(hidden, states, angle), expected)
+
+
+def test_mlp_gates_and_weighs_as_much_as_a_plain_one():
+    torch.manual_seed(0)
+    mlp = GatedMLP(QuantumFluxConfig(**SMALL, mlp_ratio=2.0))
+    hidden = torch.randn(2, 5, 12)
+    gate, up = mlp.input(mlp.conv(hidden)).split(16, -1)
+    torch.testing.assert_close(mlp(hidden), mlp.output(gate * gate.sigmoid() * up))
+    assert mlp.input.weight.numel() + mlp.output.weight.numel() == 2 * 2.0 * 12 * 12
+
+
+def test_convolutions_reach_their_width_and_no_further():
+    for branch in (GeometricAttention, GatedMLP):
+        conv = branch(QuantumFluxConfig(**SMALL, conv_width=3)).conv
+        seen = torch.autograd.functional.jacobian(conv, torch.randn(1, 6, 12)).abs()
+        reach = seen.sum((0, 2, 3, 5)) > 0
+        assert torch.equal(reach, torch.ones(6, 6).tril().triu(-2).bool())
+
+
+def test_states_evolve_only_if_asked_or_alone():
+    assert make_model().layers[0].evolution is None
+    for changes in ({"evolution": True}, {"value_dim": 0}):
+        model, still = make_model(**changes), make_model(**changes)
+        ids = make_ids()
+        for layer in still.layers:
+            layer.evolution.forward = lambda states: states
+        assert not torch.allclose(model(ids).logits, still(ids).logits)
+
+
+# --- causality and gradients ---
+
+
+@pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS.keys())
+def test_logits_of_a_prefix_are_the_prefix_of_the_logits(changes):
+    model = make_model(**changes).double().eval()
+    ids = make_ids()
+    whole = model(ids).logits
+    assert whole.shape == (2, 16, 11)
+    for length in (1, 2, 5, 15):
+        torch.testing.assert_close(model(ids[:, :length]).logits, whole[:, :length])
+
+
+@pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS.keys())
+def test_gradients_reach_every_parameter(changes):
+    model = make_model(**changes)
+    ids = make_ids(length=24)
+    model(ids, labels=ids).loss.backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.isfinite().all(), name
+        assert parameter.grad.abs().max() > 0, name
+
+
+def test_layers_see_the_order_of_the_past():
+    ids = make_ids(batch=1)
+    swapped = ids.clone()
+    swapped[0, 3], swapped[0, 9] = ids[0, 9], ids[0, 3]
+    assert ids[0, 3] != ids[0, 9]
+    for changes in ({}, {"value_dim": 0}):
+        model = make_model(**changes)
+        assert not torch.allclose(model(ids).logits[0, -1], model(swapped).logits[0, -1])
+
+
+def test_dropout_acts_in_training_only():
+    model, ids = make_model(dropout=0.5), make_ids()
+    assert not torch.equal(model(ids).logits, model(ids).logits)
+    model.eval()
+    assert torch.equal(model(ids).logits, model(ids).logits)
+
+
+# --- loss and arguments ---
+
+
+def test_loss_shifts_labels_and_ignores_minus_100():
+    model, ids = make_model(), make_ids()
+    labels = ids.clone()
+    labels[0, :9] = -100
+    labels[1, 4] = -100
+    logits, loss = model(ids, labels=labels)
+    terms = [
+        F.cross_entropy(logits[row, position], labels[row, position + 1])
+        for row in range(2)
+        for position in range(15)
+        if labels[row, position + 1] != -100
+    ]
+    assert len(terms) == 7 + 14
+    torch.testing.assert_close(loss, torch.stack(terms).mean())
+    assert model(ids).loss is None
+
+
+@pytest.mark.parametrize(
+    ("ids", "labels", "error", "named"),
+    [
+        (torch.zeros(2, 3), None, TypeError, "input_ids"),
+        (torch.zeros(3, dtype=torch.int64), None, ValueError, "input_ids"),
+        (torch.zeros(2, 0, dtype=torch.int64), None, ValueError, "input_ids"),
+        (torch.tensor([[0, 11]]), None, ValueError, "11"),
+        (torch.tensor([[0, -1]]), None, ValueError, "-1"),
+        (torch.zeros(1, 3, dtype=torch.int64), torch.zeros(1, 2).long(), ValueError, "labels"),
+    ],
+)
+def test_bad_inputs_are_named(ids, labels, error, named):
+    with pytest.raises(error, match=named):
+        make_model()(ids, labels=labels)
+
+
+# --- generation ---
+
+
+def test_greedy_generation_takes_the_most_likely_token_of_the_window():
+    model, ids = make_model(context_length=8), make_ids()
+    out = model.generate(ids, 5, temperature=0)
+    assert out.shape == (2, 21) and torch.equal(out[:, :16], ids)
+    model.eval()
+    for position in range(16, 21):
+        logits = model(out[:, position - 8 : position]).logits[:, -1]
+        assert torch.equal(out[:, position], logits.argmax(-1))
+
+
+def test_generation_is_determined_by_the_generator():
+    model, ids = make_model(), make_ids()
+
+    def run(seed, **options):
+        generator = torch.Generator().manual_seed(seed)
+        return model.generate(ids, 20, generator=generator, **options)
+
+    assert torch.equal(run(1), run(1))
+    assert not torch.equal(run(1), run(2))
+    assert torch.equal(run(1, top_k=1000), run(1))
+    assert torch.equal(run(1, top_p=1.0), run(1))
+    greedy = model.generate(ids, 20, temperature=0)
+    assert torch.equal(run(1, top_k=1), greedy)
+    assert torch.equal(run(1, top_p=1e-6), greedy)
+
+
+def test_generation_restores_the_mode_and_needs_no_gradient():
+    model, ids = make_model(dropout=0.5), make_ids()
+    recorded = []
+    model.register_forward_hook(lambda *_: recorded.append(torch.is_grad_enabled()))
+    greedy = model.generate(ids, 10, temperature=0)
+    assert torch.equal(greedy, model.generate(ids, 10, temperature=0))
+    assert model.training and recorded == [False] * 20
+    assert torch.equal(model.generate(ids, 0), ids)
+
+
+def test_sampling_follows_the_truncated_distribution():
+    probabilities = torch.tensor([0.1, 0.4, 0.2, 0.3])
+    logits = probabilities.log().expand(20000, 4)
+
+    def frequencies(**options):
+        generator = torch.Generator().manual_seed(0)
+        drawn = sample(logits, generator=generator, **options).flatten()
+        return torch.bincount(drawn, minlength=4) / len(drawn)
+
+    def close(found, expected):
+        torch.testing.assert_close(found, torch.tensor(expected), atol=0.015, rtol=0)
+        assert torch.equal(found == 0, torch.tensor(expected) == 0)
+
+    close(frequencies(), [0.1, 0.4, 0.2, 0.3])
+    close(frequencies(top_k=2), [0.0, 4 / 7, 0.0, 3 / 7])
+    close(frequencies(top_p=0.65), [0.0, 4 / 7, 0.0, 3 / 7])
+    close(frequencies(top_p=0.75), [0.0, 4 / 9, 2 / 9, 3 / 9])
+    square = probabilities**2 / (probabilities**2).sum()
+    close(frequencies(temperature=0.5), square.tolist())
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "error"),
+    [
+        ("temperature", -1.0, ValueError),
+        ("temperature", float("nan"), ValueError),
+        ("temperature", None, TypeError),
+        ("top_k", 0, ValueError),
+        ("top_k", 2.5, TypeError),
+        ("top_p", 0.0, ValueError),
+        ("top_p", 1.5, ValueError),
+        ("max_new_tokens", -1, ValueError),
+        ("max_new_tokens", 1.5, TypeError),
+    ],
+)
+def test_bad_generation_options_are_named(name, value, error):
+    options = {"max_new_tokens": 2, name: value}
+    with pytest.raises(error, match=name) as caught:
+        make_model().generate(make_ids(), **options)
+    assert repr(value) in str(caught.value)
+
+
+# --- files ---
+
+
+def test_saved_model_computes_the_same_logits(tmp_path):
+    model, ids = make_model(score="inverse_gate"), make_ids()
+    vocabulary = qflux.CharacterVocabulary("abcdefghijk")
+    qflux.save_model(tmp_path / "new", model, vocabulary)
+    loaded, found = qflux.load_model(tmp_path / "new")
+    assert not loaded.training and loaded.config == model.config
+    assert found.characters == vocabulary.characters
+    assert torch.equal(loaded(ids).logits, model.eval()(ids).logits)
+
+
+def test_loading_names_what_is_missing_or_does_not_fit(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"has no config\.json"):
+        qflux.load_model(tmp_path / "nowhere")
+    qflux.save_model(tmp_path, make_model(), qflux.ByteVocabulary())
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "hidden_dim": 16}))
+    with pytest.raises(ValueError, match=r"model\.safetensors"):
+        qflux.load_model(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"has no model\.safetensors"):
+        qflux.load_model(tmp_path)

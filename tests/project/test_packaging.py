@@ -1,0 +1,197 @@
+"""What is built and shipped: the object's symbols, life without it, sdist, metadata, README."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+
+import qflux_kernels
+
+ROOT = Path(__file__).resolve().parents[2]
+OBJECT = Path(qflux_kernels.__file__).parent / "_C.abi3.so"
+
+
+def symbols(*options: str) -> set[str]:
+    """The dynamic symbols of the object, without their versions."""
+    listed = subprocess.run(
+        ["nm", "-D", *options, str(OBJECT)], check=True, capture_output=True, text=True
+    ).stdout
+    return {line.split()[-1].split("@")[0] for line in listed.splitlines()}
+
+
+def test_the_object_has_the_stable_name():
+    assert OBJECT.exists()
+    assert qflux_kernels.diagnostics()["object"] == str(OBJECT)
+    assert [path.name for path in OBJECT.parent.glob("*.so")] == ["_C.abi3.so"]
+
+
+def test_no_symbol_of_torch_cpp():
+    """A C++ symbol of torch would tie the object to one version of it."""
+    undefined = symbols("--undefined-only")
+    assert any(name.startswith("aoti_torch_") for name in undefined), "nm shows no torch at all"
+    unstable = [name for name in undefined if re.search(r"N[KVRO]*(2at|3c10|5torch)\d", name)]
+    assert not unstable, unstable
+
+
+def test_no_python_symbol_beyond_the_limited_api():
+    used = {name for name in symbols("--undefined-only") if re.match(r"_?Py", name)}
+    assert used == {"PyModule_Create2"}
+    assert "PyInit__C" in symbols("--defined-only")
+
+
+USE_WITHOUT_OBJECT = """
+import importlib.util
+import os
+import sys
+
+# An editable installation would find the object that was left out.
+sys.meta_path = [
+    finder
+    for finder in sys.meta_path
+    if not getattr(finder, "__module__", "").startswith("__editable__")
+]
+import torch
+import qflux_kernels
+from qflux_kernels import BackendUnavailableError, diagnostics, evolve, interact, scores
+
+assert qflux_kernels.__file__.startswith({package!r}), qflux_kernels.__file__
+x = torch.randn(5, 2)
+messages = []
+for call in (lambda: interact(x), lambda: evolve(x, 0.1), lambda: interact(x, backend="cpu")):
+    try:
+        call()
+    except BackendUnavailableError as error:
+        messages.append(str(error))
+assert len(messages) == 3 and len(set(messages)) == 1
+assert interact(x, backend="reference").context.shape == (5, 2)
+assert evolve(x, 0.1, backend="reference").states.shape == (5, 2)
+assert scores(x).shape == (5, 5)
+# Triton needs no object, only a GPU or its interpreter.
+runs = torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1"
+triton = ["triton"] if runs and importlib.util.find_spec("triton") else []
+assert diagnostics()["backends"] == ["reference", *triton]
+assert diagnostics()["load_error"] == messages[0]
+print(messages[0])
+"""
+
+
+@pytest.fixture(params=["missing", "broken"])
+def without_object(request, tmp_path):
+    package = tmp_path / "elsewhere" / "qflux_kernels"
+    shutil.copytree(OBJECT.parent, package, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    if request.param == "broken":
+        (package / "_C.abi3.so").write_bytes(b"not an object")
+    return package, request.param
+
+
+def test_the_reference_works_without_the_object(without_object, run_python):
+    package, state = without_object
+    program = USE_WITHOUT_OBJECT.format(package=str(package))
+    result = run_python(program, path=package.parent)
+    assert "_C.abi3.so" in result.stdout and "backend='reference'" in result.stdout
+    assert {"missing": "missing", "broken": "does not load"}[state] in result.stdout
+    assert not result.stderr, "importing must be silent"
+
+
+def test_diagnostics_print(without_object, tmp_path):
+    package, _ = without_object
+    for path in (package.parent, OBJECT.parent.parent):
+        shown = subprocess.run(
+            [sys.executable, "-m", "qflux_kernels"],
+            cwd=tmp_path,
+            env=os.environ | {"PYTHONPATH": str(path)},
+            check=True,
+            capture_output=True,
+            text=True,
+        ).stdout
+        names = [line.split()[0] for line in shown.splitlines()]
+        assert {"qflux_kernels", "object", "backends", "torch", "threads"} <= set(names)
+
+
+@pytest.fixture(scope="module")
+def source_tree(tmp_path_factory):
+    """A copy to build in, so that no build leaves anything beside the sources."""
+    tree = tmp_path_factory.mktemp("source") / "tree"
+    unwanted = shutil.ignore_patterns(
+        ".*", "build", "dist", "runs", "results", "*.egg-info", "*.so", "__pycache__"
+    )
+    shutil.copytree(ROOT, tree, ignore=unwanted)
+    return tree
+
+
+def run_hook(tree: Path, hook: str, **environment: str) -> None:
+    """Call a PEP 517 hook as an installer does, in a process of its own."""
+    result = subprocess.run(
+        [sys.executable, "-c", f"from setuptools import build_meta; build_meta.{hook}"],
+        cwd=tree,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+
+
+def test_sdist(source_tree, tmp_path):
+    run_hook(source_tree, f"build_sdist({str(tmp_path)!r})")
+    (archive,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(archive) as tar:
+        names = {name.split("/", 1)[1] for name in tar.getnames() if "/" in name}
+    for folder in ("csrc", "qflux", "qflux_kernels", "tests"):
+        files = {
+            str(path.relative_to(source_tree))
+            for path in (source_tree / folder).rglob("*")
+            if path.is_file() and path.suffix != ".pyc"
+        }
+        assert files and files <= names, sorted(files - names)
+    texts = {"README.md", "LICENSE", "CHANGELOG.md", "pyproject.toml", "setup.py"}
+    assert texts <= names, sorted(texts - names)
+    assert not [name for name in names if name.endswith((".so", ".o", ".pyc"))]
+
+
+def test_the_packages_ship_their_data(source_tree, tmp_path):
+    """What a wheel holds beside the object: every module and every text."""
+    subprocess.run(
+        [sys.executable, "setup.py", "build_py", "--build-lib", str(tmp_path / "lib")],
+        cwd=source_tree,
+        check=True,
+        capture_output=True,
+    )
+    for package in ("qflux", "qflux_kernels"):
+        files = {
+            path.relative_to(source_tree)
+            for path in (source_tree / package).rglob("*")
+            if path.is_file() and path.suffix != ".pyc"
+        }
+        shipped = {p.relative_to(tmp_path / "lib") for p in (tmp_path / "lib").rglob("*")}
+        assert files and files <= shipped, sorted(map(str, files - shipped))
+
+
+def test_metadata_asks_no_compiler(source_tree, tmp_path):
+    """Installers ask for metadata where there is no toolkit, or a broken one."""
+    tools, called = tmp_path / "cuda" / "bin", tmp_path / "called"
+    tools.mkdir(parents=True)
+    for name in ("nvcc", "c++", "g++", "gcc", "cc"):
+        tool = tools / name
+        tool.write_text(f"#!/bin/sh\necho {name} >> {called}\nexit 1\n")
+        tool.chmod(0o755)
+    run_hook(
+        source_tree,
+        f"prepare_metadata_for_build_wheel({str(tmp_path)!r})",
+        PATH=f"{tools}{os.pathsep}{os.environ['PATH']}",
+        CUDA_HOME=str(tools.parent),
+    )
+    (metadata,) = tmp_path.glob("*.dist-info/METADATA")
+    assert re.search(r"^Name: qflux$", metadata.read_text(), re.MULTILINE)
+    assert not called.exists(), called.read_text()
+
+
+def test_the_readme_runs(run_python):
+    """Its Python blocks, in order, in one session."""
+    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S)
+    assert blocks, "README.md has no Python block"
+    run_python("\n".join(blocks), path=OBJECT.parent.parent)

@@ -1,0 +1,110 @@
+"""Metrics reach TensorBoard and Weights & Biases; a missing package says how to install it."""
+
+import json
+import math
+import sys
+import types
+
+import pytest
+
+from qflux import TextSplit, TrainingOptions, make_config, train
+from qflux.optional import require
+from qflux.text.vocabulary import CharacterVocabulary
+from qflux.train.trackers import named_scalars
+
+PATTERN = TextSplit({"a": "abcdefgh " * 60}, {"b": "abcdefgh " * 7})
+VOCABULARY = CharacterVocabulary(PATTERN.text)
+CONFIG = make_config("flux", VOCABULARY.size, num_layers=2, hidden_dim=8, context_length=12)
+
+
+def run(folder, *trackers, **options):
+    given = {"batch_size": 4, "max_steps": 6, "log_interval": 2, "eval_interval": 3}
+    options = TrainingOptions(folder, progress=False, trackers=trackers, **{**given, **options})
+    return train(CONFIG, PATTERN, VOCABULARY, options)
+
+
+def lines(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_line_becomes_named_scalars():
+    line = {
+        "step": 3,
+        "train_loss": 2.0,
+        "val_loss": 1e4,
+        "learning_rate": 0.1,
+        "density": [0.5, 1],
+    }
+    assert named_scalars(line) == {
+        "train/loss": 2.0,
+        "train/perplexity": math.exp(2.0),
+        "val/loss": 1e4,
+        "val/perplexity": math.exp(700),
+        "train/lr": 0.1,
+        "layer0/density": 0.5,
+        "layer1/density": 1,
+    }
+
+
+class FakeWandb(types.ModuleType):
+    """What the tracker uses of wandb, recorded."""
+
+    def __init__(self):
+        super().__init__("wandb")
+        self.started, self.logged, self.finished = [], [], 0
+
+    def init(self, **options):
+        self.started.append(options)
+        return self
+
+    def log(self, scalars, step):
+        self.logged.append((step, scalars))
+
+    def finish(self):
+        self.finished += 1
+
+
+def test_wandb_gets_configuration_lines_and_an_end(tmp_path, monkeypatch):
+    wandb = FakeWandb()
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    run(tmp_path / "first", "wandb")
+    [options] = wandb.started
+    assert (options["name"], options["config"]["num_layers"]) == ("first", 2)
+    assert wandb.logged == [
+        (line["step"], named_scalars(line)) for line in lines(tmp_path / "first")
+    ]
+    assert wandb.finished == 1
+    with pytest.raises(ZeroDivisionError), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(wandb, "log", lambda *_, **__: 1 / 0)
+        run(tmp_path / "second", "wandb")
+    assert wandb.finished == 2
+    run(tmp_path / "first", "wandb", max_steps=8, resume=True)
+    assert [options["id"] == wandb.started[0]["id"] for options in wandb.started] == [
+        True, False, True,
+    ]  # fmt: skip
+    assert {options["resume"] for options in wandb.started} == {"allow"}
+    assert wandb.logged[-1][0] == 8
+
+
+def test_tensorboard_files_hold_the_scalars(tmp_path):
+    pytest.importorskip("tensorboard", reason="tensorboard reads its files")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run(tmp_path, "tensorboard")
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    for line in lines(tmp_path):
+        for name, value in named_scalars(line).items():
+            [found] = [event for event in events.Scalars(name) if event.step == line["step"]]
+            assert found.value == pytest.approx(value, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["tensorboard", "wandb"])
+def test_a_missing_package_says_how_to_install_it(tmp_path, monkeypatch, name):
+    monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(ImportError, match=rf"needs the package '{name}'.*qflux\[{name}\]"):
+        run(tmp_path, name)
+
+
+def test_require_returns_the_module():
+    assert require("json", "a test", extra="none") is json
