@@ -6,7 +6,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from .options import REDUCTIONS, InverseGate, Radius, Score, Threshold, check_choice, check_real
+from .checks import check_choice, check_flag, check_integer, check_real
+from .options import REDUCTIONS, InverseGate, Radius, Score, Threshold
 
 COMPUTE_DTYPES = {
     torch.float16: torch.float32,
@@ -98,11 +99,6 @@ def _canonical_lengths(
     return _expand("lengths", lengths, batch).to(torch.int64)
 
 
-def _check_flag(name: str, value: object) -> None:
-    if not isinstance(value, bool):
-        raise TypeError(f"{name} must be True or False, got {value!r}")
-
-
 def _common_dtype(tensors: dict[str, torch.Tensor], device_type: str) -> torch.dtype:
     """The dtype the results come back in; autocast may hand over mixed ones, users may not."""
     dtypes = {tensor.dtype for tensor in tensors.values()}
@@ -172,7 +168,7 @@ def interact_arguments(
         raise ValueError(
             f"lengths needs as many keys as states ({states.shape[-2]}), got {source.shape[-2]}"
         )
-    _check_flag("causal", causal)
+    check_flag("causal", causal)
     check_choice("reduction", reduction, REDUCTIONS)
 
     result_dtype = _common_dtype(given, states.device.type)
@@ -224,7 +220,7 @@ def _per_step(name: str, value: object, states: torch.Tensor, steps: int) -> flo
     one broadcasts to the tokens if it can, and is otherwise tried with its steps first.
     """
     if not isinstance(value, torch.Tensor):
-        check_real(name, value)
+        check_real(name, value, finite=False)
         return float(value)
     if not value.is_floating_point():
         raise TypeError(f"{name} must be a floating-point tensor, got dtype {value.dtype}")
@@ -264,10 +260,7 @@ def evolve_arguments(
     """Check the arguments of `evolve` and bring them to one shape."""
     if radius is not None and not isinstance(radius, Radius):
         raise TypeError(f"radius must be a Radius or None, got {type(radius).__name__}")
-    if isinstance(steps, bool) or not isinstance(steps, int):
-        raise TypeError(f"steps must be an integer, got {type(steps).__name__}")
-    if steps < 1:
-        raise ValueError(f"steps must be at least 1, got {steps}")
+    check_integer("steps", steps, 1)
     base = interact_arguments(states, None, None, causal, score, reduction, lengths)
     if isinstance(score, Threshold) and score.shrinkage != "hard":
         raise ValueError(f"evolve takes score.shrinkage='hard' only, got {score.shrinkage!r}")

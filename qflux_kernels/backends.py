@@ -10,7 +10,8 @@ from pathlib import Path
 
 import torch
 
-from .options import ALGORITHMS, BACKENDS, Score, Threshold, check_choice
+from .checks import check_choice
+from .options import ALGORITHMS, BACKENDS, Score, Threshold
 
 
 class BackendUnavailableError(RuntimeError):

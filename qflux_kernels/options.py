@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
-import numbers
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+
+from .checks import check_choice, check_real
 
 REDUCTIONS = ("sum", "mean")
 STATISTICS = ("prefix", "row")
@@ -16,32 +16,13 @@ ALGORITHMS = ("auto", "dense", "sweep")
 BACKENDS = ("auto", "reference", "cpu", "cuda", "triton")
 
 
-def check_choice(name: str, value: object, allowed: tuple[str, ...]) -> str:
-    """Return `value` if it is one of `allowed`, else raise naming the argument."""
-    if not isinstance(value, str):
-        raise TypeError(f"{name} must be one of {allowed}, got {type(value).__name__}")
-    if value not in allowed:
-        raise ValueError(f"{name} must be one of {allowed}, got {value!r}")
-    return value
-
-
-def check_real(
-    name: str, value: object, minimum: float = -math.inf, maximum: float = math.inf
-) -> None:
-    """Raise unless `value` is a real number in [minimum, maximum]; NaN is in no interval."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(f"{name} must be a real number, got {type(value).__name__}")
-    if not minimum <= value <= maximum:
-        raise ValueError(f"{name} must lie in [{minimum}, {maximum}], got {value!r}")
-
-
 def check_real_or_tensor(name: str, value: object) -> None:
     """Raise unless `value` is a real number or a real floating-point tensor."""
     if isinstance(value, torch.Tensor):
         if not value.is_floating_point():
             raise TypeError(f"{name} must be a floating-point tensor, got dtype {value.dtype}")
     else:
-        check_real(name, value)
+        check_real(name, value, finite=False)
 
 
 @dataclass(frozen=True)
@@ -78,7 +59,7 @@ class Threshold:
     def __post_init__(self) -> None:
         check_real_or_tensor("sigma", self.sigma)
         check_choice("stats", self.stats, STATISTICS)
-        check_real("eps", self.eps, minimum=0.0)
+        check_real("eps", self.eps, minimum=0.0, finite=False)
         check_choice("shrinkage", self.shrinkage, SHRINKAGES)
 
 
@@ -108,7 +89,7 @@ class InverseGate:
 
     def __post_init__(self) -> None:
         check_real_or_tensor("alpha", self.alpha)
-        check_real("eps", self.eps, minimum=0.0)
+        check_real("eps", self.eps, minimum=0.0, finite=False)
         check_real_or_tensor("min_gate", self.min_gate)
 
 
@@ -137,10 +118,10 @@ class Radius:
     target: float = 1.0
 
     def __post_init__(self) -> None:
-        check_real("min", self.min, minimum=0.0)
-        check_real("max", self.max, minimum=0.0)
+        check_real("min", self.min, minimum=0.0, finite=False)
+        check_real("max", self.max, minimum=0.0, finite=False)
         for name in ("rate", "reversion", "target"):
-            check_real(name, getattr(self, name))
+            check_real(name, getattr(self, name), finite=False)
         if self.max < self.min:
             raise ValueError(f"max must be at least min = {self.min}, got {self.max!r}")
 

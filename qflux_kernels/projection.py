@@ -7,7 +7,7 @@ import torch
 from . import reference
 from .arguments import COMPUTE_DTYPES
 from .backends import LOAD_ERROR, cuda_architectures
-from .options import check_real
+from .checks import check_real
 
 # `kMaxFeatures` of `csrc/projection.h`.
 MAX_FEATURES = 8
@@ -171,9 +171,7 @@ def project_norm(
     for name, tensor in (("bias", bias), ("norm_weight", norm_weight), ("norm_bias", norm_bias)):
         if tensor is not None:
             _check_tensor(name, tensor, (width,), features)
-    check_real("eps", eps)
-    if eps <= 0:
-        raise ValueError(f"eps must be > 0, got {eps!r}")
+    check_real("eps", eps, above=0.0, finite=False)
 
     given = (features, weight, bias, norm_weight, norm_bias)
     if features.device.type not in _DEVICES or not 0 < features.shape[-1] <= MAX_FEATURES:

@@ -18,7 +18,8 @@ from .arguments import (
     interact_arguments,
     widen,
 )
-from .options import ALGORITHMS, Evolution, Interaction, Radius, Score, Threshold, check_choice
+from .checks import check_choice
+from .options import ALGORITHMS, Evolution, Interaction, Radius, Score, Threshold
 
 MIN_RADIUS = 1e-6
 
