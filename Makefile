@@ -1,14 +1,21 @@
-# make demo | test | bench | gpu-check | lint | format | clean
+# make demo | test | sanitize | bench | gpu-check | lint | format | clean
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV ?= .venv
 # Two processes, a file in one of them: session fixtures compile once.
 PYTEST_ARGS ?= -n 2 --dist loadfile
 
+# Pinned, so that every contributor and the workflow agree; .pre-commit-config.yaml names the same.
+RUFF := ruff==0.17.6
+CLANG_FORMAT := clang-format==19.1.7
+# With node from PyPI, so that a run needs no network.
+PYRIGHT := pyright[nodejs]==1.1.414
+
 BIN := $(VENV)/bin
 SOURCES := pyproject.toml setup.py $(shell find csrc -type f)
+CXX_SOURCES := git ls-files | grep -E '\.(h|cpp|cu|cuh)$$'
 
-.PHONY: demo test bench gpu-check lint format clean
+.PHONY: demo test sanitize bench gpu-check lint style types format clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.built
@@ -25,15 +32,21 @@ bench: $(VENV)/.tested
 gpu-check: $(VENV)/.tested
 	$(BIN)/python benchmarks/gpu_check.py
 
-lint: $(VENV)/.lint
+# The style needs no build, so it is checked first.
+lint: style types
+
+style: $(VENV)/.lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	git ls-files 'csrc/**' 'tests/cpp/*.cpp' 'benchmarks/*.cpp' | grep -E '\.(h|cpp|cu|cuh)$$' | xargs $(BIN)/clang-format --dry-run --Werror
+	$(CXX_SOURCES) | xargs $(BIN)/clang-format --dry-run --Werror
+
+types: $(VENV)/.lint $(VENV)/.tested
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 format: $(VENV)/.lint
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	git ls-files 'csrc/**' 'tests/cpp/*.cpp' 'benchmarks/*.cpp' | grep -E '\.(h|cpp|cu|cuh)$$' | xargs $(BIN)/clang-format -i
+	$(CXX_SOURCES) | xargs $(BIN)/clang-format -i
 
 clean:
 	rm -rf build dist *.egg-info qflux_kernels/*.so $(VENV)/.built $(VENV)/.tested
@@ -42,16 +55,20 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 # torch comes first: the build compiles against the torch that will load the object.
-$(VENV)/.built: $(SOURCES) | $(BIN)/python
+$(VENV)/.torch: | $(BIN)/python
 	$(BIN)/python -m pip install -q $(TORCH)
 	$(BIN)/python -m pip install -q "setuptools>=77" ninja
+	touch $@
+
+$(VENV)/.built: $(SOURCES) | $(VENV)/.torch
 	$(BIN)/python -m pip install -q --no-build-isolation -e .
 	touch $@
 
-$(VENV)/.tested: $(VENV)/.built
+# Installs what .built does, so the object is built once whichever comes first.
+$(VENV)/.tested: $(SOURCES) | $(VENV)/.torch
 	$(BIN)/python -m pip install -q --no-build-isolation -e ".[test]"
-	touch $@
+	touch $@ $(VENV)/.built
 
 $(VENV)/.lint: Makefile | $(BIN)/python
-	$(BIN)/python -m pip install -q ruff==0.17.6 clang-format==19.1.7
+	$(BIN)/python -m pip install -q $(RUFF) $(CLANG_FORMAT) "$(PYRIGHT)"
 	touch $@

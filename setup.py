@@ -3,6 +3,10 @@
 Environment: QFLUX_CUDA=1 demands CUDA code, =0 leaves it out, unset follows the toolkit;
 TORCH_CUDA_ARCH_LIST overrides the architectures ("8.0;9.0+PTX"); CUDA_HOME names the toolkit;
 MAX_JOBS bounds the compile jobs. ninja and ccache are used where they are found.
+
+Compiled units stay in build/object-PLATFORM, so that with ninja every later build of the same tree,
+editable or wheel, for any Python, compiles only what has changed. Beside each CUDA unit lies a
+report of its registers, stack and spills.
 """
 
 from __future__ import annotations
@@ -79,6 +83,11 @@ def cuda_architectures() -> list[tuple[str, str]]:
     return found
 
 
+def report_of(obj: Path) -> Path | None:
+    """Where nvcc's report of the registers of a unit goes; units of the host have none."""
+    return obj.with_suffix(".ptxas") if obj.name.startswith("cuda_") else None
+
+
 class BuildObject(build_ext):
     """Compiles each source with its own compiler and flags, then links one object.
 
@@ -89,7 +98,8 @@ class BuildObject(build_ext):
         import torch
 
         nvcc = find_nvcc()
-        build = Path(self.build_temp).resolve() / "qflux_kernels"
+        # Not under build_temp, which an editable installation deletes.
+        build = ROOT / "build" / f"object-{sysconfig.get_platform()}"
         build.mkdir(parents=True, exist_ok=True)
         target = Path(self.get_ext_fullpath(extension.name)).resolve()
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -132,7 +142,7 @@ class BuildObject(build_ext):
             names = " ".join(name for _, name in architectures)
             device = [
                 *ccache, nvcc, "-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden",
-                f'-DQFLUX_CUDA_ARCHITECTURES="{names}"', "-DNDEBUG",
+                f'-DQFLUX_CUDA_ARCHITECTURES="{names}"', "-DNDEBUG", "-Xptxas", "-v",
             ]  # fmt: skip
             for gencode, _ in architectures:
                 device += ["-gencode", gencode]
@@ -158,7 +168,7 @@ class BuildObject(build_ext):
             return
         jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
         with ThreadPoolExecutor(jobs) as pool:
-            list(pool.map(lambda rule: self._run(rule[0]), rules))
+            list(pool.map(lambda rule: self._run(rule[0], report=report_of(rule[1])), rules))
 
     @staticmethod
     def _write_ninja(build: Path, rules: list[tuple[list[str], Path, Path]]) -> None:
@@ -168,14 +178,13 @@ class BuildObject(build_ext):
         lines = ["ninja_required_version = 1.5"]
         for number, (command, obj, source) in enumerate(rules):
             depfile = f"{obj}.d"
-            flag = (
-                "-MD"
-                if "nvcc" in Path(command[0]).name or any("nvcc" in w for w in command[:2])
-                else "-MMD"
-            )
+            report = report_of(obj)
+            line = quoted([*command, "-MD" if report else "-MMD", "-MF", depfile])
+            if report:
+                line += f" > {report} 2>&1 || (cat {report}; exit 1)"
             lines += [
                 f"rule unit{number}",
-                f"  command = {quoted([*command, flag, '-MF', depfile])}",
+                f"  command = {line}",
                 f"  depfile = {depfile}",
                 "  deps = gcc",
                 f"build {obj}: unit{number} {source}",
@@ -199,16 +208,20 @@ class BuildObject(build_ext):
         os.replace(fresh, target)
 
     @staticmethod
-    def _run(command: list[str]) -> None:
+    def _run(command: list[str], report: Path | None = None) -> None:
         done = subprocess.run(command, capture_output=True, text=True)
+        if report and done.returncode == 0:
+            report.write_text(done.stdout + done.stderr)
+            return
         sys.stdout.write(done.stdout)
         sys.stderr.write(done.stderr)
         if done.returncode:
             sys.exit(f"qflux_kernels: this command failed:\n{subprocess.list2cmdline(command)}")
 
 
-setup(
-    ext_modules=[Extension(OBJECT, sources=[], py_limited_api=True)],
-    cmdclass={"build_ext": BuildObject},
-    options={"bdist_wheel": {"py_limited_api": "cp310"}},
-)
+if __name__ == "__main__":
+    setup(
+        ext_modules=[Extension(OBJECT, sources=[], py_limited_api=True)],
+        cmdclass={"build_ext": BuildObject},
+        options={"bdist_wheel": {"py_limited_api": "cp310"}},
+    )

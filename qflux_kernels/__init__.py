@@ -1,12 +1,11 @@
 """Fused kernels for the Quantum Flux network: see `interact`, `evolve` and `scores`."""
 
-__version__ = "0.1.0"
-
 from . import reference
 from .backends import BackendUnavailableError, diagnostics
 from .functional import evolve, interact, scores
 from .options import Evolution, Interaction, InverseGate, Radius, Threshold
 from .projection import project_norm
+from .version import __version__
 
 __all__ = [
     "BackendUnavailableError",
@@ -15,6 +14,7 @@ __all__ = [
     "InverseGate",
     "Radius",
     "Threshold",
+    "__version__",
     "diagnostics",
     "evolve",
     "interact",

@@ -12,6 +12,7 @@ import torch
 
 from .checks import check_choice
 from .options import ALGORITHMS, BACKENDS, Score, Threshold
+from .version import __version__
 
 
 class BackendUnavailableError(RuntimeError):
@@ -138,7 +139,6 @@ def diagnostics() -> dict[str, object]:
     triton_error = TRITON_ERROR
     if triton_error is None and not (gpus or TRITON_INTERPRETED):
         triton_error = "backend='triton' needs a GPU, and there is none"
-    from . import __version__
 
     return {
         "qflux_kernels": __version__,
