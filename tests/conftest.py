@@ -1,16 +1,19 @@
-"""Fixtures: devices, seeds, memory that starts as NaN, and the C++ formulas as a module."""
+"""Fixtures: devices, seeds, memory that starts as NaN, and C++ as modules."""
 
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import sysconfig
+from concurrent.futures import ThreadPoolExecutor
 from importlib import util
 from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 
 ROOT = Path(__file__).resolve().parent.parent
 # Two processes with a thread for each core would spend their time waiting for one another. Programs
@@ -43,24 +46,69 @@ def poisoned_memory():
 
 
 @pytest.fixture(scope="session")
-def math_module(tmp_path_factory):
+def compile_module(tmp_path_factory):
+    """Compile C++ sources into a Python module, once for all the processes of a test run.
+
+    CXX chooses the compiler and may hold options, as in a build; ccache is used where it is found.
+    """
+    pybind11 = pytest.importorskip("pybind11", reason="pybind11 makes Python modules of C++")
+    compiler = os.environ.get("CXX", "c++").split()
+    if shutil.which(compiler[0]) is None:
+        pytest.skip(f"the C++ compiler {compiler[0]} is not here")
+    shared = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        shared = shared.parent
+
+    def build(target: Path, sources: list[Path], options: tuple[str, ...]) -> None:
+        ccache = [found] if (found := shutil.which("ccache")) else []
+        includes = [ROOT / "csrc", pybind11.get_include(), sysconfig.get_path("include")]
+        command = [
+            *compiler, "-std=c++17", "-O1", "-fPIC", "-Wall", "-Wextra", "-Werror", *options,
+            *(f"-I{path}" for path in includes),
+        ]  # fmt: skip
+        folder = target.with_suffix(".objects")
+        folder.mkdir(exist_ok=True)
+        objects = [folder / f"{number}.o" for number in range(len(sources))]
+
+        def unit(source: Path, obj: Path) -> None:
+            subprocess.run(
+                [*ccache, *command, "-x", "c++", "-c", str(source), "-o", str(obj)], check=True
+            )
+
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            list(pool.map(unit, sources, objects))
+        fresh = target.with_suffix(".new")
+        subprocess.run([*compiler, "-shared", *map(str, objects), "-o", str(fresh)], check=True)
+        os.replace(fresh, target)
+
+    def load(name: str, sources: list[Path], *options: str):
+        target = shared / f"{name}{sysconfig.get_config_var('EXT_SUFFIX')}"
+        with FileLock(f"{target}.lock"):
+            if not target.exists():
+                build(target, sources, options)
+        spec = util.spec_from_file_location(name, target)
+        module = util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+
+    return load
+
+
+@pytest.fixture(scope="session")
+def math_module(compile_module):
     """The formulas of csrc/math, compiled for Python."""
-    pybind11 = pytest.importorskip("pybind11", reason="pybind11 compiles the formulas for Python")
-    suffix = sysconfig.get_config_var("EXT_SUFFIX")
-    target = tmp_path_factory.mktemp("math") / f"math_module{suffix}"
-    subprocess.run(
-        [
-            "g++", "-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC",
-            f"-I{ROOT / 'csrc'}", f"-I{pybind11.get_include()}",
-            f"-I{sysconfig.get_path('include')}",
-            str(ROOT / "tests" / "cpp" / "math_module.cpp"), "-o", str(target),
-        ],
-        check=True,
-    )  # fmt: skip
-    spec = util.spec_from_file_location("math_module", target)
-    module = util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return compile_module("math_module", [ROOT / "tests" / "cpp" / "math_module.cpp"])
+
+
+@pytest.fixture(scope="session")
+def emulator(compile_module):
+    """The CUDA kernels and launchers, compiled as plain C++."""
+    return compile_module(
+        "qflux_emulator",
+        [*sorted((ROOT / "csrc" / "cuda").rglob("*.cu")), ROOT / "tests/cpp/emulator_module.cpp"],
+        "-Wno-unknown-pragmas",
+        '-DQFLUX_CUDA_ARCHITECTURES="emulated"',
+    )
 
 
 @pytest.fixture

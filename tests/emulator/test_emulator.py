@@ -12,12 +12,8 @@ fma and sqrt.
 from __future__ import annotations
 
 import ctypes
-import importlib.util
 import mmap
 import multiprocessing
-import shutil
-import subprocess
-import sysconfig
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -31,32 +27,9 @@ from qflux_kernels import Interaction, InverseGate, Radius, Threshold, reference
 from qflux_kernels.thresholds import threshold_vjp
 
 ROOT = Path(__file__).resolve().parents[2]
-SOURCES = sorted((ROOT / "csrc" / "cuda").rglob("*.cu"))
 FORWARD, REVERSED, SHUFFLED = 0, 1, 2
 ALL_BLOCKS = 1 << 20
 AUTO, MANY, ONE = 0, 1, 2  # launches of a step
-
-
-@pytest.fixture(scope="session")
-def emulator(tmp_path_factory):
-    """The kernels and launchers as a Python module."""
-    pybind11 = pytest.importorskip("pybind11")
-    compiler = shutil.which("g++")
-    if compiler is None:
-        pytest.skip("the emulator is compiled with g++, which is not here")
-    target = tmp_path_factory.mktemp("emulator") / "qflux_emulator.so"
-    includes = [pybind11.get_include(), sysconfig.get_path("include")]
-    subprocess.run(
-        [compiler, "-std=c++17", "-O1", "-fPIC", "-shared", "-Wall", "-Wextra", "-Werror",
-         "-Wno-unknown-pragmas", '-DQFLUX_CUDA_ARCHITECTURES="emulated"',
-         *(f"-I{path}" for path in includes), "-x", "c++", *map(str, SOURCES),
-         str(ROOT / "tests" / "cpp" / "emulator_module.cpp"), "-o", str(target)],
-        check=True,
-    )  # fmt: skip
-    spec = importlib.util.spec_from_file_location("qflux_emulator", target)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 class Memory:

@@ -1,0 +1,225 @@
+"""The tree: imports and includes without circles, in one direction; sizes; the map; the layers."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+CODE = (".py", ".h", ".cpp", ".cu", ".cuh", ".md")
+FOLDERS = ("csrc", "qflux", "qflux_kernels", "benchmarks", "examples", "docs", "tests")
+# Each may import those below it, and the helpers at the bottom; nothing points back up.
+LAYERS = (
+    {"qflux.cli", "qflux.hf", "qflux.__main__"},
+    {"qflux.train"},
+    {"qflux.inference", "qflux.analysis"},
+    {"qflux.models"},
+    {"qflux.text"},
+    {"qflux.optional", "qflux.checks"},
+    {"qflux_kernels"},
+)
+INCLUDE = re.compile(r'^\s*#\s*include\s*"([^"]+)"', re.MULTILINE)
+Graph = dict[str, set[str]]
+
+
+def files(*folders: str, suffixes: tuple[str, ...] = CODE) -> list[Path]:
+    found = [
+        path
+        for folder in folders
+        for path in sorted((ROOT / folder).rglob("*"))
+        if path.suffix in suffixes and "__pycache__" not in path.parts
+    ]
+    assert found, folders
+    return found
+
+
+def circles(graph: Graph) -> list[list[str]]:
+    """The strongly connected parts of several nodes, and the nodes that point at themselves."""
+    order: list[str] = []
+
+    def walk(node: str, edges: Graph, seen: set[str], out: list[str]) -> None:
+        seen.add(node)
+        for other in sorted(edges[node]):
+            if other not in seen:
+                walk(other, edges, seen, out)
+        out.append(node)
+
+    seen: set[str] = set()
+    for node in sorted(graph):
+        if node not in seen:
+            walk(node, graph, seen, order)
+    reverse: Graph = {node: set() for node in graph}
+    for node, others in graph.items():
+        for other in others:
+            reverse[other].add(node)
+    seen, found = set(), []
+    for node in reversed(order):
+        if node not in seen:
+            part: list[str] = []
+            walk(node, reverse, seen, part)
+            if len(part) > 1 or node in graph[node]:
+                found.append(sorted(part))
+    return found
+
+
+def modules(package: str) -> dict[str, Path]:
+    """Module name to file. The scripts of `benchmarks` see one another as top-level modules."""
+    found = {}
+    for path in files(package, suffixes=(".py",)):
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        if package == "benchmarks":
+            parts = parts[1:]
+        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+def imports(name: str, path: Path, known: Iterable[str]) -> Iterator[str]:
+    """The known modules that a file imports: at its top, in functions and for type checkers.
+
+    That importing `a.b` runs `a/__init__.py` first is no import of `a` in this sense.
+    """
+    package = name.split(".") if path.name == "__init__.py" else name.split(".")[:-1]
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if alias.name in known)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            source = ".".join([*base, *(node.module or "").split(".")]).strip(".")
+            for alias in node.names:
+                inner = f"{source}.{alias.name}".strip(".")
+                if inner in known:
+                    yield inner
+                elif source in known:
+                    yield source
+
+
+def import_graph(*packages: str) -> Graph:
+    known = {name: path for package in packages for name, path in modules(package).items()}
+    return {name: set(imports(name, path, known)) for name, path in known.items()}
+
+
+def room_of(module: str) -> tuple[int, str]:
+    """How far up a module lies, and the entry of LAYERS that holds it."""
+    for depth, names in enumerate(reversed(LAYERS)):
+        for name in names:
+            if module == name or module.startswith(f"{name}."):
+                return depth, name
+    raise AssertionError(f"{module} has no place in LAYERS")
+
+
+def test_circles_are_found():
+    """The two tools of the tests below, on a small case."""
+    graph = {"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a", "e"}, "e": set(), "f": {"f"}}
+    assert sorted(circles(graph)) == [["a", "b", "c"], ["f"]]
+    assert circles({"a": {"b", "c"}, "b": {"c"}, "c": set()}) == []
+
+
+def test_imports_are_found(tmp_path):
+    path = tmp_path / "module.py"
+    path.write_text(
+        "import p.a\nfrom . import b\nfrom .c import thing\nfrom ..q import d, thing\n"
+        "def f():\n    from .e import thing\nif TYPE_CHECKING:\n    from p.f import thing\n"
+        "from p import g\nimport elsewhere\n"
+    )
+    known = {"p", "q", "p.a", "p.r.b", "p.r.c", "p.q.d", "p.q", "p.r.e", "p.f", "p.g"}
+    found = set(imports("p.r.module", path, known))
+    assert found == {"p.a", "p.r.b", "p.r.c", "p.q.d", "p.q", "p.r.e", "p.f", "p.g"}
+
+
+@pytest.mark.parametrize("packages", [("qflux", "qflux_kernels"), ("benchmarks",)])
+def test_no_circle_of_imports(packages):
+    """Imports in functions and under TYPE_CHECKING count: they point the same way."""
+    assert circles(import_graph(*packages)) == []
+
+
+def test_imports_point_down():
+    graph = import_graph("qflux", "qflux_kernels")
+    exports = graph.pop("qflux")  # it may name everything, and nothing below may import it
+    assert exports
+    for module, others in graph.items():
+        depth, room = room_of(module)
+        for other in others:
+            assert other != "qflux", f"{module} imports the package that exports it"
+            below, its_room = room_of(other)
+            assert below < depth or room == its_room, f"{module} must not import {other}"
+
+
+def test_no_circle_of_includes():
+    graph: Graph = {}
+    for path in files("csrc", "tests/cpp", suffixes=(".h", ".cpp", ".cu", ".cuh")):
+        found = set()
+        for header in INCLUDE.findall(path.read_text()):
+            places = [path.parent / header, ROOT / "csrc" / header]
+            there = [place.resolve() for place in places if place.exists()]
+            assert there, f"{path.relative_to(ROOT)} includes {header}, which does not exist"
+            found.add(str(there[0].relative_to(ROOT)))
+        graph[str(path.relative_to(ROOT))] = found
+    assert circles(graph) == []
+
+
+def test_headers_are_included_once():
+    for path in files("csrc", suffixes=(".h", ".cuh")):
+        assert len(re.findall(r"^#pragma once$", path.read_text(), re.MULTILINE)) == 1, path
+
+
+@pytest.mark.parametrize("folder", [*FOLDERS, "."])
+def test_no_file_is_long(folder):
+    """A reader takes in one file at a time."""
+    found = [p for p in ROOT.iterdir() if p.suffix in CODE] if folder == "." else files(folder)
+    limit = 900 if folder == "tests" else 700
+    lengths = {str(path.relative_to(ROOT)): len(path.read_text().splitlines()) for path in found}
+    assert {name: lines for name, lines in lengths.items() if lines > limit} == {}
+
+
+@pytest.mark.parametrize("key", ["CPU", "CUDA"])
+def test_a_folder_of_kernels_is_named_by_its_dispatch_key(key):
+    """csrc/cpu serves the key CPU and csrc/cuda the key CUDA; neither knows the other."""
+    own, other = key.lower(), {"CPU": "cuda", "CUDA": "cpu"}[key]
+    sources = files("csrc", suffixes=(".h", ".cpp", ".cu", ".cuh"))
+    registered = re.compile(rf"STABLE_TORCH_LIBRARY_IMPL\(\w+, {key},")
+    assert any(registered.search(path.read_text()) for path in sources)
+    namespace = re.compile(r"^namespace (qflux::\w+)", re.MULTILINE)
+    served = [path for path in sources if path.is_relative_to(ROOT / "csrc" / own)]
+    assert served
+    for path in sources:
+        opened = set(namespace.findall(path.read_text()))
+        if path in served:
+            assert opened <= {f"qflux::{own}"}, path
+            assert not [name for name in INCLUDE.findall(path.read_text()) if f"{other}/" in name]
+        else:
+            assert f"qflux::{own}" not in opened, path
+
+
+def test_the_map_of_the_tree():
+    """CONTRIBUTING.md shows every folder, and all the files of a folder or none of them.
+
+    Its map is a fenced block: a folder to a line, ending in "/", indented by two spaces for each
+    level. Files stand on lines of their own below their folder, or by name in the folder's line.
+    """
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    blocks = re.findall(r"^```\w*\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    (tree,) = [block for block in blocks if re.search(r"^csrc/", block, re.MULTILINE)]
+    named: dict[Path, set[str]] = {}
+    parents = [ROOT]
+    file_name = re.compile(rf"(?<![\w/.])[\w.-]+(?:{'|'.join(map(re.escape, CODE))})(?![\w/])")
+    for line in tree.splitlines():
+        level, entry = (len(line) - len(line.lstrip())) // 2, line.split()[0]
+        parents = parents[: level + 1]
+        folder = parents[-1]
+        if entry.endswith("/"):
+            folder = folder / entry
+            assert folder.is_dir(), f"CONTRIBUTING.md names {entry}, which is no folder"
+            parents.append(folder)
+            named[folder] = set()
+        if folder != ROOT:
+            named[folder] |= set(file_name.findall(line))
+    folders = {path.parent for path in files(*FOLDERS)}
+    missing = sorted(str(path.relative_to(ROOT)) for path in folders - set(named))
+    assert not missing, f"the map in CONTRIBUTING.md lacks {missing}"
+    for folder, listed in named.items():
+        there = {p.name for p in folder.iterdir() if p.suffix in CODE} - {"__init__.py"}
+        assert not listed or listed == there, (folder, listed ^ there)
