@@ -14,7 +14,8 @@ CODE = (".py", ".h", ".cpp", ".cu", ".cuh", ".md")
 FOLDERS = ("csrc", "qflux", "qflux_kernels", "benchmarks", "examples", "docs", "tests")
 # Each may import those below it, and the helpers at the bottom; nothing points back up.
 LAYERS = (
-    {"qflux.cli", "qflux.hf", "qflux.__main__"},
+    {"qflux.__main__"},
+    {"qflux.cli", "qflux.hf"},
     {"qflux.train"},
     {"qflux.inference", "qflux.analysis"},
     {"qflux.models"},
