@@ -160,7 +160,8 @@ class BuildObject(build_ext):
         ]
 
     def _compile(self, build: Path, rules: list[tuple[list[str], Path, Path]]) -> None:
-        ninja = shutil.which("ninja")
+        # That of this Python first: two versions of ninja discard each other's logs.
+        ninja = shutil.which("ninja", path=os.path.dirname(sys.executable)) or shutil.which("ninja")
         if ninja:
             self._write_ninja(build, rules)
             jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
