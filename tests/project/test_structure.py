@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import ast
 import re
+import subprocess
 from collections.abc import Iterable, Iterator
-from pathlib import Path
+from pathlib import Path, PurePath
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-CODE = (".py", ".h", ".cpp", ".cu", ".cuh", ".md")
+SOURCES = (".h", ".cpp", ".cu", ".cuh")
+CODE = (".py", *SOURCES, ".md")
 FOLDERS = ("csrc", "qflux", "qflux_kernels", "benchmarks", "examples", "docs", "tests")
 # Each may import those below it, and the helpers at the bottom; nothing points back up.
 LAYERS = (
     {"qflux.__main__"},
-    {"qflux.cli", "qflux.hf"},
+    {"qflux.cli"},
+    {"qflux.hf"},
     {"qflux.train"},
     {"qflux.inference", "qflux.analysis"},
     {"qflux.models"},
@@ -151,7 +154,7 @@ def test_imports_point_down():
 
 def test_no_circle_of_includes():
     graph: Graph = {}
-    for path in files("csrc", "tests/cpp", suffixes=(".h", ".cpp", ".cu", ".cuh")):
+    for path in files("csrc", "tests/cpp", suffixes=SOURCES):
         found = set()
         for header in INCLUDE.findall(path.read_text()):
             places = [path.parent / header, ROOT / "csrc" / header]
@@ -180,7 +183,7 @@ def test_no_file_is_long(folder):
 def test_a_folder_of_kernels_is_named_by_its_dispatch_key(key):
     """csrc/cpu serves the key CPU and csrc/cuda the key CUDA; neither knows the other."""
     own, other = key.lower(), {"CPU": "cuda", "CUDA": "cpu"}[key]
-    sources = files("csrc", suffixes=(".h", ".cpp", ".cu", ".cuh"))
+    sources = files("csrc", suffixes=SOURCES)
     registered = re.compile(rf"STABLE_TORCH_LIBRARY_IMPL\(\w+, {key},")
     assert any(registered.search(path.read_text()) for path in sources)
     namespace = re.compile(r"^namespace (qflux::\w+)", re.MULTILINE)
@@ -195,32 +198,42 @@ def test_a_folder_of_kernels_is_named_by_its_dispatch_key(key):
             assert f"qflux::{own}" not in opened, path
 
 
-def test_the_map_of_the_tree():
-    """CONTRIBUTING.md shows every folder, and all the files of a folder or none of them.
-
-    Its map is a fenced block: a folder to a line, ending in "/", indented by two spaces for each
-    level. Files stand on lines of their own below their folder, or by name in the folder's line.
-    """
+def entries_of_the_map() -> list[str]:
+    """The paths that CONTRIBUTING.md shows: one to a line, indented below its folder."""
     text = (ROOT / "CONTRIBUTING.md").read_text()
     blocks = re.findall(r"^```\w*\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
-    (tree,) = [block for block in blocks if re.search(r"^csrc/", block, re.MULTILINE)]
-    named: dict[Path, set[str]] = {}
-    parents = [ROOT]
-    file_name = re.compile(rf"(?<![\w/.])[\w.-]+(?:{'|'.join(map(re.escape, CODE))})(?![\w/])")
-    for line in tree.splitlines():
-        level, entry = (len(line) - len(line.lstrip())) // 2, line.split()[0]
+    trees = [block for block in blocks if re.search(r"^csrc/", block, re.MULTILINE)]
+    assert len(trees) == 1, "CONTRIBUTING.md needs one map: a fenced block with a line csrc/"
+    found: list[str] = []
+    parents = [""]
+    for line in trees[0].splitlines():
+        level = (len(line) - len(line.lstrip())) // 2
+        assert level < len(parents), f"the map's line {line!r} is indented below no folder"
         parents = parents[: level + 1]
-        folder = parents[-1]
-        if entry.endswith("/"):
-            folder = folder / entry
-            assert folder.is_dir(), f"CONTRIBUTING.md names {entry}, which is no folder"
-            parents.append(folder)
-            named[folder] = set()
-        if folder != ROOT:
-            named[folder] |= set(file_name.findall(line))
-    folders = {path.parent for path in files(*FOLDERS)}
-    missing = sorted(str(path.relative_to(ROOT)) for path in folders - set(named))
+        found.append(parents[-1] + line.split()[0])
+        if found[-1].endswith("/"):
+            parents.append(found[-1])
+    return found
+
+
+def test_the_map_is_the_tree():
+    """It names every file. A folder without code may stand alone, for what it holds."""
+    if not (ROOT / ".git").exists():
+        pytest.skip("git knows the files, and this is no clone")
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+    listed = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    tree = {name for name in listed.splitlines() if (ROOT / name).exists()}
+    folders = {f"{folder}/" for name in tree for folder in PurePath(name).parents[:-1]}
+    named = entries_of_the_map()
+    assert len(named) == len(set(named))
+    gone = sorted(set(named) - tree - folders)
+    assert not gone, f"the map in CONTRIBUTING.md names what is not there: {gone}"
+    closed = tuple(
+        folder
+        for folder in named
+        if folder.endswith("/")
+        and not any(other.startswith(folder) and other != folder for other in named)
+        and not any(n.startswith(folder) and n.endswith((*SOURCES, ".py")) for n in tree)
+    )
+    missing = sorted(n for n in tree - set(named) if not n.startswith(closed))
     assert not missing, f"the map in CONTRIBUTING.md lacks {missing}"
-    for folder, listed in named.items():
-        there = {p.name for p in folder.iterdir() if p.suffix in CODE} - {"__init__.py"}
-        assert not listed or listed == there, (folder, listed ^ there)
