@@ -449,7 +449,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> evolve_backward(
 Tensor text(const char* content) {
   const int64_t size = static_cast<int64_t>(std::strlen(content));
   const Tensor bytes = torch::stable::empty({size}, ScalarType::Byte);
-  std::memcpy(bytes.data_ptr(), content, static_cast<size_t>(size));
+  if (size > 0) std::memcpy(bytes.data_ptr(), content, static_cast<size_t>(size));
   return bytes;
 }
 
