@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import time
 from pathlib import Path
 
 import pytest
@@ -169,6 +170,55 @@ def test_the_packages_ship_their_data(source_tree, tmp_path):
         }
         shipped = {p.relative_to(tmp_path / "lib") for p in (tmp_path / "lib").rglob("*")}
         assert files and files <= shipped, sorted(map(str, files - shipped))
+
+
+COMPILER = """#!{python}
+import sys
+from pathlib import Path
+
+arguments = sys.argv[1:]
+Path(arguments[arguments.index("-o") + 1]).write_bytes(b"")
+if "-c" in arguments:
+    source = arguments[arguments.index("-c") + 1]
+    dependencies = arguments[arguments.index("-MF") + 1]
+    Path(dependencies).write_text(f"{{arguments[arguments.index('-o') + 1]}}: {{source}}")
+    with open({log!r}, "a") as log:
+        print(source, file=log)
+"""
+
+
+def test_a_second_build_compiles_only_what_changed(source_tree, tmp_path):
+    """Editable, in place or for a wheel: the units of a tree are compiled once, seen by a compiler
+    that only writes down what it is asked for."""
+    pytest.importorskip("ninja", reason="ninja knows what has changed")
+    compiler, log = tmp_path / "compiler", tmp_path / "log"
+    compiler.write_text(COMPILER.format(python=sys.executable, log=str(log)))
+    compiler.chmod(0o755)
+
+    def compiled(*command: str) -> list[str]:
+        log.write_text("")
+        subprocess.run(
+            [sys.executable, "setup.py", "-q", *command],
+            cwd=source_tree,
+            env=os.environ | {"CXX": str(compiler), "QFLUX_CUDA": "0", "CCACHE_DISABLE": "1"},
+            check=True,
+            capture_output=True,
+        )
+        return [Path(line).name for line in log.read_text().splitlines()]
+
+    try:
+        first = compiled("build_ext", "--build-temp", str(tmp_path / "1"), "--inplace")
+        assert "library.cpp" in first and len(first) >= 4
+        wheel = ["bdist_wheel", "--dist-dir", str(tmp_path), "--bdist-dir", str(tmp_path / "2")]
+        assert compiled(*wheel) == []
+        later = time.time() + 10
+        os.utime(source_tree / "csrc" / "library.cpp", (later, later))
+        assert compiled("build_ext", "--build-temp", str(tmp_path / "3"), "--inplace") == [
+            "library.cpp"
+        ]
+    finally:
+        shutil.rmtree(source_tree / "build")
+        (source_tree / "qflux_kernels" / "_C.abi3.so").unlink()
 
 
 def test_metadata_asks_no_compiler(source_tree, tmp_path):
