@@ -134,7 +134,7 @@ def test_imports_are_found(tmp_path):
     assert found == {"p.a", "p.r.b", "p.r.c", "p.q.d", "p.q", "p.r.e", "p.f", "p.g"}
 
 
-@pytest.mark.parametrize("packages", [("qflux", "qflux_kernels"), ("benchmarks",)])
+@pytest.mark.parametrize("packages", [("qflux", "qflux_kernels"), ("benchmarks",)], ids="+".join)
 def test_no_circle_of_imports(packages):
     """Imports in functions and under TYPE_CHECKING count: they point the same way."""
     assert circles(import_graph(*packages)) == []
@@ -144,12 +144,14 @@ def test_imports_point_down():
     graph = import_graph("qflux", "qflux_kernels")
     exports = graph.pop("qflux")  # it may name everything, and nothing below may import it
     assert exports
+    wrong = []
     for module, others in graph.items():
         depth, room = room_of(module)
         for other in others:
-            assert other != "qflux", f"{module} imports the package that exports it"
-            below, its_room = room_of(other)
-            assert below < depth or room == its_room, f"{module} must not import {other}"
+            below, its_room = (depth, "") if other == "qflux" else room_of(other)
+            if below >= depth and room != its_room:
+                wrong.append(f"{module} imports {other}")
+    assert wrong == []
 
 
 def test_no_circle_of_includes():
