@@ -26,16 +26,15 @@ test: $(VENV)/.tested
 
 # The C++ of the loops and the emulated CUDA kernels, under the address and undefined-behaviour
 # sanitizers. Python itself has none, so their libraries are loaded first; its leaks are its own.
-SANITIZER := -fsanitize=address,undefined -fno-sanitize-recover=undefined
+SANITIZER := CXX="g++ -fsanitize=address,undefined -fno-sanitize-recover=undefined"
 SANITIZED_TESTS := tests/emulator tests/kernels/test_interact.py tests/kernels/test_evolve.py \
 	tests/kernels/test_project_norm.py tests/kernels/test_sweep.py
 
-sanitize: export CXX := g++ $(SANITIZER)
-sanitize: export PYTHONPATH := $(CURDIR)/build/sanitized
 sanitize: $(VENV)/.tested
-	QFLUX_CUDA=0 $(BIN)/python setup.py -q build --build-lib build/sanitized
-	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
-		ASAN_OPTIONS=detect_leaks=0 $(BIN)/pytest $(PYTEST_ARGS) $(SANITIZED_TESTS)
+	$(SANITIZER) QFLUX_CUDA=0 $(BIN)/python setup.py -q build --build-lib build/sanitized
+	$(SANITIZER) PYTHONPATH=$(CURDIR)/build/sanitized ASAN_OPTIONS=detect_leaks=0 \
+		LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
+		$(BIN)/pytest $(PYTEST_ARGS) $(SANITIZED_TESTS)
 
 bench: $(VENV)/.tested
 	$(BIN)/python -m pip install -q -e ".[bench]" --no-build-isolation
