@@ -113,6 +113,9 @@ class BuildObject(build_ext):
     ) -> list[tuple[list[str], Path, Path]]:
         """(command, object, source) for every translation unit."""
         ccache = [found] if (found := shutil.which("ccache")) else []
+        if not DEBUG:  # what one clone or worktree has compiled serves the others
+            os.environ.setdefault("CCACHE_BASEDIR", str(ROOT))
+            os.environ.setdefault("CCACHE_NOHASHDIR", "1")
         cxx = [*ccache, *os.environ.get("CXX", "c++").split(), *COMMON, *WARNINGS]
         if is_x86():
             cxx.append("-DQFLUX_X86")
