@@ -2,7 +2,7 @@
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV ?= .venv
-# Two processes, a file in one of them: session fixtures compile once.
+# Two processes, a file in one of them, so that the fixtures of a file run once.
 PYTEST_ARGS ?= -n 2 --dist loadfile
 
 # Pinned, so that every contributor and the workflow agree; .pre-commit-config.yaml names the same.
