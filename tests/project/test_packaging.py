@@ -1,5 +1,6 @@
 """What is built and shipped: the object's symbols, life without it, sdist, metadata, README."""
 
+import ast
 import os
 import re
 import shutil
@@ -7,6 +8,7 @@ import subprocess
 import sys
 import tarfile
 import time
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -170,6 +172,32 @@ def test_the_packages_ship_their_data(source_tree, tmp_path):
         }
         shipped = {p.relative_to(tmp_path / "lib") for p in (tmp_path / "lib").rglob("*")}
         assert files and files <= shipped, sorted(map(str, files - shipped))
+
+
+def imported(*packages: str) -> set[str]:
+    """The names of other distributions' packages that a package imports, at its top or later."""
+    found = set()
+    for package in packages:
+        for path in (ROOT / package).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text())):
+                if isinstance(node, ast.Import):
+                    found |= {alias.name.split(".")[0] for alias in node.names}
+                elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+                    found.add(node.module.split(".")[0])
+    return {
+        name.replace("_", "-") for name in found - {"qflux", "qflux_kernels", "__future__"}
+        if name not in sys.stdlib_module_names
+    }  # fmt: skip
+
+
+def test_every_dependency_is_declared_and_used():
+    requirements = metadata.requires("qflux")
+    names = {text: re.match(r"[\w-]+", text).group().lower() for text in requirements}
+    extras = {name for text, name in names.items() if "extra ==" in text}
+    needed = {name for text, name in names.items() if "extra ==" not in text}
+    used = imported("qflux", "qflux_kernels")
+    assert needed <= used, f"declared and not imported: {needed - used}"
+    assert used <= needed | extras, f"imported and not declared: {used - needed - extras}"
 
 
 COMPILER = """#!{python}

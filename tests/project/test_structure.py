@@ -18,6 +18,7 @@ FOLDERS = ("csrc", "qflux", "qflux_kernels", "benchmarks", "examples", "docs", "
 LAYERS = (
     {"qflux.__main__"},
     {"qflux.cli"},
+    {"qflux.commands"},
     {"qflux.hf"},
     {"qflux.train"},
     {"qflux.inference", "qflux.analysis"},
