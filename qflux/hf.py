@@ -26,7 +26,8 @@ from .text.vocabulary import Vocabulary, to_tokenizer
 from .train.checkpoint import load_model, write_atomically
 
 transformers = require("transformers", "qflux.hf", extra="hf")
-from transformers.modeling_outputs import CausalLMOutput  # noqa: E402 (after the check above)
+from transformers import PreTrainedTokenizerFast  # noqa: E402 (after the check above)
+from transformers.modeling_outputs import CausalLMOutput  # noqa: E402
 
 END_OF_TEXT = "<|endoftext|>"
 CODE_FILE = "modeling_qflux.py"
@@ -180,15 +181,13 @@ def from_model(model: CausalLM, stand_in: int = 0) -> QFluxForCausalLM:
     return wrapped.train(model.training)
 
 
-def make_tokenizer(
-    vocabulary: Vocabulary, context_length: int
-) -> transformers.PreTrainedTokenizerFast:
+def make_tokenizer(vocabulary: Vocabulary, context_length: int) -> PreTrainedTokenizerFast:
     """A Hugging Face tokenizer with the ids of `vocabulary`.
 
     Its end-of-text token, which also pads, is GPT-2's where the vocabulary has it. Otherwise it is
     one id more than the model has, and `QFluxConfig.stand_in` says what the model reads for it.
     """
-    return transformers.PreTrainedTokenizerFast(
+    return PreTrainedTokenizerFast(
         tokenizer_object=to_tokenizer(vocabulary),
         bos_token=END_OF_TEXT,
         eos_token=END_OF_TEXT,

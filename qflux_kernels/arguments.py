@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
+from torch._C._functorch import is_functorch_wrapped_tensor
 
 from .checks import check_choice, check_flag, check_integer, check_real
 from .options import REDUCTIONS, InverseGate, Radius, Score, Threshold
@@ -77,7 +79,7 @@ def _values_are_known(tensor: torch.Tensor) -> bool:
         tensor.device.type == "cpu"
         and not torch.compiler.is_compiling()
         and type(tensor) is torch.Tensor
-        and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+        and not is_functorch_wrapped_tensor(tensor)
     )
 
 
@@ -142,13 +144,13 @@ def widen(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def interact_arguments(
-    states: object,
-    keys: object,
-    values: object,
-    causal: object,
-    score: object,
-    reduction: object,
-    lengths: object,
+    states: Any,
+    keys: Any,
+    values: Any,
+    causal: Any,
+    score: Any,
+    reduction: Any,
+    lengths: Any,
 ) -> InteractArguments:
     """Check the arguments of `interact` and bring them to one batch shape."""
     _check_points("states", states, 2)
@@ -213,7 +215,7 @@ class EvolveArguments:
     result_dtype: torch.dtype
 
 
-def _per_step(name: str, value: object, states: torch.Tensor, steps: int) -> float | torch.Tensor:
+def _per_step(name: str, value: Any, states: torch.Tensor, steps: int) -> float | torch.Tensor:
     """A float, or a tensor `(steps or 1, *batch, S)`.
 
     A tensor with one dimension more than the batch and the tokens has its steps first. A smaller
@@ -247,15 +249,15 @@ def _per_step(name: str, value: object, states: torch.Tensor, steps: int) -> flo
 
 
 def evolve_arguments(
-    states: object,
-    dt: object,
-    causal: object,
-    score: object,
-    radius: object,
-    skip: object,
-    reduction: object,
-    steps: object,
-    lengths: object,
+    states: Any,
+    dt: Any,
+    causal: Any,
+    score: Any,
+    radius: Any,
+    skip: Any,
+    reduction: Any,
+    steps: Any,
+    lengths: Any,
 ) -> EvolveArguments:
     """Check the arguments of `evolve` and bring them to one shape."""
     if radius is not None and not isinstance(radius, Radius):

@@ -140,9 +140,10 @@ def diagnostics() -> dict[str, object]:
     if triton_error is None and not (gpus or TRITON_INTERPRETED):
         triton_error = "backend='triton' needs a GPU, and there is none"
 
+    spec = importlib.util.find_spec("._C", __package__)
     return {
         "qflux_kernels": __version__,
-        "object": importlib.util.find_spec("._C", __package__).origin if loaded else None,
+        "object": spec.origin if loaded and spec else None,
         "load_error": LOAD_ERROR,
         "backends": [
             "reference",

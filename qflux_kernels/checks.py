@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import numbers
 from collections.abc import Sequence
+from typing import cast
 
 
 def check_choice(name: str, value: object, allowed: Sequence[str]) -> str:
@@ -64,11 +65,12 @@ def check_real(
     allowed = f"{kind} {' and '.join(limits)}" if limits else kind
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be {allowed}, got {value!r} ({type(value).__name__})")
-    inside = minimum <= value <= maximum
+    number = cast("float", value)  # numbers.Real has no order that type checkers know
+    inside = minimum <= number <= maximum
     if above > -math.inf:
-        inside = inside and value > above
+        inside = inside and number > above
     if below < math.inf:
-        inside = inside and value < below
-    if not inside or (finite and not math.isfinite(value)):
+        inside = inside and number < below
+    if not inside or (finite and not math.isfinite(number)):
         raise ValueError(f"{name} must be {allowed}, got {value!r}")
-    return value
+    return number

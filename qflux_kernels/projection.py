@@ -180,6 +180,7 @@ def project_norm(
         with torch.autocast(where, enabled=False):
             return reference.project_norm(*given, eps=eps)
     dtype = COMPUTE_DTYPES[features.dtype]
-    flat, *parameters = (None if t is None else t.to(dtype) for t in given)
-    result = _ProjectNorm.apply(flat.reshape(-1, flat.shape[-1]), *parameters, float(eps))
+    flat = features.to(dtype).reshape(-1, features.shape[-1])
+    parameters = (None if t is None else t.to(dtype) for t in given[1:])
+    result = _ProjectNorm.apply(flat, *parameters, float(eps))
     return result.reshape(*features.shape[:-1], width).to(features.dtype)
