@@ -10,7 +10,8 @@ from .text.data import TextSplit, load_dataset_text, load_text, ngram_losses
 from .text.vocabulary import BpeVocabulary, ByteVocabulary, CharacterVocabulary, make_vocabulary
 from .train.checkpoint import load_model, save_model
 from .train.hebbian import ConnectionMemory, apply_update, delta_rule
-from .train.loop import TrainingOptions, TrainingResult, evaluate, train
+from .train.loop import TrainingResult, evaluate, train
+from .train.options import TrainingOptions
 
 __all__ = [
     "PRESETS",

@@ -21,10 +21,8 @@ from .text.vocabulary import (
     make_vocabulary,
 )
 from .train.checkpoint import load_model
-from .train.hebbian import ERRORS
 from .train.loop import NonFiniteLossError, TrainingOptions, train
-from .train.step import LEARNING, PRECISIONS
-from .train.trackers import TRACKERS
+from .train.options import ERRORS, LEARNING, PRECISIONS, TRACKERS
 
 _USER_ERRORS = (ValueError, OSError, ImportError, BackendUnavailableError, NonFiniteLossError)
 _PARSERS = {"int": int, "int | None": int, "float": float, "float | None": float, "str": str}

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 from pathlib import Path
 
 import safetensors.torch
 import torch
+from torch import Tensor
 
 from ..models.base import CausalLM
 from ..models.presets import config_from_json, make_model
+from ..models.record import Record
 from ..text.vocabulary import Vocabulary, vocabulary_from_json
 
 CONFIG_FILE = "config.json"
@@ -105,3 +108,37 @@ def load_state(folder: str | Path) -> dict[str, object]:
     if not path.is_file():
         raise FileNotFoundError(f"nothing to resume: {str(folder)!r} has no {STATE_FILE}")
     return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def check_same_model(state: dict[str, object], config: Record, vocabulary: Vocabulary) -> None:
+    """Raise unless a training state is of this configuration and this vocabulary.
+
+    Raises:
+        ValueError: what differs.
+    """
+    saved = json.loads(config_from_json(state["config"]).to_json())
+    wanted = json.loads(config.to_json())
+    different = [
+        f"{name} {saved.get(name)!r} -> {value!r}"
+        for name, value in wanted.items()
+        if saved.get(name) != value
+    ]
+    if different:
+        raise ValueError(f"cannot resume with another configuration: {', '.join(different)}")
+    if state["vocabulary"] != vocabulary.to_json():
+        raise ValueError("cannot resume with another vocabulary: the text or its kind has changed")
+
+
+def random_state(device: torch.device) -> dict[str, Tensor]:
+    """The state of the random numbers of the CPU and of a GPU."""
+    state = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def set_random_state(state: dict[str, Tensor], device: torch.device) -> None:
+    """The inverse of `random_state`."""
+    torch.set_rng_state(state["cpu"])
+    if "cuda" in state and device.type == "cuda":
+        torch.cuda.set_rng_state(state["cuda"], device)

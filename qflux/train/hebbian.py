@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from qflux_kernels import scores
+from qflux_kernels.checks import check_choice, check_integer
 from qflux_kernels.options import Score
 
 from ..text.data import IGNORED_LABEL
-
-ERRORS = ("softmax", "logits")
+from .options import ERRORS, OutputError
 
 
 class HebbianUpdate(NamedTuple):
@@ -38,7 +38,7 @@ def delta_rule(
     features: Tensor,
     targets: Tensor,
     *,
-    error: str = "softmax",
+    error: OutputError = "softmax",
     features_gradient: bool = False,
     chunk: int = 1024,
 ) -> HebbianUpdate:
@@ -49,7 +49,7 @@ def delta_rule(
         weight = mean_t e_t h_t'      bias = mean_t e_t
 
     where the output is softmax(head(h_t)), or head(h_t) itself with error="logits", the rule of
-    the first document's program. With "softmax" the update is minus the gradient of the mean cross
+    the Flux document's program. With "softmax" the update is minus the gradient of the mean cross
     entropy, so the rule is gradient descent on the last layer and needs no backpropagation. With
     "logits" the logits regress to 0 and 1: over V tokens the cross entropy cannot fall below
     ln((e + V - 1) / e).
@@ -68,15 +68,11 @@ def delta_rule(
     Raises:
         TypeError, ValueError: naming the argument, its value and the allowed values.
 
-    Source: first seed, section 1 ("Linear transformation with Hebbian updates"); second seed,
-    "Hebbian Learning".
+    Source: the Flux document, section 1 ("Linear transformation with Hebbian updates"); the QFNN
+    document, "Hebbian Learning".
     """
-    if error not in ERRORS:
-        raise ValueError(f"error must be one of {ERRORS}, got {error!r}")
-    if isinstance(chunk, bool) or not isinstance(chunk, int):
-        raise TypeError(f"chunk must be an integer >= 1, got {chunk!r}")
-    if chunk < 1:
-        raise ValueError(f"chunk must be >= 1, got {chunk!r}")
+    check_choice("error", error, ERRORS)
+    check_integer("chunk", chunk, 1)
     if features.dim() != 2 or features.shape[1] != head.in_features:
         raise ValueError(
             f"features must have shape (tokens, {head.in_features}), got {tuple(features.shape)}"

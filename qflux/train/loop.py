@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,158 +19,23 @@ from ..text.data import IGNORED_LABEL, TextSplit, TrainingWindows, evaluation_ba
 from ..text.vocabulary import Vocabulary
 from .checkpoint import (
     STATE_FILE,
+    check_same_model,
     load_state,
+    random_state,
     save_model,
     save_state,
+    set_random_state,
     usable_device,
-    write_atomically,
 )
-from .hebbian import ERRORS
+from .metrics import METRICS_FILE, Interval, drop_lines_after, peak_memory
+from .options import TrainingOptions
 from .schedules import radius_factor, radius_rate, radius_rules, shorten, window_length
-from .step import LEARNING, PRECISIONS, Learner, checkpoint_layers
-from .trackers import TRACKERS, open_trackers
-
-METRICS_FILE = "metrics.jsonl"
+from .step import TrainStep, checkpoint_layers
+from .trackers import open_trackers
 
 
 class NonFiniteLossError(RuntimeError):
     """The training loss became NaN or infinite."""
-
-
-@dataclass(frozen=True)
-class TrainingOptions:
-    """How to train.
-
-    Args:
-        output_dir: folder for `config.json`, `vocabulary.json`, `model.safetensors` (the weights
-            with the lowest validation loss so far), `training_state.pt` (the latest state, to
-            resume from) and `metrics.jsonl`.
-        epochs: passes over the training works, > 0.
-        batch_size: windows in a step, >= 1. A window has the configuration's `context_length`.
-        accumulation: parts in which a batch is worked through, >= 1; their gradients add up to
-            those of the whole batch in less memory.
-        learning_rate: peak of the schedule, > 0.
-        learning: "backprop": AdamW on every parameter. "hebbian": the delta rule moves the output
-            layer, nothing else changes and nothing is backpropagated. "hybrid": the delta rule for
-            the output layer, backpropagation of the cross entropy for the layers below.
-        hebbian_rate: peak rate of the delta rule, > 0, on the same schedule, in units of one over
-            `qflux.train.hebbian.largest_moment` of the batch, so that it suits every model.
-        hebbian_error: "softmax" or "logits", see `qflux.train.hebbian.delta_rule`.
-        precision: of matrix products in the forward pass of training: "float32", "bfloat16" or
-            "float16" (with loss scaling). States evolve in float32, and evaluation is float32.
-        gradient_checkpointing: recompute each layer in the backward pass instead of keeping what
-            it computed.
-        max_steps: at most so many steps, whatever `epochs` says; None: no such limit.
-        max_seconds: stop when so much time has passed, resumed runs included, evaluations too; the
-            learning rate then decays with the time; None: no such limit.
-        seed: of the initial weights, the order of the windows and dropout, >= 0.
-        weight_decay: of the weights of linear maps and convolutions; >= 0.
-        warmup: share of the run in which the learning rate rises linearly, in [0, 1).
-        max_gradient_norm: gradients are scaled down to this norm, > 0.
-        curriculum_length: window length to begin with, >= 2; it doubles in equal parts of the run
-            until it is `context_length`. A step then has more windows, not fewer tokens. None:
-            whole windows from the start.
-        curriculum_share: share of the run after which windows are whole, in (0, 1].
-        radius_warmup: share of the run in which the growth rate of the radii rises linearly from 0
-            to the configured one, in [0, 1). Evaluation always uses the configured rate.
-        patience: stop after so many evaluations in a row without a new lowest validation loss,
-            >= 1; None: never.
-        log_interval: steps between lines of `metrics.jsonl`.
-        eval_interval: steps between evaluations, each of which writes the files; None: only at
-            the end.
-        save_interval: steps between training states saved without an evaluation, >= 1; a killed
-            run loses at most so many steps. None: states are saved with the evaluations only.
-        device: where to train, as PyTorch names it.
-        trackers: names from `qflux.train.trackers.TRACKERS` of services that get the metrics too.
-        progress: show a progress bar, if standard error is a terminal.
-        resume: continue the run in `output_dir`.
-
-    Raises:
-        ValueError: an option outside its range.
-
-    Source: first seed, section 7 (gradient checkpointing; curriculum by sequence length; radius
-    schedule; sparse memory), section 9 (mixed precision); second seed, "Hebbian Learning".
-    """
-
-    output_dir: str | Path
-    epochs: float = 5.0
-    batch_size: int = 4
-    accumulation: int = 1
-    learning_rate: float = 5e-3
-    learning: str = "backprop"
-    hebbian_rate: float = 10.0
-    hebbian_error: str = "softmax"
-    precision: str = "float32"
-    gradient_checkpointing: bool = False
-    max_steps: int | None = None
-    max_seconds: float | None = None
-    seed: int = 0
-    weight_decay: float = 0.1
-    warmup: float = 0.05
-    max_gradient_norm: float = 1.0
-    curriculum_length: int | None = None
-    curriculum_share: float = 0.5
-    radius_warmup: float = 0.0
-    patience: int | None = None
-    log_interval: int = 10
-    eval_interval: int | None = 500
-    save_interval: int | None = None
-    device: str = "cpu"
-    trackers: tuple[str, ...] = ()
-    progress: bool = True
-    resume: bool = False
-
-    def __post_init__(self) -> None:
-        for name in (
-            "epochs",
-            "learning_rate",
-            "hebbian_rate",
-            "max_gradient_norm",
-            "max_seconds",
-            "curriculum_share",
-        ):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < math.inf:
-                raise ValueError(f"{name} must be finite and > 0, got {value!r}")
-        if self.curriculum_share > 1:
-            raise ValueError(f"curriculum_share must be <= 1, got {self.curriculum_share!r}")
-        for name, least in (
-            ("batch_size", 1),
-            ("accumulation", 1),
-            ("max_steps", 1),
-            ("curriculum_length", 2),
-            ("patience", 1),
-            ("log_interval", 1),
-            ("eval_interval", 1),
-            ("save_interval", 1),
-        ):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise ValueError(f"{name} must be >= {least}, got {value!r}")
-        for name, allowed in (
-            ("learning", LEARNING),
-            ("hebbian_error", ERRORS),
-            ("precision", tuple(PRECISIONS)),
-        ):
-            value = getattr(self, name)
-            if value not in allowed:
-                raise ValueError(f"{name} must be one of {allowed}, got {value!r}")
-        for name in self.trackers:
-            if name not in TRACKERS:
-                raise ValueError(f"trackers must be among {tuple(TRACKERS)}, got {name!r}")
-        if self.learning == "hybrid" and self.precision == "float16":
-            raise ValueError(
-                "precision must be 'float32' or 'bfloat16' for learning='hybrid', "
-                "whose gradients are not scaled, got 'float16'"
-            )
-        if not 0 <= self.seed < 2**40:
-            raise ValueError(f"seed must lie in [0, 2**40), got {self.seed!r}")
-        if not 0 <= self.weight_decay < math.inf:
-            raise ValueError(f"weight_decay must be finite and >= 0, got {self.weight_decay!r}")
-        for name in ("warmup", "radius_warmup"):
-            value = getattr(self, name)
-            if not 0 <= value < 1:
-                raise ValueError(f"{name} must lie in [0, 1), got {value!r}")
 
 
 @dataclass(frozen=True)
@@ -222,33 +85,35 @@ def train(
     model = make_model(config).to(device)
     if options.gradient_checkpointing:
         checkpoint_layers(model)
-    learner = Learner(model, options, device)
+    train_step = TrainStep(model, options, device)
     rules = radius_rules(model)
     step, seconds_before, validation_loss, best, stale = 0, 0.0, math.nan, math.inf, 0
     if options.resume:
         state = load_state(folder)
-        _check_same_model(state, config, vocabulary)
+        check_same_model(state, config, vocabulary)
         model.load_state_dict(state["model"])
-        learner.load_state_dict(state["learner"])
-        _set_random_state(state["random_state"], device)
+        train_step.load_state_dict(state["learner"])
+        set_random_state(state["random_state"], device)
         step, seconds_before = state["step"], state["seconds"]
         validation_loss, best = state["validation_loss"], state["best_validation_loss"]
         stale = state["stale"]
-    _drop_metrics_after(folder, step)
+    drop_lines_after(folder, step)
 
     start = time.perf_counter() - seconds_before
 
     def progress_made() -> float:
-        share = step / total_steps
+        progress = step / total_steps
         if options.max_seconds is not None:
-            share = max(share, (time.perf_counter() - start) / options.max_seconds)
+            progress = max(progress, (time.perf_counter() - start) / options.max_seconds)
         if options.patience is not None and stale >= options.patience:
-            share = 1.0
-        return min(share, 1.0)
+            progress = 1.0
+        return min(progress, 1.0)
 
-    losses: list[Tensor] = []
-    tokens = 0
-    window_start = time.perf_counter()
+    def writes_line(step: int) -> bool:
+        intervals = (options.log_interval, options.eval_interval, options.save_interval)
+        return any(_due(step, interval) for interval in intervals)
+
+    interval = Interval()
     bar = tqdm(
         total=total_steps if options.max_seconds is None else None,
         initial=step,
@@ -261,42 +126,35 @@ def train(
         open(folder / METRICS_FILE, "a", encoding="utf-8") as metrics,
         open_trackers(options.trackers, folder, config) as trackers,
     ):
-        while (share := progress_made()) < 1:
-            length = window_length(share, config.context_length, options)
+        while (progress := progress_made()) < 1:
+            length = window_length(progress, config.context_length, options)
             batch = shorten(windows.batch(step), length).to(device)
-            with radius_rate(rules, radius_factor(share, options.radius_warmup)):
-                taken = learner.step(batch, share)
-            losses.append(taken.loss)
-            tokens += batch.numel()
+            # With a time limit any step may turn out to be the last, which has a line.
+            measured = writes_line(step + 1) or step + 1 == total_steps or options.max_seconds
+            with radius_rate(rules, radius_factor(progress, options.radius_warmup)):
+                taken = train_step(batch, progress, return_layers=bool(measured))
+            interval.add(taken.loss, batch.numel())
             step += 1
             bar.update()
 
             last = progress_made() >= 1
-            evaluate_now = last or _due(step, options.eval_interval)
-            save_now = evaluate_now or _due(step, options.save_interval)
-            if not save_now and not _due(step, options.log_interval):
+            if not last and not writes_line(step):
                 continue
-            # The one place where the host waits for the device.
-            *numbers, norm = torch.stack([*losses, taken.norm]).tolist()
-            for number, at in zip(numbers, range(step - len(numbers) + 1, step + 1), strict=True):
-                if not math.isfinite(number):
-                    raise NonFiniteLossError(
-                        f"the training loss is {number} at step {at}, learning rate "
-                        f"{taken.rate:.3g}; a lower learning_rate or max_gradient_norm usually "
-                        f"helps"
-                    )
+            evaluate_now = last or _due(step, options.eval_interval)
+            numbers = interval.fetch(taken)
+            _check_finite(numbers.losses, step, taken.rate)
             now = time.perf_counter()
             line = {
                 "step": step,
                 "epoch": step / windows.steps_per_epoch,
-                "train_loss": sum(numbers) / len(numbers),
+                "train_loss": sum(numbers.losses) / len(numbers.losses),
                 "learning_rate": taken.rate,
-                "gradient_norm": norm,
+                "gradient_norm": numbers.gradient_norm,
                 "window_length": length,
-                "tokens_per_second": tokens / (now - window_start),
+                "tokens_per_second": interval.tokens_per_second(now),
                 "peak_memory_mb": peak_memory(device) / 2**20,
                 "elapsed_seconds": now - start,
-                **layer_metrics(taken.layers),
+                **numbers.layers,
             }
             bar.set_postfix_str(
                 f"loss {line['train_loss']:.3f}, {line['tokens_per_second']:.0f} tokens/s"
@@ -318,15 +176,15 @@ def train(
                 if validation_loss < best:
                     best, stale = validation_loss, 0
                     save_model(folder, model, vocabulary)
-            if save_now:
+            if evaluate_now or _due(step, options.save_interval):
                 save_state(
                     folder,
                     {
                         "config": config.to_json(),
                         "vocabulary": vocabulary.to_json(),
                         "model": model.state_dict(),
-                        "learner": learner.state_dict(),
-                        "random_state": _random_state(device),
+                        "learner": train_step.state_dict(),
+                        "random_state": random_state(device),
                         "step": step,
                         "seconds": time.perf_counter() - start,
                         "validation_loss": validation_loss,
@@ -334,34 +192,9 @@ def train(
                         "stale": stale,
                     },
                 )
-            losses.clear()
-            tokens, window_start = 0, time.perf_counter()
+            interval = Interval()
     seconds = time.perf_counter() - start
     return TrainingResult(model.eval(), validation_loss, best, step, seconds)
-
-
-def peak_memory(device: torch.device) -> float:
-    """Largest memory so far, in bytes: allocated on a GPU, resident of the process on a CPU.
-
-    NaN where the system does not tell.
-    """
-    if device.type == "cuda":
-        return float(torch.cuda.max_memory_allocated(device))
-    try:
-        import resource
-    except ImportError:
-        return math.nan
-    # Linux counts kibibytes, macOS bytes.
-    unit = 1 if sys.platform == "darwin" else 1024
-    return float(unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
-
-
-def layer_metrics(layers: tuple[NamedTuple, ...]) -> dict[str, list[float]]:
-    """The metrics of the layers by name, a number for each layer, fetched in one transfer."""
-    if not layers:
-        return {}
-    table = torch.stack([torch.stack(tuple(layer)).detach() for layer in layers]).T.tolist()
-    return dict(zip(layers[0]._fields, table, strict=True))
 
 
 @torch.no_grad()
@@ -387,36 +220,11 @@ def _due(step: int, interval: int | None) -> bool:
     return interval is not None and step % interval == 0
 
 
-def _random_state(device: torch.device) -> dict[str, Tensor]:
-    state = {"cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        state["cuda"] = torch.cuda.get_rng_state(device)
-    return state
-
-
-def _set_random_state(state: dict[str, Tensor], device: torch.device) -> None:
-    torch.set_rng_state(state["cpu"])
-    if "cuda" in state and device.type == "cuda":
-        torch.cuda.set_rng_state(state["cuda"], device)
-
-
-def _check_same_model(state: dict[str, object], config: Record, vocabulary: Vocabulary) -> None:
-    saved, wanted = json.loads(state["config"]), json.loads(config.to_json())
-    different = [
-        f"{name} {saved.get(name)!r} -> {value!r}"
-        for name, value in wanted.items()
-        if saved.get(name) != value
-    ]
-    if different:
-        raise ValueError(f"cannot resume with another configuration: {', '.join(different)}")
-    if state["vocabulary"] != vocabulary.to_json():
-        raise ValueError("cannot resume with another vocabulary: the text or its kind has changed")
-
-
-def _drop_metrics_after(folder: Path, step: int) -> None:
-    """Forget lines of steps that a resumed run will take again, or of an earlier run."""
-    path = folder / METRICS_FILE
-    if path.exists():
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-        write_atomically(path, "".join(kept).encode())
+def _check_finite(losses: list[float], step: int, rate: float) -> None:
+    """Raise for the first loss that is not finite; the last one is of `step`."""
+    for at, loss in enumerate(losses, start=step - len(losses) + 1):
+        if not math.isfinite(loss):
+            raise NonFiniteLossError(
+                f"the training loss is {loss} at step {at}, learning rate {rate:.3g}; "
+                f"a lower learning_rate or max_gradient_norm usually helps"
+            )

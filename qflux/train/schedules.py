@@ -6,40 +6,38 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
 from qflux_kernels import Radius
 
-if TYPE_CHECKING:
-    from .loop import TrainingOptions
+from .options import TrainingOptions
 
 
-def learning_rate_at(share: float, peak: float, warmup: float) -> float:
+def learning_rate_at(progress: float, peak: float, warmup: float) -> float:
     """Linear warm-up to `peak` over the first `warmup` of the run, then a cosine down to 0.
 
     Args:
-        share: how much of the run is behind, in [0, 1].
+        progress: how much of the run is behind, in [0, 1].
         peak: the highest rate.
         warmup: share of the run at which the peak is reached, in [0, 1).
     """
-    if share < warmup:
+    if progress < warmup:
         # A tenth to start with: the first step must not be empty.
-        return peak * (0.1 + 0.9 * share / warmup)
-    return peak * 0.5 * (1 + math.cos(math.pi * (share - warmup) / (1 - warmup)))
+        return peak * (0.1 + 0.9 * progress / warmup)
+    return peak * 0.5 * (1 + math.cos(math.pi * (progress - warmup) / (1 - warmup)))
 
 
-def window_length(share: float, context_length: int, options: TrainingOptions) -> int:
-    """Tokens in a window when `share` of the run is behind: the curriculum.
+def window_length(progress: float, context_length: int, options: TrainingOptions) -> int:
+    """Tokens in a window when `progress` of the run is behind: the curriculum.
 
-    Source: first seed, section 7.5 ("curriculum learning based on sequence length").
+    Source: the Flux document, section 7.5 ("curriculum learning based on sequence length").
     """
     first = options.curriculum_length
-    if first is None or first >= context_length or share >= options.curriculum_share:
+    if first is None or first >= context_length or progress >= options.curriculum_share:
         return context_length
     doublings = math.ceil(math.log2(context_length / first))
-    return min(context_length, first << int(doublings * share / options.curriculum_share))
+    return min(context_length, first << int(doublings * progress / options.curriculum_share))
 
 
 def shorten(batch: Tensor, length: int) -> Tensor:
@@ -57,16 +55,17 @@ def radius_rules(model: nn.Module) -> list[tuple[nn.Module, Radius]]:
     ]
 
 
-def radius_factor(share: float, warmup: float) -> float:
-    """The part of the growth rate that radii have when `share` of the run is behind."""
-    return share / warmup if share < warmup else 1.0
+def radius_factor(progress: float, warmup: float) -> float:
+    """The part of the growth rate that radii have when `progress` of the run is behind."""
+    return progress / warmup if progress < warmup else 1.0
 
 
 @contextmanager
 def radius_rate(rules: list[tuple[nn.Module, Radius]], factor: float) -> Iterator[None]:
     """Meanwhile radii grow at `factor` times the configured rate.
 
-    Source: first seed, section 7.5 ("Schedule radius parameters to focus on important tokens").
+    Source: the Flux document, section 7.5 ("Schedule radius parameters to focus on important
+    tokens").
     """
     for module, rule in rules:
         module.radius = replace(rule, rate=factor * rule.rate)

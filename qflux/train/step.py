@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -11,58 +11,62 @@ from torch.utils.checkpoint import checkpoint
 
 from ..models.base import CausalLM
 from .hebbian import apply_update, delta_rule, largest_moment
+from .optimizer import make_autocast, make_optimizer, make_scaler
+from .options import TrainingOptions
 from .schedules import learning_rate_at
 
-if TYPE_CHECKING:
-    from .loop import TrainingOptions
 
-LEARNING = ("backprop", "hebbian", "hybrid")
-PRECISIONS = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}
+class StepResult(NamedTuple):
+    """What a step did.
 
-
-class Taken(NamedTuple):
-    """What a step did: loss and gradient norm on the device, the rate, the layers' metrics."""
+    loss: of the batch before the step, in nats a token; norm: of the gradients before they were
+    clipped; both without dimensions, on the device. rate: the learning rate. layers: the records of
+    the layers, those of the last part of an accumulated batch, or empty.
+    """
 
     loss: Tensor
     norm: Tensor
     rate: float
-    layers: tuple[NamedTuple, ...]
+    layers: tuple[Any, ...]
 
 
-class Learner:
+class TrainStep:
     """How a batch changes a model: by backpropagation, by the delta rule, or by both.
 
     Args:
         model: what learns.
-        options: `learning`, its rates, `precision`, `accumulation` and `max_gradient_norm` count.
+        options: `learning`, its rates and their schedule, `precision`, `accumulation`, and those of
+            the optimiser count.
         device: of the model.
     """
 
     def __init__(self, model: CausalLM, options: TrainingOptions, device: torch.device) -> None:
         self.model, self.options = model, options
-        self.optimizer = make_optimizer(model, options)
+        own_rule = model.head.parameters() if options.learning == "hybrid" else ()
+        self.optimizer = make_optimizer(model, options, exclude=own_rule)
         self.moved = [p for group in self.optimizer.param_groups for p in group["params"]]
-        dtype = PRECISIONS[options.precision]
-        self.autocast = partial(
-            torch.autocast, device.type, dtype=dtype, enabled=dtype != torch.float32
-        )
-        self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+        self.autocast = make_autocast(device, options.precision)
+        self.scaler = make_scaler(device, options.precision)
 
-    def step(self, batch: Tensor, share: float) -> Taken:
-        """Learn from token ids `(B, S)` when `share` of the run is behind."""
+    def __call__(
+        self, batch: Tensor, progress: float, *, return_layers: bool = False
+    ) -> StepResult:
+        """Learn from a batch.
+
+        Args:
+            batch: token ids `(B, S)`.
+            progress: how much of the run is behind, in [0, 1].
+            return_layers: return the records of the layers too. The delta rule alone has none.
+        """
         options = self.options
-        rate = learning_rate_at(share, options.learning_rate, options.warmup)
+        rate = learning_rate_at(progress, options.learning_rate, options.warmup)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         if options.learning == "backprop":
-            return self._backpropagate(batch, rate)
-        return self._hebbian(batch, rate, share)
+            return self._backpropagate(batch, rate, return_layers)
+        return self._hebbian(batch, rate, progress)
 
-    def _backpropagate(self, batch: Tensor, rate: float) -> Taken:
+    def _backpropagate(self, batch: Tensor, rate: float, return_layers: bool) -> StepResult:
         self.optimizer.zero_grad()
         loss = 0.0
         for part in batch.chunk(self.options.accumulation):
@@ -71,9 +75,10 @@ class Learner:
             mean = output.loss * (len(part) / len(batch))
             self.scaler.scale(mean).backward()
             loss = loss + mean.detach()
-        return Taken(loss, self._move(), rate, getattr(output, "layers", ()))
+        layers = getattr(output, "layers", ()) if return_layers else ()
+        return StepResult(loss, self._move(), rate, layers)
 
-    def _hebbian(self, batch: Tensor, rate: float, share: float) -> Taken:
+    def _hebbian(self, batch: Tensor, rate: float, progress: float) -> StepResult:
         options, model = self.options, self.model
         hybrid = options.learning == "hybrid"
         self.optimizer.zero_grad()
@@ -81,12 +86,12 @@ class Learner:
         for part in batch.chunk(options.accumulation):
             with torch.set_grad_enabled(hybrid), self.autocast():
                 features = model.features(part)[:, :-1].flatten(0, 1)
-            heard = features.detach().float()
+            inputs = features.detach().float()
             weight = len(part) / len(batch)
-            moment = moment + weight * largest_moment(heard)
+            moment = moment + weight * largest_moment(inputs)
             update = delta_rule(
                 model.head,
-                heard,
+                inputs,
                 part[:, 1:].flatten(),
                 error=options.hebbian_error,
                 features_gradient=hybrid,
@@ -96,10 +101,10 @@ class Learner:
             updates.append((weight, update))
         loss = sum(weight * update.loss for weight, update in updates)
         norm = self._move() if hybrid else torch.zeros_like(loss)
-        step = learning_rate_at(share, options.hebbian_rate, options.warmup)
+        hebbian_rate = learning_rate_at(progress, options.hebbian_rate, options.warmup)
         for weight, update in updates:
-            apply_update(model.head, update, weight * step / moment)
-        return Taken(loss, norm, rate if hybrid else step, ())
+            apply_update(model.head, update, weight * hebbian_rate / moment)
+        return StepResult(loss, norm, rate if hybrid else hebbian_rate, ())
 
     def _move(self) -> Tensor:
         self.scaler.unscale_(self.optimizer)
@@ -121,28 +126,7 @@ class Learner:
 def checkpoint_layers(model: nn.Module) -> None:
     """Let every layer of `model.layers` be recomputed in the backward pass, random draws included.
 
-    Source: first seed, section 7.4.
+    Source: the Flux document, section 7.4.
     """
     for layer in model.layers:
         layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
-
-
-def make_optimizer(model: nn.Module, options: TrainingOptions) -> torch.optim.AdamW:
-    """AdamW that decays the weights of linear maps and convolutions only.
-
-    Biases, norms, time steps, frequencies, and the radii and phases of the embedding have no
-    reason to be small. An output layer that learns by the delta rule is left out.
-    """
-    own_rule = set(map(id, model.head.parameters())) if options.learning == "hybrid" else set()
-    decayed = [
-        module.weight
-        for module in model.modules()
-        if isinstance(module, nn.Linear | nn.Conv1d) and id(module.weight) not in own_rule
-    ]
-    chosen = set(map(id, decayed)) | own_rule
-    rest = [parameter for parameter in model.parameters() if id(parameter) not in chosen]
-    groups = [
-        {"params": decayed, "weight_decay": options.weight_decay},
-        {"params": rest, "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=options.learning_rate, betas=(0.9, 0.99))

@@ -13,8 +13,9 @@ from typing import Any, Protocol
 from ..models.record import Record
 from ..optional import require
 from .checkpoint import write_atomically
+from .options import TrackerName
 
-# The names of the first document's training program.
+# The names of the training program that the Flux document describes.
 NAMES = {
     "train_loss": "train/loss",
     "val_loss": "val/loss",
@@ -102,11 +103,16 @@ class WandbTracker:
         self.run.finish()
 
 
-TRACKERS: dict[str, type[Tracker]] = {"tensorboard": TensorBoardTracker, "wandb": WandbTracker}
+CLASSES: dict[TrackerName, type[Tracker]] = {
+    "tensorboard": TensorBoardTracker,
+    "wandb": WandbTracker,
+}
 
 
 @contextmanager
-def open_trackers(names: Sequence[str], folder: Path, config: Record) -> Iterator[list[Tracker]]:
+def open_trackers(
+    names: Sequence[TrackerName], folder: Path, config: Record
+) -> Iterator[list[Tracker]]:
     """The trackers of these names for a run in `folder`, closed at the end.
 
     Raises:
@@ -115,6 +121,6 @@ def open_trackers(names: Sequence[str], folder: Path, config: Record) -> Iterato
     with ExitStack() as stack:
         trackers = []
         for name in names:
-            trackers.append(TRACKERS[name](folder, config))
+            trackers.append(CLASSES[name](folder, config))
             stack.callback(trackers[-1].close)
         yield trackers

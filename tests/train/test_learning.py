@@ -21,9 +21,9 @@ from qflux.cli import main
 from qflux.text.data import TrainingWindows
 from qflux.text.vocabulary import CharacterVocabulary
 from qflux.train import loop as training_module
-from qflux.train import step as learner_module
+from qflux.train import step as step_module
 from qflux.train.hebbian import largest_moment
-from qflux.train.loop import peak_memory
+from qflux.train.metrics import peak_memory
 from qflux.train.schedules import (
     learning_rate_at,
     radius_rate,
@@ -31,7 +31,7 @@ from qflux.train.schedules import (
     shorten,
     window_length,
 )
-from qflux.train.step import Learner, checkpoint_layers, make_optimizer
+from qflux.train.step import TrainStep, checkpoint_layers
 
 PATTERN = TextSplit({"a": "abcdefgh " * 60}, {"b": "abcdefgh " * 7})
 VOCABULARY = CharacterVocabulary(PATTERN.text)
@@ -58,10 +58,10 @@ def curve(folder):
     return [[line.get(key) for key in keys] for line in metrics(folder)]
 
 
-def learner_of(config=CONFIG, **options):
+def step_of(config=CONFIG, **options):
     torch.manual_seed(0)
     model = make_model(config)
-    return model, Learner(model, TrainingOptions("", warmup=0.0, **options), CPU)
+    return model, TrainStep(model, TrainingOptions("", warmup=0.0, **options), CPU)
 
 
 BATCH = VOCABULARY.encode("abcdefgh " * 8).view(6, 12)
@@ -70,9 +70,9 @@ BATCH = VOCABULARY.encode("abcdefgh " * 8).view(6, 12)
 
 
 def test_hebbian_learning_moves_the_output_layer_only():
-    model, learner = learner_of(learning="hebbian")
+    model, step = step_of(learning="hebbian")
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    losses = [learner.step(BATCH, 0.0).loss.item() for _ in range(60)]
+    losses = [step(BATCH, 0.0).loss.item() for _ in range(60)]
     moved = {
         name for name, value in model.state_dict().items() if not torch.equal(value, before[name])
     }
@@ -82,12 +82,12 @@ def test_hebbian_learning_moves_the_output_layer_only():
 
 
 def test_hebbian_learning_builds_no_graph():
-    model, learner = learner_of(learning="hebbian")
+    model, step = step_of(learning="hebbian")
     recorded = []
     model.layers[0].register_forward_hook(
         lambda module, inputs, output: recorded.append(output[1].requires_grad)
     )
-    learner.step(BATCH, 0.0)
+    step(BATCH, 0.0)
     assert recorded == [False]
 
 
@@ -114,20 +114,20 @@ def test_hebbian_learning_converges_on_real_text(tmp_path):
 def test_the_raw_logit_error_can_be_chosen():
     learned = {}
     for error in ("softmax", "logits"):
-        model, learner = learner_of(learning="hebbian", hebbian_error=error)
-        learner.step(BATCH, 0.0)
+        model, step = step_of(learning="hebbian", hebbian_error=error)
+        step(BATCH, 0.0)
         learned[error] = model.head.weight.detach().clone()
     assert not torch.allclose(learned["softmax"], learned["logits"], atol=1e-5)
 
 
 def test_hybrid_learning_gives_the_layers_below_the_gradient_of_the_cross_entropy():
     config = dataclasses.replace(CONFIG, dropout=0.0)
-    model, learner = learner_of(config, learning="hybrid", max_gradient_norm=1e9, accumulation=2)
-    twin, _ = learner_of(config)
+    model, step = step_of(config, learning="hybrid", max_gradient_norm=1e9, accumulation=2)
+    twin, _ = step_of(config)
     batch = torch.cat((BATCH[:3], BATCH[:3].flip(1)))
     twin(batch, labels=batch).loss.backward()
     head = model.head.weight.detach().clone()
-    taken = learner.step(batch, 0.0)
+    taken = step(batch, 0.0)
     for (name, found), expected in zip(model.named_parameters(), twin.parameters(), strict=True):
         if name.startswith("head."):
             assert found.grad is None
@@ -140,14 +140,15 @@ def test_hybrid_learning_gives_the_layers_below_the_gradient_of_the_cross_entrop
     )
     torch.testing.assert_close(taken.loss, twin(batch, labels=batch).loss.detach())
     for _ in range(60):
-        taken = learner.step(batch, 0.0)
+        taken = step(batch, 0.0)
     assert taken.loss < 0.5
 
 
 def test_the_optimiser_leaves_an_output_layer_with_its_own_rule_alone():
     model = make_model(CONFIG)
     for learning, expected in (("backprop", True), ("hybrid", False)):
-        groups = make_optimizer(model, TrainingOptions("", learning=learning)).param_groups
+        options = TrainingOptions("", learning=learning)
+        groups = TrainStep(model, options, CPU).optimizer.param_groups
         held = {id(parameter) for group in groups for parameter in group["params"]}
         assert (id(model.head.weight) in held) == (id(model.head.bias) in held) == expected
         assert len(held) == len(list(model.parameters())) - (0 if expected else 2)
@@ -156,12 +157,12 @@ def test_the_optimiser_leaves_an_output_layer_with_its_own_rule_alone():
 @pytest.mark.parametrize("learning", ["backprop", "hebbian", "hybrid"])
 def test_accumulated_parts_are_the_whole_batch(monkeypatch, learning):
     # The unit of the rate is the mean over the parts, which is not exactly that of the whole.
-    monkeypatch.setattr(learner_module, "largest_moment", lambda features: torch.tensor(10.0))
+    monkeypatch.setattr(step_module, "largest_moment", lambda features: torch.tensor(10.0))
     config = dataclasses.replace(CONFIG, dropout=0.0)
     states = []
     for parts in (1, 4):
-        model, learner = learner_of(config, learning=learning, accumulation=parts)
-        norms = [learner.step(BATCH, 0.0) for _ in range(2)]
+        model, step = step_of(config, learning=learning, accumulation=parts)
+        norms = [step(BATCH, 0.0) for _ in range(2)]
         states.append((model.state_dict(), norms))
     for (name, whole), parts in zip(states[0][0].items(), states[1][0].values(), strict=True):
         torch.testing.assert_close(parts, whole, rtol=1e-3, atol=1e-4, msg=name)
@@ -175,25 +176,25 @@ def test_accumulated_parts_are_the_whole_batch(monkeypatch, learning):
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
 def test_matrix_products_have_the_precision_and_states_stay_float32(precision):
-    model, learner = learner_of(precision=precision)
+    model, step = step_of(precision=precision)
     seen = []
     model.head.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
     evolution = model.layers[0].evolution
     evolution.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
-    losses = [learner.step(BATCH, 0.0).loss for _ in range(40)]
+    losses = [step(BATCH, 0.0).loss for _ in range(40)]
     assert set(seen[:2]) == {torch.float32, getattr(torch, precision)}
     assert seen[0] == torch.float32 and losses[0].dtype == torch.float32
     assert losses[-1] < 0.7
-    scale = learner.state_dict()["scaler"].get("scale")
+    scale = step.state_dict()["scaler"].get("scale")
     assert (scale is not None and scale > 1) == (precision == "float16")
     assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
 
 
 def test_scaled_gradients_are_clipped_at_their_own_size():
-    _, plain = learner_of(dataclasses.replace(CONFIG, dropout=0.0))
-    _, scaled = learner_of(dataclasses.replace(CONFIG, dropout=0.0), precision="float16")
-    expected = plain.step(BATCH, 0.0).norm
-    torch.testing.assert_close(scaled.step(BATCH, 0.0).norm, expected, rtol=0.05, atol=0)
+    _, plain = step_of(dataclasses.replace(CONFIG, dropout=0.0))
+    _, scaled = step_of(dataclasses.replace(CONFIG, dropout=0.0), precision="float16")
+    expected = plain(BATCH, 0.0).norm
+    torch.testing.assert_close(scaled(BATCH, 0.0).norm, expected, rtol=0.05, atol=0)
 
 
 @pytest.mark.parametrize(
@@ -237,6 +238,7 @@ def test_the_host_waits_for_the_device_once_an_interval(tmp_path, monkeypatch):
             caller = sys._getframe(1).f_globals["__name__"]
             if caller in (
                 "qflux.train.loop",
+                "qflux.train.metrics",
                 "qflux.train.step",
                 "qflux.models.published",
                 "qflux.models.layers",
@@ -246,8 +248,8 @@ def test_the_host_waits_for_the_device_once_an_interval(tmp_path, monkeypatch):
 
         monkeypatch.setattr(torch.Tensor, name, reading)
     run(tmp_path, max_steps=12, log_interval=3, eval_interval=None)
-    assert waits.count("train") == 4
-    assert [wait for wait in waits if wait != "train"] == ["evaluate"] * waits.count("evaluate")
+    assert waits.count("fetch") == 4
+    assert [wait for wait in waits if wait != "fetch"] == ["evaluate"] * waits.count("evaluate")
 
 
 # --- schedules ---
@@ -255,7 +257,7 @@ def test_the_host_waits_for_the_device_once_an_interval(tmp_path, monkeypatch):
 
 def test_curriculum_doubles_the_windows_and_keeps_the_tokens():
     options = TrainingOptions("", curriculum_length=8, curriculum_share=0.5)
-    lengths = [window_length(share / 100, 64, options) for share in range(100)]
+    lengths = [window_length(progress / 100, 64, options) for progress in range(100)]
     assert sorted(set(lengths)) == [8, 16, 32, 64] and lengths == sorted(lengths)
     assert [lengths.count(length) for length in (8, 16, 32)] == [17, 17, 16]
     assert window_length(0.0, 8, options) == 8 and window_length(0.0, 4, options) == 4
@@ -268,13 +270,13 @@ def test_curriculum_doubles_the_windows_and_keeps_the_tokens():
 
 
 def test_a_run_with_a_curriculum_grows_its_windows(tmp_path, monkeypatch):
-    shapes, original = [], Learner.step
+    shapes, original = [], TrainStep.__call__
 
-    def step(self, batch, share):
+    def step(self, batch, progress, **options):
         shapes.append(tuple(batch.shape))
-        return original(self, batch, share)
+        return original(self, batch, progress, **options)
 
-    monkeypatch.setattr(Learner, "step", step)
+    monkeypatch.setattr(TrainStep, "__call__", step)
     result = run(tmp_path, curriculum_length=3, curriculum_share=0.5)
     assert shapes == [(16, 3)] * 3 + [(8, 6)] * 3 + [(4, 12)] * 6
     assert [line["window_length"] for line in metrics(tmp_path)] == [3] * 3 + [6] * 3 + [12] * 6
@@ -289,15 +291,15 @@ def test_radii_learn_to_grow_and_evaluation_has_the_configured_rate(tmp_path, mo
         [(_, rule)] = radius_rules(model)
         return rule.rate
 
-    def step(self, batch, share, original=Learner.step):
+    def step(self, batch, progress, original=TrainStep.__call__, **options):
         rates["step"].append(rate(self.model))
-        return original(self, batch, share)
+        return original(self, batch, progress, **options)
 
     def evaluate(model, *args):
         rates["evaluate"].append(rate(model))
         return original(model, *args)
 
-    monkeypatch.setattr(Learner, "step", step)
+    monkeypatch.setattr(TrainStep, "__call__", step)
     monkeypatch.setattr(training_module, "evaluate", evaluate)
     run(tmp_path, config, radius_warmup=0.5)
     assert rates["step"] == pytest.approx([0.01 * min(1, 2 * at / 12) for at in range(12)])
@@ -317,10 +319,10 @@ def test_the_radius_rate_is_restored_after_an_error():
 
 
 def test_the_delta_rule_follows_the_schedule():
-    model, learner = learner_of(learning="hebbian", hebbian_rate=2.0)
-    assert learner.step(BATCH, 0.5).rate == learning_rate_at(0.5, 2.0, 0.0)
+    model, step = step_of(learning="hebbian", hebbian_rate=2.0)
+    assert step(BATCH, 0.5).rate == learning_rate_at(0.5, 2.0, 0.0)
     before = model.head.weight.detach().clone()
-    learner.step(BATCH, 1.0)
+    step(BATCH, 1.0)
     assert torch.equal(model.head.weight, before)
 
 
@@ -406,10 +408,10 @@ def test_every_rule_resumes_exactly(tmp_path, monkeypatch, options):
 
 
 def test_the_loss_scale_is_part_of_the_state():
-    _, first = learner_of(precision="float16")
-    first.step(BATCH, 0.0)
+    _, first = step_of(precision="float16")
+    first(BATCH, 0.0)
     first.scaler.update(1234.0)
-    _, second = learner_of(precision="float16")
+    _, second = step_of(precision="float16")
     second.load_state_dict(first.state_dict())
     assert second.scaler.get_scale() == 1234
 

@@ -15,8 +15,9 @@ from qflux.train import checkpoint as checkpoint_module
 from qflux.train import loop as training_module
 from qflux.train.checkpoint import write_atomically
 from qflux.train.loop import NonFiniteLossError, evaluate
+from qflux.train.optimizer import make_optimizer
+from qflux.train.options import OptimizerOptions
 from qflux.train.schedules import learning_rate_at
-from qflux.train.step import make_optimizer
 
 PATTERN = TextSplit({"a": "abcdefgh " * 60}, {"b": "abcdefgh " * 7})
 VOCABULARY = CharacterVocabulary(PATTERN.text)
@@ -116,7 +117,7 @@ def test_time_budget_counts_the_time_before_a_resumption(tmp_path, monkeypatch):
 
 
 def test_schedule_warms_up_and_decays_to_zero():
-    rates = [learning_rate_at(share / 100, 2.0, 0.1) for share in range(101)]
+    rates = [learning_rate_at(progress / 100, 2.0, 0.1) for progress in range(101)]
     assert rates[0] == pytest.approx(0.2) and rates[5] == pytest.approx(1.1)
     assert rates[10] == max(rates) == 2.0
     assert rates[55] == pytest.approx(1.0) and rates[100] == pytest.approx(0.0, abs=1e-12)
@@ -126,7 +127,7 @@ def test_schedule_warms_up_and_decays_to_zero():
 
 def test_only_weights_of_maps_and_convolutions_decay():
     model = QuantumFluxLM(dataclasses.replace(CONFIG, evolution=True))
-    groups = make_optimizer(model, TrainingOptions("", weight_decay=0.3)).param_groups
+    groups = make_optimizer(model, OptimizerOptions(weight_decay=0.3)).param_groups
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     decayed, rest = ({names[id(p)] for p in group["params"]} for group in groups)
     assert [group["weight_decay"] for group in groups] == [0.3, 0.0]

@@ -1,0 +1,164 @@
+"""The options of training and the names they choose among; imports nothing of the training."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, get_args
+
+from qflux_kernels.checks import check_choice, check_flag, check_integer, check_real
+
+Learning = Literal["backprop", "hebbian", "hybrid"]
+Precision = Literal["float32", "bfloat16", "float16"]
+OutputError = Literal["softmax", "logits"]
+TrackerName = Literal["tensorboard", "wandb"]
+
+LEARNING: tuple[str, ...] = get_args(Learning)
+PRECISIONS: tuple[str, ...] = get_args(Precision)
+ERRORS: tuple[str, ...] = get_args(OutputError)
+TRACKERS: tuple[str, ...] = get_args(TrackerName)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerOptions:
+    """How weights move along their gradients: AdamW, its schedule and clipping.
+
+    Args:
+        learning_rate: peak of the schedule, > 0.
+        betas: decay of AdamW's running means of gradients and of their squares, each in [0, 1).
+        eps: what AdamW adds to the root of the mean square, > 0.
+        weight_decay: of the weights of linear maps and convolutions; >= 0.
+        warmup: share of the run in which the learning rate rises linearly, in [0, 1).
+        max_gradient_norm: gradients are scaled down to this norm, > 0.
+
+    Raises:
+        TypeError, ValueError: naming the option, its value and the allowed values.
+    """
+
+    learning_rate: float = 5e-3
+    betas: tuple[float, float] = (0.9, 0.99)
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    warmup: float = 0.05
+    max_gradient_norm: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name in ("learning_rate", "eps", "max_gradient_norm"):
+            check_real(name, getattr(self, name), above=0)
+        check_real("weight_decay", self.weight_decay, minimum=0)
+        check_real("warmup", self.warmup, minimum=0, below=1)
+        if not isinstance(self.betas, tuple | list) or len(self.betas) != 2:
+            raise ValueError(f"betas must be two numbers in [0, 1), got {self.betas!r}")
+        for i, beta in enumerate(self.betas):
+            check_real(f"betas[{i}]", beta, minimum=0, below=1)
+
+
+@dataclass(frozen=True)
+class TrainingOptions(OptimizerOptions):
+    """How to train; the options of `OptimizerOptions` are given by name beside these.
+
+    Args:
+        output_dir: folder for `config.json`, `vocabulary.json`, `model.safetensors` (the weights
+            with the lowest validation loss so far), `training_state.pt` (the latest state, to
+            resume from) and `metrics.jsonl`.
+        epochs: passes over the training works, > 0.
+        batch_size: windows in a step, >= 1. A window has the configuration's `context_length`.
+        accumulation: parts in which a batch is worked through, >= 1; their gradients add up to
+            those of the whole batch in less memory.
+        learning: "backprop": AdamW on every parameter. "hebbian": the delta rule moves the output
+            layer, nothing else changes and nothing is backpropagated. "hybrid": the delta rule for
+            the output layer, backpropagation of the cross entropy for the layers below.
+        hebbian_rate: peak rate of the delta rule, > 0, on the same schedule, in units of one over
+            `qflux.train.hebbian.largest_moment` of the batch, so that it suits every model.
+        hebbian_error: error that the delta rule reduces, "softmax" or "logits", see
+            `qflux.train.hebbian.delta_rule`.
+        precision: of matrix products in the forward pass of training: "float32", "bfloat16" or
+            "float16" (with loss scaling). States evolve in float32, and evaluation is float32.
+        gradient_checkpointing: recompute each layer in the backward pass instead of keeping what
+            it computed.
+        max_steps: at most so many steps, whatever `epochs` says; None: no such limit.
+        max_seconds: stop when so much time has passed, resumed runs included, evaluations too; the
+            learning rate then decays with the time; None: no such limit.
+        seed: of the initial weights, the order of the windows and dropout, in [0, 2**40).
+        curriculum_length: window length to begin with, >= 2; it doubles in equal parts of the run
+            until it is `context_length`. A step then has more windows, not fewer tokens. None:
+            whole windows from the start.
+        curriculum_share: share of the run after which windows are whole, in (0, 1].
+        radius_warmup: share of the run in which the growth rate of the radii rises linearly from 0
+            to the configured one, in [0, 1). Evaluation always uses the configured rate.
+        patience: stop after so many evaluations in a row without a new lowest validation loss,
+            >= 1; None: never.
+        log_interval: steps between lines of `metrics.jsonl`.
+        eval_interval: steps between evaluations, each of which writes the files; None: only at
+            the end.
+        save_interval: steps between training states saved without an evaluation, >= 1; a killed
+            run loses at most so many steps. None: states are saved with the evaluations only.
+        device: where to train, as PyTorch names it, such as cpu, cuda or cuda:1.
+        trackers: services that get the metrics too: "tensorboard", "wandb".
+        progress: show a progress bar, if standard error is a terminal.
+        resume: continue the run in `output_dir`.
+
+    Raises:
+        TypeError, ValueError: naming the option, its value and the allowed values.
+
+    Source: the Flux document, section 7 (gradient checkpointing; curriculum by sequence length;
+    radius schedule), section 9 (mixed precision); the QFNN document, "Hebbian Learning".
+    """
+
+    output_dir: str | Path
+    epochs: float = 5.0
+    batch_size: int = 4
+    accumulation: int = 1
+    learning: Learning = "backprop"
+    hebbian_rate: float = 10.0
+    hebbian_error: OutputError = "softmax"
+    precision: Precision = "float32"
+    gradient_checkpointing: bool = False
+    max_steps: int | None = None
+    max_seconds: float | None = None
+    seed: int = 0
+    curriculum_length: int | None = None
+    curriculum_share: float = 0.5
+    radius_warmup: float = 0.0
+    patience: int | None = None
+    log_interval: int = 10
+    eval_interval: int | None = 500
+    save_interval: int | None = None
+    device: str = "cpu"
+    trackers: tuple[TrackerName, ...] = ()
+    progress: bool = True
+    resume: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("epochs", "hebbian_rate"):
+            check_real(name, getattr(self, name), above=0)
+        check_real("curriculum_share", self.curriculum_share, above=0, maximum=1)
+        check_real("radius_warmup", self.radius_warmup, minimum=0, below=1)
+        if self.max_seconds is not None:
+            check_real("max_seconds", self.max_seconds, above=0)
+        for name in ("batch_size", "accumulation", "log_interval"):
+            check_integer(name, getattr(self, name), 1)
+        check_integer("seed", self.seed, 0, 2**40 - 1)
+        for name, minimum in (
+            ("max_steps", 1),
+            ("curriculum_length", 2),
+            ("patience", 1),
+            ("eval_interval", 1),
+            ("save_interval", 1),
+        ):
+            value = getattr(self, name)
+            if value is not None:
+                check_integer(name, value, minimum)
+        check_choice("learning", self.learning, LEARNING)
+        check_choice("hebbian_error", self.hebbian_error, ERRORS)
+        check_choice("precision", self.precision, PRECISIONS)
+        for name in self.trackers:
+            check_choice("trackers", name, TRACKERS)
+        for name in ("gradient_checkpointing", "progress", "resume"):
+            check_flag(name, getattr(self, name))
+        if self.learning == "hybrid" and self.precision == "float16":
+            raise ValueError(
+                "precision must be 'float32' or 'bfloat16' for learning='hybrid', "
+                "whose gradients are not scaled, got 'float16'"
+            )
