@@ -23,7 +23,7 @@ import torch
 from common import Runner, environment, synchronize, time_once
 
 import qflux_kernels
-from qflux_kernels import InverseGate, Threshold, evolve, interact, project_norm
+from qflux_kernels import InverseGate, Threshold
 
 LEAST_CALLS, MOST_CALLS = 5, 1000
 VOCABULARY = 84
@@ -114,7 +114,9 @@ def interaction(
         states = scale.normal(*scale.shape(*batch, length=length), 2, dtype=dtype)
         chosen = score()
         return differentiable(
-            lambda: interact(states, score=chosen, **options).context, [states], scale.device
+            lambda: qflux_kernels.interact(states, score=chosen, **options).context,
+            [states],
+            scale.device,
         )
 
     return build
@@ -139,7 +141,7 @@ def attention(
         def call() -> torch.Tensor:
             parts = projection.split(widths, -1)
             views = (part.unflatten(-1, (heads, -1)).transpose(1, 2) for part in parts)
-            return interact(*views, score=chosen).context
+            return qflux_kernels.interact(*views, score=chosen).context
 
         return differentiable(call, [projection], scale.device)
 
@@ -153,7 +155,9 @@ def evolution(
         states = scale.normal(*scale.shape(*batch, length=length), 2)
         chosen = score()
         return differentiable(
-            lambda: evolve(states, 1e-3, score=chosen, reduction="mean", **options).states,
+            lambda: (
+                qflux_kernels.evolve(states, 1e-3, score=chosen, reduction="mean", **options).states
+            ),
             [states],
             scale.device,
         )
@@ -166,7 +170,7 @@ def projection(tokens: int, features: int, outputs: int) -> Case:
         [count] = scale.shape(length=tokens)
         shapes = ((count, features), (outputs, features), (outputs,), (outputs,), (outputs,))
         tensors = [scale.normal(*shape) for shape in shapes]
-        return differentiable(lambda: project_norm(*tensors), tensors, scale.device)
+        return differentiable(lambda: qflux_kernels.project_norm(*tensors), tensors, scale.device)
 
     return build
 
@@ -299,7 +303,7 @@ def main() -> None:
                 built[name] = cases[name](scale)
             found = measure(built[name], request["seconds"])
             answer({"seconds": found, "value": built[name].value})
-        except (NotHereError, RuntimeError, TypeError, ValueError) as error:
+        except (AttributeError, NotHereError, RuntimeError, TypeError, ValueError) as error:
             answer({"missing": f"{type(error).__name__}: {error}"})
 
 
