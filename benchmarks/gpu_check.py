@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 
 import torch
+from common import write_atomically
 
 import qflux_kernels
 
@@ -67,9 +68,7 @@ def main() -> int:
             command = [sys.executable, f"benchmarks/{name}.py", "--device", "cuda", *options]
             passed &= run(f"benchmark {name}", [*command, "--output", output], report)
     path = RESULTS / f"gpu-check-{slug}.md"
-    fresh = path.with_suffix(".new")
-    fresh.write_text("\n".join(report), encoding="utf-8")
-    fresh.replace(path)
+    write_atomically(path, "\n".join(report))
     print(f"gpu-check: report in {path.relative_to(ROOT)}")
     return 0 if passed else 1
 

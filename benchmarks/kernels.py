@@ -7,7 +7,6 @@ python benchmarks/kernels.py --full     every size and provider, with peak memor
 from __future__ import annotations
 
 import argparse
-import collections
 import functools
 import json
 import math
@@ -17,19 +16,23 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 # Before pykeops is imported: its generated code does not belong in the home directory.
 os.environ.setdefault("KEOPS_CACHE_FOLDER", str(Path(tempfile.gettempdir()) / "qflux-keops"))
 
 import torch
-import torch.nn.functional as F
 from common import (
+    COLUMNS,
     MODES,
     Runner,
     Samples,
     available_mb,
     environment,
+    missing_module,
+    nothing_missing,
     peak_mb,
     percentile,
     return_freed_memory,
@@ -38,7 +41,7 @@ from common import (
     time_once,
     write_csv,
 )
-from torch import nn
+from transformer import TransformerConfig, TransformerLayer
 
 import qflux_kernels
 from qflux_kernels import Radius, Threshold, reference
@@ -46,8 +49,6 @@ from qflux_kernels import Radius, Threshold, reference
 KERNELS = ("evolve", "interact")
 FULL_SIZES = [256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536]
 QUICK_SIZES = [256, 1024, 4096]
-# Sizes that a quick run, which weighs nothing first, may ask of each provider.
-QUICK_LIMITS = collections.defaultdict(lambda: 8192, qflux=1 << 20, transformer=1024)
 DT = 1e-3
 SCORE, RADIUS = Threshold(), Radius()
 
@@ -105,14 +106,9 @@ def by_product(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 # Without these, the compiler stores the weights because several reductions read them.
 FUSE = {"realize_reads_threshold": 64, "realize_opcount_threshold": 512}
-COMPILED = {
-    "compile": (by_planes, FUSE),
-    "compile-planes": (by_planes, None),
-    "compile-points": (by_points, None),
-    "compile-product": (by_product, None),
-}
 
 
+@functools.cache
 def keops_interact() -> Interact:
     import pykeops
 
@@ -132,26 +128,6 @@ def keops_interact() -> Interact:
     return interact
 
 
-class TransformerLayer(nn.Module):
-    """A pre-norm layer of width 768 with 12 heads: what a step of the network stands in for."""
-
-    def __init__(self, width: int = 768, heads: int = 12) -> None:
-        super().__init__()
-        self.heads = heads
-        self.norm_attention, self.norm_mlp = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.mlp = nn.Sequential(
-            nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
-        )
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:  # (1, S, width)
-        heads = self.qkv(self.norm_attention(x)).unflatten(-1, (3, self.heads, -1))
-        q, k, v = heads.permute(2, 0, 3, 1, 4)
-        attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        x = x + self.out(attended.transpose(1, 2).flatten(2))
-        return x + self.mlp(self.norm_mlp(x))
-
-
 def runner(function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> Runner:
     x = x.requires_grad_()
     with torch.no_grad():
@@ -160,38 +136,93 @@ def runner(function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) ->
 
 
 @functools.cache
-def from_interact(kernel: str, provider: str, dynamic: bool) -> Callable:
-    """The kernel made of a provider's interaction, compiled where that is the provider."""
-    interact, options = COMPILED.get(provider, (None, None))
-    if provider == "keops":
-        interact = keops_interact()
+def step_of(kernel: str, interact: Interact) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The kernel made of some way to compute an interaction."""
+    if kernel == "interact":
+        return lambda x: interact(x)[0]
+    return lambda x: heun_step(interact, x)
 
-    def function(x: torch.Tensor) -> torch.Tensor:
-        return heun_step(interact, x) if kernel == "evolve" else interact(x)[0]
 
-    if provider in COMPILED:
-        return torch.compile(function, dynamic=dynamic, options=options)
-    return function
+@functools.cache
+def compile_step(
+    kernel: str, interact: Interact, fuse: bool, dynamic: bool
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    return torch.compile(step_of(kernel, interact), dynamic=dynamic, options=FUSE if fuse else None)
+
+
+Build = Callable[[str, torch.Tensor, bool], Runner]
+
+
+@dataclass(frozen=True)
+class Provider:
+    """Something that computes the kernels.
+
+    Args:
+        build: (kernel, states `(S, 2)`, dynamic) to the closures that are timed; `dynamic` asks
+            for one compilation for every size.
+        missing: why it cannot run here, or None.
+        kernels: those of `KERNELS` that it stands beside.
+        quick_limit: the largest S that a quick run, which weighs nothing first, may ask of it.
+    """
+
+    build: Build
+    missing: Callable[[], str | None] = nothing_missing
+    kernels: tuple[str, ...] = KERNELS
+    quick_limit: int = 8192
+
+
+def from_package(package: ModuleType) -> Build:
+    """`qflux_kernels`, or its reference of the same signatures."""
+
+    def build(kernel: str, states: torch.Tensor, dynamic: bool) -> Runner:
+        how = {"score": SCORE, "algorithm": "dense"}
+        if kernel == "interact":
+            return runner(lambda x: package.interact(x, **how).context, states)
+        return runner(lambda x: package.evolve(x, DT, radius=RADIUS, **how).states, states)
+
+    return build
+
+
+def compiled(interact: Interact, fuse: bool = False) -> Build:
+    """A broadcast form through `torch.compile`."""
+    return lambda kernel, states, dynamic: runner(
+        compile_step(kernel, interact, fuse, dynamic), states
+    )
+
+
+def from_keops(kernel: str, states: torch.Tensor, dynamic: bool) -> Runner:
+    return runner(step_of(kernel, keops_interact()), states)
+
+
+def transformer_layer(kernel: str, states: torch.Tensor, dynamic: bool) -> Runner:
+    """A layer of width 768 with 12 heads on as many tokens: what an `evolve` step stands in for."""
+    torch.manual_seed(0)
+    # Positions are the model's matter, so that the layer is attention and an MLP alone.
+    config = TransformerConfig(vocab_size=1, hidden_dim=768, num_heads=12, positions="learned")
+    layer = TransformerLayer(config).to(states.device)
+    x = torch.randn(1, len(states), config.hidden_dim).to(states.device).requires_grad_()
+    wanted = [x, *layer.parameters()]
+    grad = torch.ones_like(x)
+    return Runner(lambda: layer(x), lambda out: torch.autograd.grad(out, wanted, grad))
+
+
+PROVIDERS = {
+    "qflux": Provider(from_package(qflux_kernels), quick_limit=1 << 20),
+    "eager": Provider(from_package(reference)),
+    "compile": Provider(compiled(by_planes, fuse=True)),
+    "compile-planes": Provider(compiled(by_planes)),
+    "compile-points": Provider(compiled(by_points)),
+    "compile-product": Provider(compiled(by_product)),
+    "keops": Provider(from_keops, missing=missing_module("pykeops")),
+    "transformer": Provider(transformer_layer, kernels=("evolve",), quick_limit=1024),
+}
+QUICK_PROVIDERS = ("qflux", "eager", "compile", "transformer")
 
 
 def build(kernel: str, provider: str, length: int, device: torch.device, dynamic: bool) -> Runner:
     """The closures of one provider at one size."""
-    generator = torch.Generator().manual_seed(0)
-    states = torch.randn(length, 2, generator=generator).to(device)
-    if provider == "transformer":
-        torch.manual_seed(0)
-        layer = TransformerLayer().to(device)
-        x = torch.randn(1, length, 768, generator=generator).to(device).requires_grad_()
-        wanted = [x, *layer.parameters()]
-        grad = torch.ones_like(x)
-        return Runner(lambda: layer(x), lambda out: torch.autograd.grad(out, wanted, grad))
-    if provider in ("qflux", "eager"):
-        module = qflux_kernels if provider == "qflux" else reference
-        how = {"score": SCORE, "algorithm": "dense"}
-        if kernel == "interact":
-            return runner(lambda x: module.interact(x, **how).context, states)
-        return runner(lambda x: module.evolve(x, DT, radius=RADIUS, **how).states, states)
-    return runner(from_interact(kernel, provider, dynamic), states)
+    states = torch.randn(length, 2, generator=torch.Generator().manual_seed(0)).to(device)
+    return PROVIDERS[provider].build(kernel, states, dynamic)
 
 
 def pairs(kernel: str, length: int) -> float:
@@ -224,8 +255,6 @@ def probe(kernel: str, provider: str, options: argparse.Namespace) -> None:
                 with torch.no_grad():
                     found["forward"] = peak_mb(case.forward, device)
                 found["both"] = peak_mb(lambda c=case: c.backward(c.forward()), device)
-            except ImportError as error:
-                found["status"] = f"not installed: {error.name}"
             except (MemoryError, RuntimeError) as error:
                 if "memory" not in str(error):
                     raise
@@ -261,8 +290,8 @@ def run_probe(
 
 
 def providers_of(kernel: str, options: argparse.Namespace) -> list[str]:
-    """A transformer layer stands beside a whole step only."""
-    return [p for p in options.providers if (kernel, p) != ("interact", "transformer")]
+    """The providers asked for that stand beside this kernel."""
+    return [name for name in options.providers if kernel in PROVIDERS[name].kernels]
 
 
 def measure(kernel: str, options: argparse.Namespace) -> tuple[list[dict], dict[int, dict]]:
@@ -273,8 +302,12 @@ def measure(kernel: str, options: argparse.Namespace) -> tuple[list[dict], dict[
     probes: dict[str, dict[int, dict]] = {}
     providers = providers_of(kernel, options)
     for provider in providers:
-        if options.quick:
-            limit = QUICK_LIMITS[provider]
+        reason = PROVIDERS[provider].missing()
+        if reason is not None:
+            print(f"{kernel}: without {provider}, {reason}", file=sys.stderr)
+            probes[provider] = {options.sizes[0]: {"status": reason}}
+        elif options.quick:
+            limit = PROVIDERS[provider].quick_limit
             probes[provider] = {s: {"status": "ok"} for s in options.sizes if s <= limit}
         else:
             print(f"{kernel}: weighing {provider}", file=sys.stderr)
@@ -346,11 +379,7 @@ def parse() -> argparse.Namespace:
     effort.add_argument("--full", action="store_true", help="all sizes, peak memory, a CSV")
     parser.add_argument("--sizes", type=int, nargs="+")
     parser.add_argument("--kernels", nargs="+", choices=KERNELS, default=list(KERNELS))
-    parser.add_argument(
-        "--providers",
-        nargs="+",
-        choices=["qflux", "eager", *COMPILED, "keops", "transformer"],
-    )
+    parser.add_argument("--providers", nargs="+", choices=PROVIDERS)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--output", type=Path, help="CSV of a full run")
@@ -362,11 +391,7 @@ def parse() -> argparse.Namespace:
     options.sizes = sorted(options.sizes or (QUICK_SIZES if options.quick else FULL_SIZES))
     options.rounds, options.seconds = (3, 0.2) if options.quick else (7, 0.5)
     if options.providers is None:
-        options.providers = ["qflux", "eager", "compile"]
-        if options.quick:
-            options.providers.append("transformer")
-        else:
-            options.providers += [p for p in COMPILED if p != "compile"] + ["keops", "transformer"]
+        options.providers = list(QUICK_PROVIDERS if options.quick else PROVIDERS)
     if options.full and options.output is None:
         name = f"kernels_{torch.device(options.device).type}.csv"
         options.output = Path(__file__).resolve().parent / "results" / name
@@ -385,7 +410,7 @@ def main() -> None:
         rows += found
         print_table(kernel, options, samples)
     if options.output:
-        write_csv(options.output, rows)
+        write_csv(options.output, COLUMNS, rows)
         print(f"\n{len(rows)} rows in {options.output}")
     print(f"{time.perf_counter() - start:.0f} s", file=sys.stderr)
 

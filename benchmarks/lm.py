@@ -15,24 +15,25 @@ import csv
 import math
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from unittest import mock
 
 import torch
-from common import environment
+from common import environment, nothing_missing
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformer import Transformer, TransformerConfig
 
-import qflux.models.layers
 from qflux import QuantumFluxConfig, QuantumFluxLM
-from qflux.text.data import IGNORED_LABEL, TrainingWindows, evaluation_batches, load_text
+from qflux.models.base import CausalLM
+from qflux.text.data import IGNORED_LABEL, load_text
+from qflux.text.ngrams import ngram_loss
 from qflux.text.vocabulary import VOCABULARIES, make_vocabulary
-from qflux.train.loop import TrainingOptions
+from qflux.text.windows import TrainingWindows, evaluation_batches
+from qflux.train.optimizer import make_optimizer
+from qflux.train.options import OptimizerOptions
 from qflux.train.schedules import learning_rate_at
-from qflux.train.step import make_optimizer
-from qflux_kernels import Interaction, interact
 
 COLUMNS = [
     "dataset", "provider", "changes", "context", "batch", "rate", "seed", "parameters", "steps",
@@ -44,206 +45,6 @@ CURVE_COLUMNS = [
     "dataset", "provider", "changes", "context", "rate", "limit", "seed", "commit", "step",
     "seconds", "train_loss",
 ]  # fmt: skip
-
-
-# --- the transformer ---
-
-
-@dataclass(frozen=True)
-class TransformerConfig:
-    """A pre-norm transformer: 4 layers, width 128 and 4 heads are nanoGPT's CPU model.
-
-    Args:
-        vocab_size: number of token ids.
-        num_layers, hidden_dim, num_heads, mlp_ratio: the shape.
-        context_length: only learned positions are limited to it.
-        positions: "rotary" or "learned".
-        tied: the head shares the embedding's weights.
-        bias: biases in linear maps and norms.
-        conv_width: taps of a causal depthwise convolution before the projections; 0: none.
-        mlp_conv: one before the MLP too, of the same width.
-        mlp: "gelu" or "swiglu" (at two thirds of the width: equal parameters).
-        init: "torch" (its defaults) or "gpt2" (0.02, residual outputs by 1/sqrt(2 L)).
-        theta: base of the rotary frequencies.
-        dropout: on the residual branches.
-    """
-
-    vocab_size: int
-    num_layers: int = 4
-    hidden_dim: int = 128
-    num_heads: int = 4
-    mlp_ratio: float = 4.0
-    context_length: int = 64
-    positions: str = "rotary"
-    tied: bool = False
-    bias: bool = True
-    conv_width: int = 0
-    mlp_conv: bool = False
-    mlp: str = "gelu"
-    init: str = "torch"
-    theta: float = 10000.0
-    dropout: float = 0.0
-
-
-class Rotary(nn.Module):
-    """Rotary positions of a head of even width (Su et al. 2021)."""
-
-    def __init__(self, width: int, theta: float) -> None:
-        super().__init__()
-        frequency = theta ** (-torch.arange(0, width, 2) / width)
-        self.register_buffer("frequency", frequency, persistent=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        angle = torch.arange(x.shape[-2], device=x.device)[:, None] * self.frequency
-        cos, sin = angle.cos(), angle.sin()
-        left, right = x.chunk(2, -1)
-        return torch.cat((left * cos - right * sin, left * sin + right * cos), -1)
-
-
-class Convolution(nn.Conv1d):
-    """Causal depthwise convolution, `(B, S, H)` to `(B, S, H)`."""
-
-    def __init__(self, channels: int, width: int) -> None:
-        super().__init__(channels, channels, width, groups=channels)
-
-    def forward(self, x: Tensor) -> Tensor:
-        padded = F.pad(x.transpose(1, 2), (self.kernel_size[0] - 1, 0))
-        return super().forward(padded).transpose(1, 2)
-
-
-class TransformerLayer(nn.Module):
-    def __init__(self, config: TransformerConfig) -> None:
-        super().__init__()
-        hidden, bias = config.hidden_dim, config.bias
-        self.heads, self.swiglu = config.num_heads, config.mlp == "swiglu"
-        self.attention_norm = nn.LayerNorm(hidden, bias=bias)
-        self.conv = self.mlp_conv = nn.Identity()
-        if config.conv_width:
-            self.conv = Convolution(hidden, config.conv_width)
-        if config.conv_width and config.mlp_conv:
-            self.mlp_conv = Convolution(hidden, config.conv_width)
-        self.inputs = nn.Linear(hidden, 3 * hidden, bias=bias)
-        self.output = nn.Linear(hidden, hidden, bias=bias)
-        self.rotary = nn.Identity()
-        if config.positions == "rotary":
-            self.rotary = Rotary(hidden // self.heads, config.theta)
-        self.mlp_norm = nn.LayerNorm(hidden, bias=bias)
-        inner = round(config.mlp_ratio * hidden * (2 / 3 if self.swiglu else 1))
-        self.up = nn.Linear(hidden, inner * (2 if self.swiglu else 1), bias=bias)
-        self.down = nn.Linear(inner, hidden, bias=bias)
-        self.dropout = nn.Dropout(config.dropout)
-
-    def forward(self, x: Tensor) -> Tensor:
-        joint = self.inputs(self.conv(self.attention_norm(x)))
-        parts = joint.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        queries, keys, values = parts.unbind(0)
-        heard = F.scaled_dot_product_attention(
-            self.rotary(queries), self.rotary(keys), values, is_causal=True
-        )
-        x = x + self.dropout(self.output(heard.transpose(1, 2).flatten(2)))
-        inner = self.up(self.mlp_conv(self.mlp_norm(x)))
-        if self.swiglu:
-            gate, inner = inner.chunk(2, -1)
-            inner = F.silu(gate) * inner
-        else:
-            inner = F.gelu(inner)
-        return x + self.dropout(self.down(inner))
-
-
-class Transformer(nn.Module):
-    """GPT-2's form."""
-
-    def __init__(self, config: TransformerConfig) -> None:
-        super().__init__()
-        self.embedding = nn.Embedding(config.vocab_size, config.hidden_dim)
-        self.position = None
-        if config.positions == "learned":
-            self.position = nn.Parameter(
-                0.02 * torch.randn(config.context_length, config.hidden_dim)
-            )
-        self.layers = nn.ModuleList(TransformerLayer(config) for _ in range(config.num_layers))
-        self.norm = nn.LayerNorm(config.hidden_dim, bias=config.bias)
-        self.head = nn.Linear(config.hidden_dim, config.vocab_size, bias=False)
-        if config.init == "gpt2":
-            self.initialise_like_gpt2()
-        if config.tied:
-            self.head.weight = self.embedding.weight
-
-    def initialise_like_gpt2(self) -> None:
-        for module in self.modules():
-            if isinstance(module, nn.Linear | nn.Embedding):
-                nn.init.normal_(module.weight, std=0.02)
-            if isinstance(module, nn.Linear) and module.bias is not None:
-                nn.init.zeros_(module.bias)
-        for layer in self.layers:
-            for last in (layer.output, layer.down):
-                nn.init.normal_(last.weight, std=0.02 / math.sqrt(2 * len(self.layers)))
-
-    def forward(self, ids: Tensor) -> Tensor:
-        x = self.embedding(ids)
-        if self.position is not None:
-            x = x + self.position[: ids.shape[1]]
-        for layer in self.layers:
-            x = layer(x)
-        return self.head(self.norm(x))
-
-
-# --- counting ---
-
-
-def runs(work: Tensor, length: int, vocab_size: int) -> Tensor:
-    """Every run of `length` neighbouring tokens, as a number in base V."""
-    count = max(0, len(work) - length + 1)
-    number = torch.zeros(count, dtype=torch.int64)
-    for place in range(length):
-        number = number * vocab_size + work[place : place + count]
-    return number
-
-
-def ngram_loss(
-    train: Sequence[Tensor], validation: Sequence[Tensor], vocab_size: int, order: int
-) -> float:
-    """Interpolated Witten-Bell n-grams on every token of the validation works but their first.
-
-    p_1(b) = (n(b) + 1) / (N + V), and with T(a) different tokens seen after the context a,
-    p_k(b|a) = (n(ab) + T(a) p_{k-1}(b|a')) / (n(a) + T(a)), a' without a's first token.
-    """
-    counts = torch.bincount(torch.cat(list(train)), minlength=vocab_size).double()
-    unigram = (counts + 1) / (counts.sum() + vocab_size)
-    probabilities = [unigram[work[1:]] for work in validation]
-    for length in range(2, order + 1):
-        grams = torch.cat([runs(work, length, vocab_size) for work in train])
-        grams, counts = grams.unique(return_counts=True)
-        contexts, place, kinds = (grams // vocab_size).unique(
-            return_inverse=True, return_counts=True
-        )
-        sums = torch.zeros_like(kinds).index_add_(0, place, counts)
-
-        def look_up(wanted: Tensor, keys: Tensor, numbers: Tensor) -> Tensor:
-            at = torch.searchsorted(keys, wanted).clamp(max=len(keys) - 1)
-            return torch.where(keys[at] == wanted, numbers[at], 0).double()
-
-        for work, probability in zip(validation, probabilities, strict=True):
-            wanted = runs(work, length, vocab_size)
-            pairs = look_up(wanted, grams, counts)
-            seen = look_up(wanted // vocab_size, contexts, sums)
-            different = look_up(wanted // vocab_size, contexts, kinds)
-            lower = probability[length - 2 :]  # a view: tokens with enough context
-            mixed = (pairs + different * lower) / (seen + different).clamp(min=1)
-            lower.copy_(torch.where(seen > 0, mixed, lower))
-    return -torch.cat(probabilities).log().mean().item()
-
-
-# --- one run ---
-
-
-def make_model(provider: str, vocab_size: int, context: int, changes: dict) -> nn.Module:
-    if provider == "transformer":
-        return Transformer(TransformerConfig(vocab_size, context_length=context, **changes))
-    options = {"num_layers": 0} if provider == "zero-layer" else {}
-    return QuantumFluxLM(
-        QuantumFluxConfig(vocab_size, context_length=context, **{**options, **changes})
-    )
 
 
 def logits_of(model: nn.Module, ids: Tensor) -> Tensor:
@@ -284,16 +85,12 @@ def validate(model: nn.Module, works: Sequence[Tensor], context: int, batch: int
 @torch.no_grad()
 def kept_share(model: nn.Module, works: Sequence[Tensor], context: int) -> float | None:
     """Of the pairs that causality allows, the share that passes the threshold; None without one."""
-    kept = []
-
-    def recording(*args: Tensor, **options: object) -> Interaction:
-        heard = interact(*args, **options)
-        kept.append(heard.degree.double().mean() / ((heard.degree.shape[-1] + 1) / 2))
-        return heard
-
+    if not isinstance(model, CausalLM):
+        return None
     ids = max(works, key=len)[:context].to(next(model.parameters()).device)
-    with mock.patch.object(qflux.models.layers, "interact", recording):
-        model(ids[None])
+    layers = model(ids[None], return_layers=True).layers
+    visible = (len(ids) + 1) / 2
+    kept = [layer.degree.double().mean() / visible for layer in layers if layer.degree is not None]
     return torch.stack(kept).mean().item() if kept else None
 
 
@@ -301,6 +98,7 @@ def train(
     model: nn.Module,
     works: Sequence[Tensor],
     arguments: argparse.Namespace,
+    options: OptimizerOptions,
     seed: int,
 ) -> tuple[dict[str, object], list[dict[str, object]]]:
     """Train in place; columns of the run, and its curve.
@@ -315,33 +113,28 @@ def train(
     alone = device.type == "cpu" and arguments.threads == 1
     clock = time.process_time if alone else time.perf_counter
     windows = TrainingWindows(works, arguments.context + 1, arguments.batch, seed)
-    options = TrainingOptions(
-        output_dir="", learning_rate=arguments.rate, weight_decay=arguments.weight_decay
-    )
     optimizer = make_optimizer(model, options)
-    for group in optimizer.param_groups:
-        group["betas"] = (0.9, arguments.beta2)
     step, losses, start, last_line = 0, [], clock(), 0.0
     curve, drawn = [], 0
     while True:
         now = clock() - start
-        share = now / arguments.seconds if arguments.seconds else step / arguments.steps
-        if share >= 1:
+        progress = now / arguments.seconds if arguments.seconds else step / arguments.steps
+        if progress >= 1:
             break
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate_at(share, arguments.rate, arguments.warmup)
+            group["lr"] = learning_rate_at(progress, options.learning_rate, options.warmup)
         batch = windows.batch(step).to(device)
         summed, count = loss_of(model, batch, batch)
         loss = summed / count
         optimizer.zero_grad()
         loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        nn.utils.clip_grad_norm_(model.parameters(), options.max_gradient_norm)
         optimizer.step()
         step += 1
         losses.append(loss.item())
         if not math.isfinite(losses[-1]):
             break
-        if share >= (len(curve) + 1) / 100:
+        if progress >= (len(curve) + 1) / 100:
             point = {"step": step, "seconds": round(clock() - start, 2)}
             curve.append({**point, "train_loss": round(statistics.fmean(losses[drawn:]), 4)})
             drawn = step
@@ -383,16 +176,93 @@ def parse_changes(pairs: Sequence[str], kind: type) -> dict[str, object]:
     return changes
 
 
+@dataclass(frozen=True)
+class Task:
+    """What every provider is given: the command line, and the text as token ids."""
+
+    arguments: argparse.Namespace
+    options: OptimizerOptions
+    vocab_size: int
+    works: list[Tensor]
+    held_out: list[Tensor]
+
+
+@dataclass(frozen=True)
+class Run:
+    """Columns of one run, and the points of its training curve."""
+
+    row: dict[str, object]
+    curve: list[dict[str, object]]
+
+
+@dataclass(frozen=True)
+class Provider:
+    """Something that predicts text.
+
+    Args:
+        runs: what it makes of a task, one run after another.
+        missing: why it cannot run here, or None.
+    """
+
+    runs: Callable[[Task], Iterator[Run]]
+    missing: Callable[[], str | None] = nothing_missing
+
+
+def trained(
+    model: type[nn.Module], config: type, **defaults: object
+) -> Callable[[Task], Iterator[Run]]:
+    """A model of a configuration class, with other defaults than its own: a run for each seed."""
+
+    def runs(task: Task) -> Iterator[Run]:
+        arguments = task.arguments
+        changes = {**defaults, **parse_changes(arguments.set, config)}
+        made = config(task.vocab_size, context_length=arguments.context, **changes)
+        for seed in arguments.seeds:
+            torch.manual_seed(seed)
+            network = model(made).to(arguments.device)
+            result, curve = train(network, task.works, arguments, task.options, seed)
+            loss = validate(network, task.held_out, arguments.context, arguments.batch)
+            kept = kept_share(network, task.held_out, arguments.context)
+            row = {
+                "changes": " ".join(arguments.set),
+                "context": arguments.context,
+                "batch": arguments.batch,
+                "rate": arguments.rate,
+                "seed": seed,
+                "parameters": sum(parameter.numel() for parameter in network.parameters()),
+                "weight_decay": arguments.weight_decay,
+                "beta2": arguments.beta2,
+                "warmup": arguments.warmup,
+                **result,
+                "validation_loss": round(loss, 4),
+                "kept": "" if kept is None else round(kept, 4),
+            }
+            yield Run(row, curve)
+
+    return runs
+
+
+def counted(task: Task) -> Iterator[Run]:
+    """Interpolated n-grams, a run for each order; nothing is trained."""
+    for order in (1, 2, 3, 5):
+        loss = ngram_loss(task.works, task.held_out, task.vocab_size, order)
+        yield Run({"provider": f"{order}-gram", "validation_loss": round(loss, 4)}, [])
+
+
+PROVIDERS: dict[str, Provider] = {
+    "qflux": Provider(trained(QuantumFluxLM, QuantumFluxConfig)),
+    "zero-layer": Provider(trained(QuantumFluxLM, QuantumFluxConfig, num_layers=0)),
+    "transformer": Provider(trained(Transformer, TransformerConfig)),
+    "ngram": Provider(counted),
+}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--data", required=True, help="a file or a folder of works")
     parser.add_argument("--name", help="what to call it in the table; default: its file name")
     parser.add_argument("--vocabulary", choices=VOCABULARIES, default="char")
-    parser.add_argument(
-        "--provider",
-        choices=("qflux", "zero-layer", "transformer", "ngram"),
-        default="qflux",
-    )
+    parser.add_argument("--provider", choices=PROVIDERS, default="qflux")
     parser.add_argument(
         "--set", nargs="*", default=[], metavar="NAME=VALUE", help="fields of the configuration"
     )
@@ -411,70 +281,48 @@ def main() -> None:
     parser.add_argument("--curves", type=Path, help="append the training curves to this CSV")
     parser.add_argument("--verbose", action="store_true")
     arguments = parser.parse_args()
+    provider = PROVIDERS[arguments.provider]
+    reason = provider.missing()
+    if reason is not None:
+        parser.error(f"--provider {arguments.provider}: {reason}")
+    try:
+        options = OptimizerOptions(
+            learning_rate=arguments.rate,
+            betas=(0.9, arguments.beta2),
+            weight_decay=arguments.weight_decay,
+            warmup=arguments.warmup,
+        )
+    except (TypeError, ValueError) as error:
+        parser.error(str(error))
     torch.set_num_threads(arguments.threads)
 
     split = load_text(arguments.data)
     vocabulary = make_vocabulary(arguments.vocabulary, split.text)
-    works = [vocabulary.encode(work) for work in split.train.values()]
-    held_out = [vocabulary.encode(work) for work in split.validation.values()]
+    task = Task(
+        arguments,
+        options,
+        vocabulary.size,
+        [vocabulary.encode(work) for work in split.train.values()],
+        [vocabulary.encode(work) for work in split.validation.values()],
+    )
     common = {
         **environment(torch.device(arguments.device)),
         "dataset": arguments.name or Path(arguments.data).stem,
+        "provider": arguments.provider,
         "vocabulary": vocabulary.size,
     }
     common = {name: value for name, value in common.items() if name in COLUMNS}
-
-    def report(row: dict[str, object]) -> None:
-        row = {**common, **row}
+    limit = f"{arguments.seconds or arguments.steps} {'s' if arguments.seconds else 'steps'}"
+    for run in provider.runs(task):
+        row = {**common, **run.row}
         shown = ("provider", "changes", "rate", "seed", "parameters", "steps", "ms_per_step")
         print(*(f"{name} {row[name]}" for name in shown if row.get(name)), end=" ")
         print(f"validation loss {row['validation_loss']:.4f}", flush=True)
+        if arguments.curves and run.curve:
+            points = [{**row, "limit": limit, **point} for point in run.curve]
+            append(arguments.curves, CURVE_COLUMNS, points)
         if arguments.output:
             append(arguments.output, COLUMNS, [row])
-
-    if arguments.provider == "ngram":
-        for order in (1, 2, 3, 5):
-            loss = ngram_loss(works, held_out, vocabulary.size, order)
-            report({"provider": f"{order}-gram", "validation_loss": round(loss, 4)})
-        return
-    kind = TransformerConfig if arguments.provider == "transformer" else QuantumFluxConfig
-    changes = parse_changes(arguments.set, kind)
-    for seed in arguments.seeds:
-        torch.manual_seed(seed)
-        model = make_model(arguments.provider, vocabulary.size, arguments.context, changes)
-        model.to(arguments.device)
-        result, curve = train(model, works, arguments, seed)
-        loss = validate(model, held_out, arguments.context, arguments.batch)
-        kept = kept_share(model, held_out, arguments.context)
-        run = {
-            "provider": arguments.provider,
-            "changes": " ".join(arguments.set),
-            "context": arguments.context,
-            "rate": arguments.rate,
-            "seed": seed,
-        }
-        if arguments.curves:
-            limit = (
-                f"{arguments.seconds or arguments.steps} {'s' if arguments.seconds else 'steps'}"
-            )
-            append(
-                arguments.curves,
-                CURVE_COLUMNS,
-                [{**common, **run, "limit": limit, **at} for at in curve],
-            )
-        report(
-            {
-                **run,
-                "batch": arguments.batch,
-                "parameters": sum(parameter.numel() for parameter in model.parameters()),
-                "weight_decay": arguments.weight_decay,
-                "beta2": arguments.beta2,
-                "warmup": arguments.warmup,
-                **result,
-                "validation_loss": round(loss, 4),
-                "kept": "" if kept is None else round(kept, 4),
-            }
-        )
 
 
 if __name__ == "__main__":

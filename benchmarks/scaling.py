@@ -22,6 +22,7 @@ from unittest import mock
 
 import torch
 from common import (
+    COLUMNS,
     MODES,
     Runner,
     available_mb,
@@ -40,7 +41,12 @@ from qflux_kernels import Threshold
 
 SIZES = [1 << n for n in range(10, 23)]
 FIT_FROM = 1 << 16
-PROVIDERS = ("dense", "sweep", "eager")
+# Options of `interact` and `evolve` by provider.
+PROVIDERS = {
+    "dense": {"algorithm": "dense"},
+    "sweep": {"algorithm": "sweep"},
+    "eager": {"backend": "reference"},
+}
 
 
 def _clusters(length: int, generator: torch.Generator) -> torch.Tensor:
@@ -125,7 +131,7 @@ def score_and_mask(options: argparse.Namespace) -> dict[str, object]:
 
 def make_runner(provider: str, operator: str, states: torch.Tensor, options: dict) -> Runner:
     states = states.requires_grad_()
-    how = {"backend": "reference"} if provider == "eager" else {"algorithm": provider}
+    how = PROVIDERS[provider]
 
     def forward() -> torch.Tensor:
         if operator == "interact":
@@ -386,7 +392,7 @@ def compare(options: argparse.Namespace) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sizes", type=int, nargs="+", default=SIZES)
-    parser.add_argument("--providers", choices=PROVIDERS, nargs="+", default=PROVIDERS)
+    parser.add_argument("--providers", choices=PROVIDERS, nargs="+", default=list(PROVIDERS))
     parser.add_argument("--operator", choices=("interact", "evolve"), default="interact")
     parser.add_argument("--data", choices=DATA | HARD, default="random")
     parser.add_argument("--all-pairs", dest="causal", action="store_false", help="not causal")
@@ -422,7 +428,7 @@ def main() -> None:
         return print(json.dumps(measure(options, options.one[0], int(options.one[1]))))
     rows = run(options)
     if options.output:
-        write_csv(options.output, rows)
+        write_csv(options.output, COLUMNS, rows)
     if options.plot:
         plot(rows, options.plot)
 

@@ -4,16 +4,14 @@ import csv
 import dataclasses
 import math
 import sys
-from pathlib import Path
 
-import pytest
-import torch
-
-from qflux.models.embedding import rotate
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 import lm
 import lm_curves
+import pytest
+import torch
+from transformer import Transformer, TransformerConfig
+
+from qflux.models.embedding import rotate
 
 
 def counted(train, context, token, vocab_size):
@@ -63,7 +61,7 @@ def test_ngram_loss_is_the_formula(order):
 )
 def test_transformer_is_causal_and_ordered(changes):
     torch.manual_seed(0)
-    model = lm.Transformer(lm.TransformerConfig(11, hidden_dim=16, num_layers=1, **changes))
+    model = Transformer(TransformerConfig(11, hidden_dim=16, num_layers=1, **changes))
     model = model.double().eval()
     ids = torch.randint(11, (2, 12))
     whole = model(ids)
@@ -138,3 +136,26 @@ def test_kept_share_counts_pairs():
         for row in (cylinder[i, : i + 1] for i in range(16))
     )
     assert share == pytest.approx(kept / (2 * 16 * 17 / 2))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("mlp", "relu"), ("positions", "none"), ("init", "zero")]
+)
+def test_transformer_refuses_unknown_choices(name, value):
+    with pytest.raises(ValueError, match=rf"{name} must be one of .*got '{value}'"):
+        TransformerConfig(11, **{name: value})
+
+
+@pytest.mark.parametrize(
+    ("option", "reason"),
+    [
+        (["--rate", "0"], "learning_rate must be"),
+        (["--beta2", "1"], "betas"),
+        (["--warmup", "1"], "warmup must be"),
+    ],
+)
+def test_bad_optimiser_options_are_named(option, reason, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["lm.py", "--data", "nowhere", *option])
+    with pytest.raises(SystemExit) as stop:
+        lm.main()
+    assert stop.value.code == 2 and reason in capsys.readouterr().err
