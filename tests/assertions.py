@@ -1,8 +1,9 @@
-"""How close a kernel must come to the truth, and where a hard step excuses it (SPEC section 6).
+"""How close a kernel must come to the truth, and where a hard step excuses it.
 
 Two correct evaluations may disagree on a pair whose score lies within rounding of its threshold,
 so the budget of a row is rounding, plus the whole weight of its borderline pairs, and no more.
-The truth is computed here in float64, a block of rows at a time.
+The truth is computed here in float64, a block of rows at a time. docs/operators.md has the rule in
+words ("Comparing results").
 """
 
 from __future__ import annotations

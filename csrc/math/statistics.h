@@ -1,4 +1,5 @@
-// Mean and deviation of a row's scores from the moments of its keys: no pass over pairs (SPEC 2).
+// Mean and deviation of a row's scores from the moments of its keys: no pass over pairs
+// (docs/operators.md, "Statistics without pairs").
 #pragma once
 
 #include "scalar.h"

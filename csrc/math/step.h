@@ -1,4 +1,5 @@
-// One token's share of a Heun-Euler step, each rule beside its vector-Jacobian product (SPEC 4).
+// One token's share of a Heun-Euler step, each rule beside its vector-Jacobian product
+// (docs/operators.md, "One Heun-Euler step").
 #pragma once
 
 #include "scalar.h"

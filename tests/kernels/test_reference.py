@@ -1,4 +1,4 @@
-"""The reference against loops over plain numbers, written from the text of SPEC 2 to 4."""
+"""The reference against loops over plain numbers, written from docs/operators.md."""
 
 import itertools
 import math

@@ -46,7 +46,7 @@ def test_meets_the_pairs_of_the_dense_kernel(device, dtype, name):
 
 @pytest.mark.parametrize("name", ["random", "clamped", "outlier", "drift", "radii of all sizes"])
 def test_is_the_interaction(device, name):
-    """Against the definition, row by row (SPEC 6)."""
+    """Against the definition, row by row, by the rules of tests/assertions.py."""
     states = draw(name, 2500)
     for dtype, score in ((F64, Threshold(1.0)), (torch.float32, Threshold())):
         narrow = states.to(dtype)
