@@ -27,10 +27,10 @@ from transformer import Transformer, TransformerConfig
 
 from qflux import QuantumFluxConfig, QuantumFluxLM
 from qflux.models.base import CausalLM
-from qflux.text.data import IGNORED_LABEL, load_text
+from qflux.text.data import load_text
 from qflux.text.ngrams import ngram_loss
 from qflux.text.vocabulary import VOCABULARIES, make_vocabulary
-from qflux.text.windows import TrainingWindows, evaluation_batches
+from qflux.text.windows import IGNORED_LABEL, TrainingWindows, evaluation_batches
 from qflux.train.optimizer import make_optimizer
 from qflux.train.options import OptimizerOptions
 from qflux.train.schedules import learning_rate_at

@@ -18,7 +18,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from unittest import mock
 
 import torch
 from common import (
@@ -276,8 +275,10 @@ def shares(states: torch.Tensor, keys: torch.Tensor | None, score: Threshold) ->
 
 
 def model_states(folder: Path, length: int, text: Path | None) -> list[tuple[str, torch.Tensor]]:
-    """(where, shares) for each call of the kernels in one pass over held-out text."""
-    import qflux.models.layers
+    """(where, shares) for each layer with a threshold, in one pass over held-out text.
+
+    Of a layer with a value path these are its queries and keys, of any other its states.
+    """
     from qflux.text.data import load_text
     from qflux.train.checkpoint import load_model
 
@@ -286,20 +287,16 @@ def model_states(folder: Path, length: int, text: Path | None) -> list[tuple[str
     ids = vocabulary.encode(held_out)[:length][None]
     if ids.shape[1] < length:
         sys.exit(f"--model-length {length}: only {ids.shape[1]} tokens are held out")
+    with torch.no_grad():
+        records = model(ids, return_layers=True).layers
     found = []
-
-    def record(name, function):
-        def called(states, *arguments, score, **options):
-            keys = arguments[0] if name == "interact" and arguments else None
-            if isinstance(score, Threshold):
-                found.append((name, shares(states, keys, score)))
-            return function(states, *arguments, score=score, **options)
-
-        return mock.patch.object(qflux.models.layers, name, called)
-
-    interact, evolve = qflux.models.layers.interact, qflux.models.layers.evolve
-    with torch.no_grad(), record("interact", interact), record("evolve", evolve):
-        model(ids)
+    for record in records:
+        if not isinstance(record.score, Threshold):
+            continue
+        alone = record.keys is record.queries
+        keys = None if alone else record.keys
+        name = "states" if alone else "values"
+        found.append((name, shares(record.queries, keys, record.score)))
     return found
 
 

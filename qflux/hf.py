@@ -21,8 +21,8 @@ from torch import Tensor
 from .models.base import CausalLM
 from .models.presets import config_from_json, make_model
 from .optional import require
-from .text.data import IGNORED_LABEL
 from .text.vocabulary import Vocabulary, to_tokenizer
+from .text.windows import IGNORED_LABEL
 from .train.checkpoint import load_model, write_atomically
 
 transformers = require("transformers", "qflux.hf", extra="hf")

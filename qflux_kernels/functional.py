@@ -68,7 +68,7 @@ def interact(
 
     Args:
         states: `(..., S, 2)` floating point, one point per token; the rows.
-        keys: `(..., K, 2)`; default the states themselves (the seeds' system).
+        keys: `(..., K, 2)`; default the states themselves (the published system).
         values: `(..., K, D)`, any D >= 1; default the keys.
         causal: row i sees keys j <= i + K - S (ends aligned), else all keys of its sequence.
         score: `Threshold` (default) or `InverseGate`.
@@ -88,7 +88,8 @@ def interact(
         TypeError, ValueError: bad arguments, naming the argument, what came and what is allowed.
         BackendUnavailableError: the backend or algorithm asked for is not there, and why.
 
-    Source: first seed, section 5 (`compute_score`); second seed, "Quantum Flux Attention".
+    Source: the Flux document, section 5 (`compute_score`); the QFNN document, "Quantum Flux
+    Attention".
     """
     args = interact_arguments(states, keys, values, causal, score, reduction, lengths)
     chosen = choose_backend(backend, args.states.device)
@@ -162,7 +163,7 @@ def evolve(
     Raises:
         TypeError, ValueError, BackendUnavailableError: as `interact`.
 
-    Source: first seed, sections 5 and 7; second seed, "State Evolution".
+    Source: the Flux document, sections 5 and 7; the QFNN document, "State Evolution".
     """
     args = evolve_arguments(states, dt, causal, score, radius, skip, reduction, steps, lengths)
     chosen = choose_backend(backend, args.states.device)

@@ -29,7 +29,7 @@ def check_real_or_tensor(name: str, value: object) -> None:
 class Threshold:
     """Adaptive threshold score: keep a pair whose rescaled inner product stands out in its row.
 
-    For row i and a visible key j (first seed, section 5)::
+    For row i and a visible key j (the Flux document, section 5)::
 
         s_ij  = (x_i . x_j + 1) / 2
         tau_i = mean_i + sigma * sqrt(var_i + eps)
@@ -44,8 +44,8 @@ class Threshold:
         sigma: selectivity in standard deviations, a float or a tensor that broadcasts to the
             batch shape of the states (one value per cylinder, say). Default 0.5.
         stats: window of mean and variance. "prefix" (default): the keys the row may see.
-            "row": every key of the sequence, future ones too; the seed's code to the letter, and
-            the same thing when `causal=False`.
+            "row": every key of the sequence, future ones too; the document's code to the letter,
+            and the same thing when `causal=False`.
         eps: added to the variance inside the root, >= 0. Default 1e-6.
         shrinkage: "hard" (default): a kept pair has its score. "soft": it has what exceeds the
             threshold; `interact` and `scores` only.
@@ -65,7 +65,7 @@ class Threshold:
 
 @dataclass(frozen=True)
 class InverseGate:
-    """Direct plus orthogonal similarity under inverse perturbation gating (second seed, part 2).
+    """Direct plus orthogonal similarity under inverse perturbation gating.
 
     For row i and a visible key j::
 
@@ -104,10 +104,10 @@ class Radius:
         rho = clamp(r' + rate * strength - reversion * (r' - target), min, max)
 
     Args:
-        min: smallest radius, >= 0. Default 0.1 (first seed).
+        min: smallest radius, >= 0. Default 0.1 (the Flux document).
         max: largest radius, >= min. Default 2.0.
         rate: growth per unit of strength. Default 0.01.
-        reversion: pull towards `target` (the second seed's mean reversion). Default 0.0.
+        reversion: pull towards `target` (the QFNN document's mean reversion). Default 0.0.
         target: radius that `reversion` pulls towards. Default 1.0.
     """
 

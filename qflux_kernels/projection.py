@@ -154,7 +154,7 @@ def project_norm(
     Raises:
         TypeError, ValueError: naming the argument, what came and what is allowed.
 
-    Source: first seed, section 7.1 ("Combine integration and projection operations").
+    Source: the Flux document, section 7.1 ("Combine integration and projection operations").
     """
     if not isinstance(features, torch.Tensor):
         raise TypeError(f"features must be a tensor, got {type(features).__name__}")

@@ -61,7 +61,7 @@ def _masks(
 
 
 def weights(args: InteractArguments, first: int = 0, last: int | None = None) -> Pairs:
-    """The pair weights of rows `first` to `last - 1` against all keys, SPEC 2 to the letter."""
+    """The pair weights of rows `first` to `last - 1` against all keys, by the formulas alone."""
     last = args.states.shape[-2] if last is None else last
     rows, bad_rows = _finite(args.states[..., first:last, :])
     keys, bad_keys = _finite(args.states if args.keys is None else args.keys)

@@ -1,4 +1,4 @@
-// The pair scores, each weight beside its derivative (SPEC 2).
+// The pair scores, each weight beside its derivative (docs/operators.md).
 //
 // All are functions of one inner product: with a query q made from the row's state,
 //   p_ij = q_i . k_j + bias,   w_ij = weight(p_ij) where kept, else 0.

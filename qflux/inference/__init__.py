@@ -1,1 +1,1 @@
-"""Text from a trained model."""
+"""Text from a trained model; nothing here knows a model but by what it can do."""

@@ -9,29 +9,74 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..inference.generate import generate
-from ..text.data import IGNORED_LABEL
-from .record import Record
+from ..text.windows import IGNORED_LABEL
+from .config import ModelConfig
+from .output import LanguageModelOutput, LayerRecord
 
 
-class LanguageModelOutput(NamedTuple):
-    """logits: `(B, S, V)`. loss: the mean in nats a token, or None without labels."""
+class Reading(NamedTuple):
+    """What the output layer reads, and what comes with it.
 
-    logits: Tensor
-    loss: Tensor | None
+    features: `(B, S, H)`. layers: a record of each layer, or `()` if they were not asked for.
+    penalties: terms without dimensions that the training loss has beside the cross entropy.
+    """
+
+    features: Tensor
+    layers: tuple[LayerRecord, ...] = ()
+    penalties: tuple[Tensor, ...] = ()
 
 
 class CausalLM(nn.Module):
     """A model whose logits at a position depend on the tokens up to that position only.
 
-    Subclasses have a `head`, the linear map from features to logits, and `features(input_ids)`,
-    `(B, S)` to `(B, S, H)`.
+    Subclasses have a `head`, the linear map from features to logits, `layers`, and `read`.
     """
 
     head: nn.Linear
+    layers: nn.ModuleList
 
-    def __init__(self, config: Record) -> None:
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
+
+    def read(self, input_ids: Tensor, return_layers: bool = False) -> Reading:
+        """Run embedding and layers on checked token ids `(B, S)`."""
+        raise NotImplementedError
+
+    def forward(
+        self, input_ids: Tensor, labels: Tensor | None = None, return_layers: bool = False
+    ) -> LanguageModelOutput:
+        """Logits of the next token at every position, and the losses if there are labels.
+
+        Args:
+            input_ids: `(B, S)` integer token ids in [0, V), S >= 1.
+            labels: `(B, S)`, aligned with `input_ids` and usually the same tensor: the shift by
+                one token happens here, so that position i is scored against label i + 1. Labels
+                of -100 are ignored. None (default): no losses.
+            return_layers: also return a `LayerRecord` of each layer. Default False, which costs
+                nothing.
+
+        Raises:
+            TypeError, ValueError: wrong dtype, shape or (checked on the CPU) token ids.
+        """
+        check_ids("input_ids", input_ids, self.config.vocab_size)
+        reading = self.read(input_ids, return_layers)
+        logits = self.head(reading.features)
+        if labels is None:
+            return LanguageModelOutput(logits, None, None, reading.layers)
+        cross_entropy = loss = next_token_loss(logits, input_ids, labels)
+        for penalty in reading.penalties:
+            loss = loss + penalty
+        return LanguageModelOutput(logits, loss, cross_entropy, reading.layers)
+
+    def features(self, input_ids: Tensor) -> Tensor:
+        """What the head reads of token ids `(B, S)`: `(B, S, H)`.
+
+        Raises:
+            TypeError, ValueError: as `forward`.
+        """
+        check_ids("input_ids", input_ids, self.config.vocab_size)
+        return self.read(input_ids).features
 
     def generate(
         self,
@@ -71,7 +116,7 @@ def next_token_loss(logits: Tensor, input_ids: Tensor, labels: Tensor) -> Tensor
             f"got {tuple(labels.shape)}"
         )
     return F.cross_entropy(
-        logits[:, :-1].flatten(0, 1).float(),
+        logits[:, :-1].flatten(0, 1).float(),  # (B (S - 1), V)
         labels[:, 1:].flatten(),
         ignore_index=IGNORED_LABEL,
     )

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from .config import QuantumFluxConfig
+from .config import ModelConfig
 
 
 def rotate(states: Tensor, angle: Tensor) -> Tensor:
@@ -17,17 +17,52 @@ def rotate(states: Tensor, angle: Tensor) -> Tensor:
     return torch.stack((x * cos - y * sin, x * sin + y * cos), -1)
 
 
+def position_angles(frequency: Tensor, length: int) -> Tensor:
+    """The angles `(C, S)` of positions 0 to `length - 1` at frequencies `(C,)`, radians a token."""
+    position = torch.arange(length, device=frequency.device)
+    return frequency[:, None] * position
+
+
+def look_up(table: Tensor, input_ids: Tensor) -> Tensor:
+    """The states `(B, C, S, 2)` of token ids `(B, S)` in a table of states `(V, C, 2)`."""
+    rows = nn.functional.embedding(input_ids, table.flatten(1))  # (B, S, 2 C)
+    return rows.unflatten(-1, table.shape[1:]).transpose(1, 2)  # (B, S, C, 2) -> (B, C, S, 2)
+
+
+def flatten_states(states: Tensor) -> Tensor:
+    """States `(B, C, S, 2)` as features `(B, S, 2 C)`."""
+    return states.transpose(1, 2).flatten(2)  # (B, S, C, 2) -> (B, S, 2 C)
+
+
+def phase_coherence(states: Tensor) -> Tensor:
+    """How far the phases of a sequence agree: the mean cosine over all pairs, itself included.
+
+    It equals |mean unit vector|^2, which takes O(S) and has gradients. 1: one phase; 1 / S on
+    average for random ones.
+
+    Args:
+        states: `(..., S, 2)`.
+
+    Returns:
+        `(...)`, in [0, 1].
+
+    Source: the QFNN document, "Phase-coherent regularization".
+    """
+    radius = torch.linalg.vector_norm(states, dim=-1, keepdim=True).clamp(min=1e-6)
+    return (states / radius).mean(-2).square().sum(-1)
+
+
 class CylinderEmbedding(nn.Module):
     """A learned (radius, phase) for each token on each cylinder.
 
     The phase starts uniform on the circle. The radius stays inside the bounds of the radius rule,
     because it is a sigmoid between them; it starts at their middle.
 
-    Source: first seed, section 1; second seed, "Cylindrical Token Representation" and
+    Source: the Flux document, section 1; the QFNN document, "Cylindrical Token Representation" and
     "Multi-cylinder representation".
     """
 
-    def __init__(self, config: QuantumFluxConfig) -> None:
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         shape = (config.vocab_size, config.num_cylinders)
         self.bounds = (config.radius_min, config.radius_max)
@@ -39,11 +74,7 @@ class CylinderEmbedding(nn.Module):
         low, high = self.bounds
         radius = low + (high - low) * torch.sigmoid(self.radius_logit)
         table = torch.stack((radius * self.phase.cos(), radius * self.phase.sin()), -1)
-        return (
-            nn.functional.embedding(input_ids, table.flatten(1))
-            .unflatten(-1, table.shape[1:])
-            .transpose(1, 2)
-        )
+        return look_up(table, input_ids)
 
 
 class PhaseRotation(nn.Module):
@@ -53,14 +84,13 @@ class PhaseRotation(nn.Module):
     that some cylinders tell neighbours apart and others count to the end of a long context. Two
     rotated states see only the distance between their positions.
 
-    Source: first seed, section 1 ("position encoded in the state angles").
+    Source: the Flux document, section 1 ("position encoded in the state angles").
     """
 
-    def __init__(self, config: QuantumFluxConfig) -> None:
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.log_frequency = nn.Parameter(torch.linspace(0.0, math.log(1e-3), config.num_cylinders))
 
     def forward(self, length: int) -> Tensor:
         """The angles `(C, S)` of positions 0 to `length - 1`."""
-        position = torch.arange(length, device=self.log_frequency.device)
-        return self.log_frequency.exp()[:, None] * position
+        return position_angles(self.log_frequency.exp(), length)

@@ -1,19 +1,30 @@
-"""A layer: tokens hear each other by geometry, and their states may move under interaction."""
+"""A layer: tokens gather values by geometry, and their states may move under interaction."""
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from qflux_kernels import InverseGate, Radius, Threshold, evolve, interact
+from qflux_kernels import Evolution, evolve, interact
+from qflux_kernels.options import Score
 
-from .config import QuantumFluxConfig
-from .embedding import rotate
+from .config import SCORES, QuantumFluxConfig, radius_of, score_options
+from .embedding import flatten_states, rotate
+from .output import LayerRecord
 
 GOLDEN_RATIO = (1 + math.sqrt(5)) / 2
+
+
+def dynamic_skip(dt: Tensor, beta: float, center: float) -> Tensor:
+    """The part of the old state that a layer keeps: sigmoid(beta (dt - center)).
+
+    Source: the Flux document, section 5; the QFNN document, "State Evolution".
+    """
+    return torch.sigmoid(beta * (dt - center))
 
 
 class PairScore(nn.Module):
@@ -26,25 +37,27 @@ class PairScore(nn.Module):
 
     def __init__(self, config: QuantumFluxConfig, shrinkage: str = "hard") -> None:
         super().__init__()
-        self.kind, self.alpha, self.shrinkage = config.score, config.alpha, shrinkage
         sigma = torch.linspace(config.sigma_min, config.sigma_max, config.num_cylinders)
         order = (torch.arange(config.num_cylinders) * GOLDEN_RATIO % 1).argsort().argsort()
-        sigma = sigma[order]
-        self.register_buffer("sigma", sigma, persistent=False)
+        self.register_buffer("sigma", sigma[order], persistent=False)
+        self.kind = SCORES[config.score]
+        self.options = score_options(config, sigma=0.0, shrinkage=shrinkage, alpha=config.alpha)
 
-    def forward(self) -> Threshold | InverseGate:
-        if self.kind == "threshold":
-            return Threshold(sigma=self.sigma, shrinkage=self.shrinkage)
-        return InverseGate(alpha=self.alpha)
+    def forward(self) -> Score:
+        """The score with the selectivities `(C,)` where they are now."""
+        options: dict[str, Any] = dict(self.options)
+        if "sigma" in options:
+            options["sigma"] = self.sigma
+        return self.kind(**options)
 
 
 class StateEvolution(nn.Module):
     """One Heun-Euler step with a learned time step and the dynamic skip, for each cylinder.
 
-    The time step is exp(log_dt), hence positive. The skip keeps the share
+    The time step is exp(log_dt), hence positive. The skip keeps the part
     g = sigmoid(skip_beta * (dt - dt_scale)) of the old state.
 
-    Source: first seed, section 5; second seed, "State Evolution"; SPEC 4.
+    Source: the Flux document, section 5; the QFNN document, "State Evolution".
     """
 
     def __init__(self, config: QuantumFluxConfig) -> None:
@@ -53,26 +66,25 @@ class StateEvolution(nn.Module):
         self.score = PairScore(config)
         self.skip_beta, self.dt_scale = config.skip_beta, config.dt
         self.reduction, self.backend = config.reduction, config.backend
-        self.radius = Radius(
-            config.radius_min,
-            config.radius_max,
-            config.radius_rate,
-            config.radius_reversion,
-            config.radius_target,
-        )
+        self.radius = radius_of(config)
 
-    def forward(self, states: Tensor) -> Tensor:
-        """States `(B, C, S, 2)` after the step."""
-        dt = self.log_dt.exp()[:, None]
+    def time_step(self) -> tuple[Tensor, Tensor]:
+        """The time step and the skip of each cylinder, `(C, 1)` each."""
+        dt = self.log_dt.exp()[:, None]  # (C,) -> (C, 1)
+        return dt, dynamic_skip(dt, self.skip_beta, self.dt_scale)
+
+    def forward(self, states: Tensor) -> Evolution:
+        """States `(B, C, S, 2)` after the step, with strength and degree `(B, C, S)`."""
+        dt, skip = self.time_step()
         return evolve(
             states,
             dt,
             score=self.score(),
             radius=self.radius,
-            skip=torch.sigmoid(self.skip_beta * (dt - self.dt_scale)),
+            skip=skip,
             reduction=self.reduction,
             backend=self.backend,
-        ).states
+        )
 
 
 class CausalConvolution(nn.Conv1d):
@@ -83,8 +95,8 @@ class CausalConvolution(nn.Conv1d):
 
     def forward(self, x: Tensor) -> Tensor:
         """`(B, S, H)` to `(B, S, H)`."""
-        padded = F.pad(x.transpose(1, 2), (self.kernel_size[0] - 1, 0))
-        return super().forward(padded).transpose(1, 2)
+        padded = F.pad(x.transpose(1, 2), (self.kernel_size[0] - 1, 0))  # (B, H, width - 1 + S)
+        return super().forward(padded).transpose(1, 2)  # (B, H, S) -> (B, S, H)
 
 
 def causal_convolution(config: QuantumFluxConfig) -> nn.Module:
@@ -95,52 +107,70 @@ def causal_convolution(config: QuantumFluxConfig) -> nn.Module:
 
 
 class GeometricAttention(nn.Module):
-    """The value path: geometry decides whom a token hears, a vector says what was heard.
+    """The value path: geometry decides which tokens a token gathers from, a vector what it gets.
 
     Queries, keys and values are projections of the hidden stream. Each cylinder's context is
-    divided by the number of keys it kept, so that sharp cylinders speak as loud as broad ones, and
+    divided by the number of keys it kept, so that sharp cylinders weigh as much as broad ones, and
     the token's own value is added, since the geometry may or may not let a token keep itself.
-    LayerNorm follows, and each element passes a gate of the listener's own.
+    LayerNorm follows, and each element passes a gate of the token's own.
 
-    Source: SPEC 5, "Keys and values".
+    Source: this project; `docs/claims.md` has what it was measured to change.
     """
 
     def __init__(self, config: QuantumFluxConfig) -> None:
         super().__init__()
         hidden, cylinders = config.hidden_dim, config.num_cylinders
-        gathered = config.value_dim * cylinders
+        width = config.value_dim * cylinders
         self.conv = causal_convolution(config)
         self.cylinders = cylinders
-        self.widths = (2 * cylinders, 2 * cylinders, gathered, gathered)
+        self.widths = (2 * cylinders, 2 * cylinders, width, width)
         self.inputs = nn.Linear(hidden, sum(self.widths))
-        self.norm = nn.LayerNorm(gathered)
-        self.output = nn.Linear(gathered, hidden)
+        self.norm = nn.LayerNorm(width)
+        self.output = nn.Linear(width, hidden)
         self.score = PairScore(config, config.shrinkage)
         self.backend = config.backend
 
-    def forward(self, hidden: Tensor, states: Tensor | None, angle: Tensor) -> Tensor:
-        """What was heard, `(B, S, H)`.
+    def forward(
+        self,
+        hidden: Tensor,
+        states: Tensor | None,
+        angle: Tensor,
+        return_parts: bool = False,
+    ) -> tuple[Tensor, dict[str, Any] | None]:
+        """What each token makes of the values it gathered, `(B, S, H)`.
 
         Args:
             hidden: `(B, S, H)`.
             states: `(B, C, S, 2)` to add to the keys, or None.
             angle: `(C, S)`, the turn of each position.
+            return_parts: also return the fields that this module has of a `LayerRecord`.
         """
         *points, gate = self.inputs(self.conv(hidden)).split(self.widths, -1)
         queries, keys, values = (
-            part.unflatten(-1, (self.cylinders, -1)).transpose(1, 2) for part in points
+            # (B, S, C D) -> (B, S, C, D) -> (B, C, S, D), a view
+            part.unflatten(-1, (self.cylinders, -1)).transpose(1, 2)
+            for part in points
         )
         queries, keys = rotate(queries, angle), rotate(keys, angle)
-        heard = interact(
-            queries,
-            keys if states is None else states + keys,
-            values,
-            score=self.score(),
-            backend=self.backend,
+        if states is not None:
+            keys = states + keys
+        score = self.score()
+        context, strength, degree = interact(
+            queries, keys, values, score=score, backend=self.backend
         )
-        mean = heard.context / heard.degree.clamp(min=1).unsqueeze(-1)
-        gathered = (mean + values).transpose(1, 2).flatten(2)
-        return self.output(self.norm(gathered) * F.silu(gate))
+        mean = context / degree.clamp(min=1).unsqueeze(-1)
+        gathered = (mean + values).transpose(1, 2).flatten(2)  # (B, S, C, D) -> (B, S, C D)
+        output = self.output(self.norm(gathered) * F.silu(gate))
+        if not return_parts:
+            return output, None
+        return output, {
+            "queries": queries,
+            "keys": keys,
+            "degree": degree,
+            "strength": strength,
+            "gathered": context,
+            "score": score,
+        }
 
 
 class GatedMLP(nn.Module):
@@ -166,10 +196,11 @@ class GatedMLP(nn.Module):
 class EvolutionLayer(nn.Module):
     """States evolve and are projected into the hidden stream; then the value path and an MLP.
 
-    Without values (`value_dim=0`) the layer is the seeds' own: evolution and projection. With
+    Without values (`value_dim=0`) the layer is the documents' own: evolution and projection. With
     values the evolution is optional (`evolution`).
 
-    Source: first seed, section 5 ("Feed-Forward Processing"); SPEC 5.
+    Source: the Flux document, section 5 ("Feed-Forward Processing"); the value path and the MLP
+    are this project's.
     """
 
     def __init__(self, config: QuantumFluxConfig) -> None:
@@ -187,21 +218,43 @@ class EvolutionLayer(nn.Module):
             self.mlp = GatedMLP(config)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, states: Tensor, hidden: Tensor, angle: Tensor) -> tuple[Tensor, Tensor]:
-        """States `(B, C, S, 2)` and hidden `(B, S, H)` after the layer; `angle` is `(C, S)`."""
-        evolved = None
+    def forward(
+        self, states: Tensor, hidden: Tensor, angle: Tensor, return_record: bool = False
+    ) -> tuple[Tensor, Tensor, LayerRecord | None]:
+        """States `(B, C, S, 2)` and hidden `(B, S, H)` after the layer, and its record if asked.
+
+        Args:
+            states: `(B, C, S, 2)`.
+            hidden: `(B, S, H)`.
+            angle: `(C, S)`, the turn of each position.
+            return_record: whether to return a `LayerRecord`, else None.
+        """
+        before, evolved, parts = states, None, {}
         if self.evolution is not None:
-            states = evolved = self.evolution(states)
+            evolution = self.evolution(states)
+            states = evolved = evolution.states
+            if return_record:
+                parts = {
+                    "queries": before,
+                    "keys": before,
+                    "degree": evolution.degree,
+                    "strength": evolution.strength,
+                    "gathered": None,
+                    "score": self.evolution.score(),
+                    "skip": self.evolution.time_step()[1],
+                }
             projected = self.projection(flatten_states(rotate(states, -angle)))
             hidden = hidden + self.dropout(projected)
         if self.attention is not None:
-            heard = self.attention(self.attention_norm(hidden), evolved, angle)
-            hidden = hidden + self.dropout(heard)
+            gathered, own = self.attention(
+                self.attention_norm(hidden), evolved, angle, return_record
+            )
+            hidden = hidden + self.dropout(gathered)
+            if own is not None:
+                parts = {"skip": None, **parts, **own}
         if self.mlp is not None:
             hidden = hidden + self.dropout(self.mlp(self.mlp_norm(hidden)))
-        return states, hidden
-
-
-def flatten_states(states: Tensor) -> Tensor:
-    """States `(B, C, S, 2)` as features `(B, S, 2C)`."""
-    return states.transpose(1, 2).flatten(2)
+        if not return_record:
+            return states, hidden, None
+        radius = torch.linalg.vector_norm(states, dim=-1)
+        return states, hidden, LayerRecord(before, states, radius=radius, **parts)

@@ -1,13 +1,13 @@
-"""The language model: cylinder embedding, layers, LayerNorm and output head."""
+"""The recommended language model: cylinder embedding, layers, LayerNorm and output head."""
 
 from __future__ import annotations
 
 from torch import Tensor, nn
 
-from .base import CausalLM, LanguageModelOutput, check_ids, next_token_loss
+from .base import CausalLM, Reading
 from .config import QuantumFluxConfig
-from .embedding import CylinderEmbedding, PhaseRotation, rotate
-from .layers import EvolutionLayer, flatten_states
+from .embedding import CylinderEmbedding, PhaseRotation, flatten_states, rotate
+from .layers import EvolutionLayer
 
 
 class QuantumFluxLM(CausalLM):
@@ -23,7 +23,7 @@ class QuantumFluxLM(CausalLM):
     Args:
         config: a `QuantumFluxConfig`.
 
-    Source: first seed, sections 1 and 5; second seed, "Key Components".
+    Source: the Flux document, sections 1 and 5; the QFNN document, "Key Components".
     """
 
     def __init__(self, config: QuantumFluxConfig) -> None:
@@ -36,30 +36,16 @@ class QuantumFluxLM(CausalLM):
         self.norm = nn.LayerNorm(config.hidden_dim)
         self.head = nn.Linear(config.hidden_dim, config.vocab_size)
 
-    def forward(self, input_ids: Tensor, labels: Tensor | None = None) -> LanguageModelOutput:
-        """Logits of the next token at every position, and the loss if there are labels.
-
-        Args:
-            input_ids: `(B, S)` integer token ids in [0, V), S >= 1.
-            labels: `(B, S)`, aligned with `input_ids` and usually the same tensor: the shift by
-                one token happens here, so that position i is scored against label i + 1. Labels
-                of -100 are ignored.
-
-        Raises:
-            TypeError, ValueError: wrong dtype, shape or (checked on the CPU) token ids.
-        """
-        logits = self.head(self.features(input_ids))
-        loss = None if labels is None else next_token_loss(logits, input_ids, labels)
-        return LanguageModelOutput(logits, loss)
-
-    def features(self, input_ids: Tensor) -> Tensor:
-        """What the head reads, `(B, S, H)`."""
-        check_ids("input_ids", input_ids, self.config.vocab_size)
-        states = self.embedding(input_ids)
-        hidden = self.projection(flatten_states(states))
-        if self.config.num_layers:
-            angle = self.rotation(input_ids.shape[-1])
+    def read(self, input_ids: Tensor, return_layers: bool = False) -> Reading:
+        """Run embedding and layers on checked token ids `(B, S)`."""
+        states = self.embedding(input_ids)  # (B, C, S, 2)
+        hidden = self.projection(flatten_states(states))  # (B, S, H)
+        layers = []
+        if len(self.layers):
+            angle = self.rotation(input_ids.shape[-1])  # (C, S)
             states = rotate(states, angle)
             for layer in self.layers:
-                states, hidden = layer(states, hidden, angle)
-        return self.norm(hidden)
+                states, hidden, record = layer(states, hidden, angle, return_layers)
+                if record is not None:
+                    layers.append(record)
+        return Reading(self.norm(hidden), tuple(layers))

@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
-from .base import CausalLM
-from .config import QuantumFluxConfig
-from .lm import QuantumFluxLM
-from .published import CylinderConfig, CylinderLM
-from .record import Record
+from qflux_kernels.checks import check_choice
 
-MODELS: dict[type[Record], type[CausalLM]] = {
+from .base import CausalLM
+from .config import ModelConfig, PublishedConfig, QuantumFluxConfig, read_json
+from .lm import QuantumFluxLM
+from .published import PublishedLM
+
+MODELS: dict[type[ModelConfig], type[CausalLM]] = {
     QuantumFluxConfig: QuantumFluxLM,
-    CylinderConfig: CylinderLM,
+    PublishedConfig: PublishedLM,
 }
 
-PRESETS: dict[str, tuple[type[Record], dict[str, Any]]] = {
-    # First seed, sections 1, 2 and 5; dt_scale, dt_max, radius and skip are its program's.
+PRESETS: dict[str, tuple[type[ModelConfig], dict[str, Any]]] = {
+    # The Flux document, sections 1, 2 and 5; dt_scale, dt_max, radius and skip are its program's.
     "flux": (
-        CylinderConfig,
+        PublishedConfig,
         {
             "embedding": "cardioid",
             "position": "phase",
@@ -39,10 +39,10 @@ PRESETS: dict[str, tuple[type[Record], dict[str, Any]]] = {
             "coherence_weight": 0.01,
         },
     ),
-    # Second seed, "Key Components". The text asks for mean reversion and gives no numbers: a tenth
-    # of the way a layer, to the middle of the bounds.
+    # The QFNN document, "Key Components". The text asks for mean reversion and gives no numbers: a
+    # tenth of the way a layer, to the middle of the bounds.
     "qfnn": (
-        CylinderConfig,
+        PublishedConfig,
         {
             "embedding": "annulus",
             "train_embedding": True,
@@ -68,11 +68,11 @@ PRESETS: dict[str, tuple[type[Record], dict[str, Any]]] = {
 }
 
 
-def make_config(preset: str, vocab_size: int, **changes: Any) -> Record:
+def make_config(preset: str, vocab_size: int, **changes: Any) -> ModelConfig:
     """The configuration of a preset.
 
-    "flux" is the network of the first seed and "qfnn" that of the second, both as their texts say
-    and causal, six layers of width 768 at a context of 1,024; "lm" is the one to use.
+    "flux" is the network of the Flux document and "qfnn" that of the QFNN document, both as their
+    texts say and causal, six layers of width 768 at a context of 1,024; "lm" is the one to use.
 
     Args:
         preset: "flux", "qfnn" or "lm".
@@ -80,11 +80,9 @@ def make_config(preset: str, vocab_size: int, **changes: Any) -> Record:
         changes: fields of the configuration that replace the preset's.
 
     Raises:
-        ValueError: no such preset, or one that has no such field (both named).
-        TypeError, ValueError: a bad value, named.
+        TypeError, ValueError: no such preset, one that has no such field, or a bad value; named.
     """
-    if preset not in PRESETS:
-        raise ValueError(f"preset must be one of {tuple(PRESETS)}, got {preset!r}")
+    check_choice("preset", preset, tuple(PRESETS))
     kind, values = PRESETS[preset]
     unknown = sorted(set(changes) - set(kind.__dataclass_fields__))
     if unknown:
@@ -95,7 +93,7 @@ def make_config(preset: str, vocab_size: int, **changes: Any) -> Record:
     return kind(vocab_size=vocab_size, **{**values, **changes})
 
 
-def make_model(config: Record) -> CausalLM:
+def make_model(config: ModelConfig) -> CausalLM:
     """A new model of that configuration.
 
     Raises:
@@ -107,19 +105,12 @@ def make_model(config: Record) -> CausalLM:
     return MODELS[type(config)](config)
 
 
-def config_from_json(text: str) -> Record:
-    """The inverse of `to_json` of any configuration.
+def config_from_json(text: str) -> ModelConfig:
+    """The inverse of `to_json` of any configuration; files with old names are read too.
 
     Raises:
-        ValueError: as `QuantumFluxConfig.from_json`, or an unknown architecture.
+        TypeError, ValueError: as `ModelConfig.from_json`, or an unknown architecture.
     """
-    try:
-        given = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"the configuration is not valid JSON: {error}") from None
     kinds = {kind.architecture: kind for kind in MODELS}
-    default = QuantumFluxConfig.architecture
-    name = given.get("architecture", default) if isinstance(given, dict) else default
-    if name not in kinds:
-        raise ValueError(f"architecture must be one of {tuple(kinds)}, got {name!r}")
-    return kinds[name].from_json(text)
+    name = read_json(text).get("architecture", QuantumFluxConfig.architecture)
+    return kinds[check_choice("architecture", name, tuple(kinds))].from_json(text)

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from qflux_kernels.checks import check_choice, check_integer
+
 from ..optional import require
 
 if TYPE_CHECKING:
@@ -99,10 +101,9 @@ class BpeVocabulary:
 
         Raises:
             ImportError: tokenizers is not installed; the message says how to install it.
-            ValueError: fewer tokens than bytes.
+            TypeError, ValueError: no integer, or fewer tokens than there are bytes.
         """
-        if size < 256:
-            raise ValueError(f"size must be >= 256, the number of bytes, got {size!r}")
+        check_integer("size", size, 256)
         library = _tokenizers()
         tokenizer = _byte_level(library, library.models.BPE())
         trainer = library.trainers.BpeTrainer(
@@ -186,10 +187,9 @@ def make_vocabulary(kind: str, text: str, size: int = DEFAULT_BPE_SIZE) -> Vocab
         size: tokens of "bpe", >= 256.
 
     Raises:
-        ValueError, ImportError: as the vocabularies; or no such kind.
+        TypeError, ValueError, ImportError: as the vocabularies; or no such kind.
     """
-    if kind not in VOCABULARIES:
-        raise ValueError(f"vocabulary must be one of {VOCABULARIES}, got {kind!r}")
+    check_choice("vocabulary", kind, VOCABULARIES)
     if kind == BpeVocabulary.kind:
         return BpeVocabulary.train(text, size)
     return ByteVocabulary() if kind == ByteVocabulary.kind else CharacterVocabulary(text)

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from ..models.base import CausalLM
+from ..models.config import ModelConfig
 from ..models.presets import config_from_json, make_model
-from ..models.record import Record
 from ..text.vocabulary import Vocabulary, vocabulary_from_json
 
 CONFIG_FILE = "config.json"
@@ -110,7 +110,7 @@ def load_state(folder: str | Path) -> dict[str, object]:
     return torch.load(path, map_location="cpu", weights_only=True)
 
 
-def check_same_model(state: dict[str, object], config: Record, vocabulary: Vocabulary) -> None:
+def check_same_model(state: dict[str, object], config: ModelConfig, vocabulary: Vocabulary) -> None:
     """Raise unless a training state is of this configuration and this vocabulary.
 
     Raises:

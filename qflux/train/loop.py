@@ -13,10 +13,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..models.base import CausalLM
+from ..models.config import ModelConfig
 from ..models.presets import make_model
-from ..models.record import Record
-from ..text.data import IGNORED_LABEL, TextSplit, TrainingWindows, evaluation_batches
+from ..text.data import TextSplit
 from ..text.vocabulary import Vocabulary
+from ..text.windows import IGNORED_LABEL, TrainingWindows, evaluation_batches
 from .checkpoint import (
     STATE_FILE,
     check_same_model,
@@ -50,7 +51,7 @@ class TrainingResult:
 
 
 def train(
-    config: Record, text: TextSplit, vocabulary: Vocabulary, options: TrainingOptions
+    config: ModelConfig, text: TextSplit, vocabulary: Vocabulary, options: TrainingOptions
 ) -> TrainingResult:
     """Train a new model on `text.train`, or resume one, and validate it on `text.validation`.
 

@@ -60,7 +60,7 @@ class Interval:
 
 def layer_metrics(layer: Any) -> dict[str, Tensor]:
     """What a layer did, as tensors without dimensions and without a graph."""
-    return {name: value.detach() for name, value in layer._asdict().items()}
+    return layer.metrics()
 
 
 def peak_memory(device: torch.device) -> float:

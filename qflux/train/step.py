@@ -71,11 +71,11 @@ class TrainStep:
         loss = 0.0
         for part in batch.chunk(self.options.accumulation):
             with self.autocast():
-                output = self.model(part, labels=part)
+                output = self.model(part, labels=part, return_layers=return_layers)
             mean = output.loss * (len(part) / len(batch))
             self.scaler.scale(mean).backward()
             loss = loss + mean.detach()
-        layers = getattr(output, "layers", ()) if return_layers else ()
+        layers = output.layers
         return StepResult(loss, self._move(), rate, layers)
 
     def _hebbian(self, batch: Tensor, rate: float, progress: float) -> StepResult:

@@ -10,7 +10,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
-from ..models.record import Record
+from ..models.config import ModelConfig
 from ..optional import require
 from .checkpoint import write_atomically
 from .options import TrackerName
@@ -57,7 +57,7 @@ def named_scalars(line: dict[str, Any]) -> dict[str, float]:
 class TensorBoardTracker:
     """Event files in `folder/tensorboard`; needs the package tensorboard."""
 
-    def __init__(self, folder: Path, config: Record) -> None:
+    def __init__(self, folder: Path, config: ModelConfig) -> None:
         require("tensorboard", "tracking with TensorBoard", extra="tensorboard")
         from torch.utils.tensorboard import SummaryWriter
 
@@ -81,7 +81,7 @@ class WandbTracker:
     (`WANDB_MODE=offline`) and the like come from wandb's environment variables.
     """
 
-    def __init__(self, folder: Path, config: Record) -> None:
+    def __init__(self, folder: Path, config: ModelConfig) -> None:
         wandb = require("wandb", "tracking with Weights & Biases", extra="wandb")
         file = folder / "wandb_id"
         if not file.exists():
@@ -111,7 +111,7 @@ CLASSES: dict[TrackerName, type[Tracker]] = {
 
 @contextmanager
 def open_trackers(
-    names: Sequence[TrackerName], folder: Path, config: Record
+    names: Sequence[TrackerName], folder: Path, config: ModelConfig
 ) -> Iterator[list[Tracker]]:
     """The trackers of these names for a run in `folder`, closed at the end.
 

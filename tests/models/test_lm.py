@@ -10,10 +10,10 @@ from torch.nn import functional as F
 
 import qflux
 from qflux import QuantumFluxConfig, QuantumFluxLM
-from qflux.inference.generate import sample
+from qflux.inference.sampling import sample
 from qflux.models.embedding import CylinderEmbedding, PhaseRotation, rotate
 from qflux.models.layers import EvolutionLayer, GatedMLP, GeometricAttention, StateEvolution
-from qflux_kernels import Radius, Threshold, reference
+from qflux_kernels import Evolution, Radius, Threshold, reference
 
 SMALL = {"vocab_size": 11, "num_layers": 2, "num_cylinders": 3, "hidden_dim": 12, "value_dim": 4}
 VARIANTS = {
@@ -150,7 +150,7 @@ def test_evolution_applies_time_step_and_dynamic_skip():
         reduction="mean",
     ).states
     skip = skip[:, None, None]
-    torch.testing.assert_close(evolution(states), skip * states + (1 - skip) * moved)
+    torch.testing.assert_close(evolution(states).states, skip * states + (1 - skip) * moved)
 
 
 LAYERS = [
@@ -169,14 +169,14 @@ def test_a_layer_sees_distances_between_positions_only(changes):
     layer, rotation = EvolutionLayer(config).double(), PhaseRotation(config).double()
     states, hidden = torch.randn(2, 3, 9, 2).double(), torch.randn(2, 9, 12).double()
     shift = torch.tensor([0.4, 1.0, 2.5])[:, None].double()
-    here_states, here_hidden = layer(states, hidden, rotation(9))
-    there_states, there_hidden = layer(rotate(states, shift), hidden, rotation(9) + shift)
+    here_states, here_hidden, _ = layer(states, hidden, rotation(9))
+    there_states, there_hidden, _ = layer(rotate(states, shift), hidden, rotation(9) + shift)
     torch.testing.assert_close(there_hidden, here_hidden)
     torch.testing.assert_close(there_states, rotate(here_states, shift))
 
 
 @pytest.mark.parametrize("shrinkage", ["hard", "soft"])
-def test_heard_values_are_averaged_over_what_was_kept(shrinkage):
+def test_gathered_values_are_averaged_over_what_was_kept(shrinkage):
     torch.manual_seed(0)
     config = QuantumFluxConfig(**SMALL, shrinkage=shrinkage)
     attention = GeometricAttention(config).double()
@@ -203,11 +203,11 @@ def test_heard_values_are_averaged_over_what_was_kept(shrinkage):
         tau = scores.mean() + sigma * (scores.var(correction=0) + 1e-6).sqrt()
         kept = scores >= tau
         weights = (scores - tau if shrinkage == "soft" else scores) * kept
-        heard = weights @ values[batch, : row + 1, cylinder] / max(1, int(kept.sum()))
-        rows[batch, row, cylinder] = heard + values[batch, row, cylinder]
+        gathered = weights @ values[batch, : row + 1, cylinder] / max(1, int(kept.sum()))
+        rows[batch, row, cylinder] = gathered + values[batch, row, cylinder]
     normal = F.layer_norm(rows.flatten(2), (12,), attention.norm.weight, attention.norm.bias)
     expected = attention.output(normal * gate * gate.sigmoid())
-    torch.testing.assert_close(attention(hidden, states, angle), expected)
+    torch.testing.assert_close(attention(hidden, states, angle)[0], expected)
 
 
 def test_mlp_gates_and_weighs_as_much_as_a_plain_one():
@@ -233,7 +233,7 @@ def test_states_evolve_only_if_asked_or_alone():
         model, still = make_model(**changes), make_model(**changes)
         ids = make_ids()
         for layer in still.layers:
-            layer.evolution.forward = lambda states: states
+            layer.evolution.forward = lambda states: Evolution(states, None, None)
         assert not torch.allclose(model(ids).logits, still(ids).logits)
 
 
@@ -286,7 +286,8 @@ def test_loss_shifts_labels_and_ignores_minus_100():
     labels = ids.clone()
     labels[0, :9] = -100
     labels[1, 4] = -100
-    logits, loss = model(ids, labels=labels)
+    output = model(ids, labels=labels)
+    logits, loss = output.logits, output.loss
     terms = [
         F.cross_entropy(logits[row, position], labels[row, position + 1])
         for row in range(2)

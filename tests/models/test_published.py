@@ -3,10 +3,12 @@
 import dataclasses
 import json
 import math
+import warnings
 
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from qflux import (
     PRESETS,
@@ -24,7 +26,7 @@ from qflux import (
 from qflux.models.presets import config_from_json
 from qflux.models.published import (
     AdaptiveBounds,
-    CylinderLayer,
+    PublishedLayer,
     Readout,
     TimeStep,
     TokenStates,
@@ -57,6 +59,12 @@ def config_of(preset, changes=()):
 def model_of(preset, changes=(), seed=0):
     torch.manual_seed(seed)
     return make_model(config_of(preset, changes))
+
+
+def states_of(model, ids):
+    """The states before the first layer and after each."""
+    records = model(ids, return_layers=True).layers
+    return [records[0].states_before, *(record.states_after for record in records)]
 
 
 def make_ids(batch=2, length=16, vocab_size=11):
@@ -113,11 +121,11 @@ def test_preset_errors_name_the_trouble():
         make_config("bert", 5)
     with pytest.raises(ValueError, match=r"'flux' has no value_dim.*num_layers"):
         make_config("flux", 5, value_dim=3)
-    with pytest.raises(TypeError, match=r"config must be .*CylinderConfig.* got dict"):
+    with pytest.raises(TypeError, match=r"config must be .*PublishedConfig.* got dict"):
         make_model({})
-    with pytest.raises(ValueError, match=r"architecture must be .*'cylinder'.* got 'bert'"):
+    with pytest.raises(ValueError, match=r"architecture must be .*'published'.* got 'bert'"):
         config_from_json('{"architecture": "bert", "vocab_size": 5}')
-    with pytest.raises(ValueError, match="architecture must be 'cylinder', got 'values'"):
+    with pytest.raises(ValueError, match="architecture must be 'published', got 'lm'"):
         CylinderConfig.from_json(QuantumFluxConfig(5).to_json())
 
 
@@ -198,11 +206,11 @@ def test_position_turns_the_phase():
     torch.testing.assert_close(spread[[0, 2]], torch.tensor([2 * math.pi / 16, 1.0]))
     torch.testing.assert_close(spread[1] / spread[0], spread[2] / spread[1])
     ids = torch.full((1, 16), 3)
-    first = model_of("flux")(ids).states[0][0, 0]
+    first = states_of(model_of("flux"), ids)[0][0, 0]
     angle = torch.atan2(first[:, 1], first[:, 0])
     turned = (angle - angle[0]) % (2 * math.pi)
     torch.testing.assert_close(turned, 2 * math.pi * torch.arange(16) / 16, atol=1e-5, rtol=0)
-    still = model_of("flux", {"position": "none"})(ids).states[0][0, 0]
+    still = states_of(model_of("flux", {"position": "none"}), ids)[0][0, 0]
     assert torch.equal(still, still[:1].expand(16, 2))
 
 
@@ -229,14 +237,14 @@ def test_time_step_is_drawn_in_training_and_the_mean_in_evaluation():
 @pytest.mark.parametrize("preset", ["flux", "qfnn"])
 @pytest.mark.parametrize("changes", [{}, {"radius_bounds": "learned"}, {"memory": True}])
 def test_layer_is_the_documents_step(preset, changes):
-    """The step of SPEC 4, whether the kernel or PyTorch applies radius and skip."""
+    """The evolution step, whether the kernel or PyTorch applies radius and skip."""
     config = config_of(preset, {**changes, "dt_scale": 0.03, "skip_center": 0.05})
     model = make_model(config).double().eval()
     layer, states = model.layers[0], torch.randn(2, 1, 16, 2).double()
     memory = None
     if config.memory:
         memory = ConnectionMemory.empty(states)
-    moved, metrics, _ = layer(states, memory)
+    moved, _, record = layer(states, memory, True)
     dt = layer.timestep(states).flatten()[0]
     if preset == "flux":
         assert dt.item() == pytest.approx(min(0.05, 0.03 * (5 + 7.5) / 5))
@@ -250,14 +258,15 @@ def test_layer_is_the_documents_step(preset, changes):
     )
     expected = reference.evolve(states, dt, score=score, radius=radius, skip=skip)
     torch.testing.assert_close(moved, expected.states)
-    torch.testing.assert_close(metrics.skip, skip)
+    torch.testing.assert_close(record.metrics()["skip"], skip)
     assert not model.head.bias.any()
-    torch.testing.assert_close(metrics.strength, expected.strength.mean())
+    torch.testing.assert_close(record.strength, expected.strength)
+    torch.testing.assert_close(record.metrics()["strength"], expected.strength.mean())
 
 
 def test_skip_of_the_first_document_is_centred_on_dt_scale():
     model = model_of("flux", {"timestep": "constant"})
-    assert model(make_ids()).layers[0].skip == 0.5
+    assert (model(make_ids(), return_layers=True).layers[0].skip == 0.5).all()
 
 
 def test_adaptive_bounds_start_at_the_fixed_ones_and_hold():
@@ -271,7 +280,7 @@ def test_adaptive_bounds_start_at_the_fixed_ones_and_hold():
         torch.nn.init.normal_(bounds.weight)
         low, high = bounds(states)
         assert (low > 0).all() and (high > low).all()
-        layer = CylinderLayer(config)
+        layer = PublishedLayer(config)
         layer.bounds.weight = bounds.weight
         radius = layer._move_radius(states, 3 * states, torch.zeros(2, 3, 16)).norm(dim=-1)
         assert (radius > low - 1e-5).all() and (radius < high + 1e-5).all()
@@ -302,7 +311,7 @@ def test_mean_reversion_pulls_radii_to_the_target():
     spread = {}
     for reversion in (0.0, 0.5):
         changes = {"radius_rate": 0.0, "radius_reversion": reversion, "dt_scale": 1e-6}
-        layer = CylinderLayer(config_of("qfnn", {**changes, "skip_center": 9.0}))
+        layer = PublishedLayer(config_of("qfnn", {**changes, "skip_center": 9.0}))
         radius = layer(states)[0].norm(dim=-1)
         spread[reversion] = (radius - 1.25).abs().mean()
     assert spread[0.5] < 0.6 * spread[0.0]
@@ -310,18 +319,25 @@ def test_mean_reversion_pulls_radii_to_the_target():
 
 def test_metrics_are_device_tensors_that_say_what_happened():
     model = model_of("qfnn", {"min_gate": 0.8}).eval()
-    output = model(make_ids())
-    assert len(output.layers) == 2 and len(output.states) == 3
-    for states, layer in zip(output.states[1:], output.layers, strict=True):
-        assert all(isinstance(value, torch.Tensor) and value.dim() == 0 for value in layer)
-        radius = states.norm(dim=-1)
-        torch.testing.assert_close(layer.radius_mean, radius.mean())
-        torch.testing.assert_close(layer.radius_std, radius.std(correction=0))
-        torch.testing.assert_close(layer.coherence, phase_coherence(states).mean())
+    assert model(make_ids()).layers == ()
+    records = model(make_ids(), return_layers=True).layers
+    assert len(records) == 2
+    assert records[1].states_before is records[0].states_after
+    for record in records:
+        metrics = record.metrics()
+        assert all(value.dim() == 0 and not value.requires_grad for value in metrics.values())
+        radius = record.states_after.norm(dim=-1)
+        torch.testing.assert_close(record.radius, radius)
+        torch.testing.assert_close(metrics["radius_mean"], radius.mean())
+        torch.testing.assert_close(metrics["radius_std"], radius.std(correction=0))
+        coherence = phase_coherence(record.states_after).mean()
+        torch.testing.assert_close(metrics["coherence"], coherence)
     score = model.layers[0].score
-    kept = evolve(output.states[0], 0.1, score=score).degree.sum() / (2 * 16 * 17 / 2)
+    degree = evolve(records[0].states_before, 0.1, score=score).degree
+    assert torch.equal(records[0].degree, degree)
+    kept = degree.sum() / (2 * 16 * 17 / 2)
     assert 0 < kept < 1
-    torch.testing.assert_close(output.layers[0].density, kept)
+    torch.testing.assert_close(records[0].metrics()["density"], kept)
 
 
 # --- readout and losses ---
@@ -340,13 +356,12 @@ def test_readout_is_projection_and_norm():
 def test_every_layer_is_read_with_its_own_projection():
     model, ids = model_of("flux").eval(), make_ids()
     output = model(ids)
-    expected = sum(
-        readout(states) for readout, states in zip(model.readouts, output.states[1:], strict=True)
-    )
+    after = states_of(model, ids)[1:]
+    expected = sum(readout(states) for readout, states in zip(model.readouts, after, strict=True))
     torch.testing.assert_close(model.features(ids), expected)
     torch.testing.assert_close(output.logits, model.head(expected))
     last = model_of("qfnn").eval()
-    torch.testing.assert_close(last.features(ids), last.readouts[0](last(ids).states[-1]))
+    torch.testing.assert_close(last.features(ids), last.readouts[0](states_of(last, ids)[-1]))
 
 
 @pytest.mark.parametrize(("preset", "changes"), VARIANTS.values(), ids=VARIANTS.keys())
@@ -382,8 +397,8 @@ def test_coherence_is_the_mean_cosine_over_pairs():
 
 def test_training_loss_has_the_coherence_term_and_evaluation_has_not():
     model, ids = model_of("qfnn", {"coherence_weight": 0.5}), make_ids()
-    output = model(ids, labels=ids)
-    extra = sum(0.5 * (1 - layer.coherence) for layer in output.layers)
+    output = model(ids, labels=ids, return_layers=True)
+    extra = sum(0.5 * (1 - layer.metrics()["coherence"]) for layer in output.layers)
     assert extra > 0.1
     torch.testing.assert_close(output.loss, output.cross_entropy + extra)
     logits = output.logits[:, :-1].flatten(0, 1)
@@ -400,11 +415,11 @@ def test_gradient_steps_on_the_coherence_term_align_phases():
     optimizer = torch.optim.Adam(model.parameters(), lr=0.05)
     values = []
     for _ in range(30):
-        output = model(ids, labels=ids)
+        output = model(ids, labels=ids, return_layers=True)
         optimizer.zero_grad()
         output.loss.backward()
         optimizer.step()
-        values.append(output.layers[-1].coherence.item())
+        values.append(output.layers[-1].metrics()["coherence"].item())
     assert values[-1] > values[0] + 0.2
 
 
@@ -417,23 +432,23 @@ def test_memory_changes_the_evolution_and_is_reset_for_every_sequence():
     )
     plain.eval(), remembering.eval()
     ids = make_ids()
-    first = remembering(ids).states
-    torch.testing.assert_close(first[1], plain(ids).states[1])  # nothing to remember yet
-    assert not torch.allclose(first[2], plain(ids).states[2])
+    first, without = states_of(remembering, ids), states_of(plain, ids)
+    torch.testing.assert_close(first[1], without[1])  # nothing to remember yet
+    assert not torch.allclose(first[2], without[2])
     remembering(ids.flip(1))
-    assert torch.equal(remembering(ids).states[2], first[2])
+    assert torch.equal(states_of(remembering, ids)[2], first[2])
 
 
 def test_memory_is_divided_like_the_interaction():
-    layer = CylinderLayer(config_of("flux", {"reduction": "mean", "radius_rate": 0.0}))
+    layer = PublishedLayer(config_of("flux", {"reduction": "mean", "radius_rate": 0.0}))
     layer = layer.double().eval()
     states = 0.5 * torch.randn(1, 1, 16, 2).double()
     memory = ConnectionMemory.empty(states).update(states, layer.score)
-    _, metrics, after = layer(states, memory)
+    _, after, record = layer(states, memory, True)
     count = torch.arange(1, 17)
     heard = interact(states, score=layer.score, reduction="mean").strength
     remembered = memory.context(states)[1] / count
-    torch.testing.assert_close(metrics.strength, (heard + remembered).mean())
+    torch.testing.assert_close(record.strength, heard + remembered)
     torch.testing.assert_close(after.values, memory.update(states, layer.score).values)
 
 
@@ -455,3 +470,66 @@ def test_bad_inputs_are_named():
         model_of("flux")(torch.tensor([[11]]))
     with pytest.raises(ValueError, match="labels"):
         model_of("flux")(make_ids(), labels=make_ids()[:, 1:])
+
+
+# --- files of before the families had names ---
+
+OLD = {
+    '{"architecture": "values", "vocab_size": 7, "weight": "score"}': ("lm", "hard"),
+    '{"architecture": "values", "vocab_size": 7, "weight": "excess"}': ("lm", "soft"),
+    '{"architecture": "cylinder", "vocab_size": 7}': ("published", None),
+}
+
+
+@pytest.mark.parametrize("text", OLD)
+def test_old_configurations_are_read(text):
+    architecture, shrinkage = OLD[text]
+    with warnings.catch_warnings(record=True):
+        warnings.simplefilter("always")
+        config = config_from_json(text)
+    assert config.architecture == architecture
+    assert getattr(config, "shrinkage", None) == shrinkage
+    assert json.loads(config.to_json())["architecture"] == architecture
+
+
+def test_old_names_are_told_once_a_process(run_python):
+    program = (
+        "import warnings\nfrom qflux.models.presets import config_from_json as read\n"
+        "with warnings.catch_warnings(record=True) as told:\n"
+        "    warnings.simplefilter('always')\n"
+        "    for _ in range(2):\n"
+        '        read(\'{"architecture": "values", "vocab_size": 7, "weight": "score"}\')\n'
+        "print(len(told), told[0].message)"
+    )
+    told = run_python(program).stdout
+    assert told.startswith("1 ") and "shrinkage" in told and "'lm'" in told
+
+
+def test_the_package_is_imported_without_torch(run_python):
+    assert run_python("import sys, qflux; print('torch' in sys.modules)").stdout == "False\n"
+    program = (
+        "import qflux.train.loop, qflux\nfrom qflux import train, generate\n"
+        "print(callable(train), callable(qflux.train), callable(qflux.generate))"
+    )
+    assert run_python(program).stdout == "True True True\n"
+
+
+@pytest.mark.parametrize("preset", ["flux", "lm"])
+def test_an_output_is_a_pytree_of_tensors(preset):
+    model, ids = make_model(make_config(preset, 11, context_length=16)).eval(), make_ids()
+    output = model(ids, labels=ids, return_layers=True)
+    leaves, spec = tree_flatten(output)
+    assert all(leaf is None or isinstance(leaf, torch.Tensor) for leaf in leaves)
+    again = tree_unflatten(leaves, spec)
+    assert type(again.layers[0]) is type(output.layers[0])
+    assert type(again.layers[0].score) is type(output.layers[0].score)
+    assert torch.equal(model(ids, labels=ids).logits, output.logits)
+
+
+def test_a_record_of_lm_is_what_the_kernels_say():
+    model, ids = make_model(make_config("lm", 11, context_length=16)).eval(), make_ids()
+    for record in model(ids, return_layers=True).layers:
+        again = interact(record.queries, record.keys, score=record.score)
+        assert torch.equal(again.degree, record.degree)
+        torch.testing.assert_close(again.strength, record.strength)
+        assert record.gathered.shape[:-1] == record.queries.shape[:-1]

@@ -13,7 +13,7 @@ from qflux import (
     CylinderConfig,
     QuantumFluxConfig,
     TrainingOptions,
-    cli,
+    commands,
     make_config,
 )
 from qflux.cli import main
@@ -140,7 +140,7 @@ def test_use_hebbian_chooses_the_rule_and_its_rate(tmp_path, run, monkeypatch):
         seen.append(options)
         raise ValueError("enough")
 
-    monkeypatch.setattr(cli, "train", stop)
+    monkeypatch.setattr(commands, "train", stop)
     base = ["train", "--output-dir", tmp_path]
     for more in ([], ["--use-hebbian"], ["--learning", "hybrid"]):
         run(*base, *more, "--hebbian_rate", "0.25", "--tracker", "wandb", "--precision", "bfloat16")
@@ -190,7 +190,9 @@ def test_datasets_and_vocabularies_from_files(tmp_path, run, monkeypatch):
 
 def test_pairs_are_counted_in_the_training_text_only(tmp_path, run, monkeypatch):
     seen = []
-    monkeypatch.setattr(cli, "make_vocabulary", lambda kind, text, size: seen.append(text) or 1 / 0)
+    monkeypatch.setattr(
+        commands, "make_vocabulary", lambda kind, text, size: seen.append(text) or 1 / 0
+    )
     for part, text in (("train", "ab"), ("validation", "xy")):
         (tmp_path / part).mkdir()
         (tmp_path / part / "a.txt").write_text(text)

@@ -18,8 +18,8 @@ from qflux import (
     train,
 )
 from qflux.cli import main
-from qflux.text.data import TrainingWindows
 from qflux.text.vocabulary import CharacterVocabulary
+from qflux.text.windows import TrainingWindows
 from qflux.train import loop as training_module
 from qflux.train import step as step_module
 from qflux.train.hebbian import largest_moment
@@ -180,7 +180,7 @@ def test_matrix_products_have_the_precision_and_states_stay_float32(precision):
     seen = []
     model.head.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
     evolution = model.layers[0].evolution
-    evolution.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+    evolution.register_forward_hook(lambda module, inputs, output: seen.append(output.states.dtype))
     losses = [step(BATCH, 0.0).loss for _ in range(40)]
     assert set(seen[:2]) == {torch.float32, getattr(torch, precision)}
     assert seen[0] == torch.float32 and losses[0].dtype == torch.float32
@@ -353,7 +353,7 @@ def test_patience_survives_a_resumption(tmp_path, monkeypatch):
 KILLED = """
 import os, signal, sys
 from qflux.cli import main
-from qflux.text.data import TrainingWindows
+from qflux.text.windows import TrainingWindows
 
 original = TrainingWindows.batch
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from qflux import QuantumFluxConfig, QuantumFluxLM, TextSplit, TrainingOptions, load_model, train
-from qflux.text.data import TrainingWindows
 from qflux.text.vocabulary import CharacterVocabulary
+from qflux.text.windows import TrainingWindows
 from qflux.train import checkpoint as checkpoint_module
 from qflux.train import loop as training_module
 from qflux.train.checkpoint import write_atomically
@@ -243,8 +243,8 @@ def test_a_non_finite_loss_stops_the_run_and_keeps_the_last_state(tmp_path, monk
     original = QuantumFluxLM.forward
     calls = iter(range(1000))
 
-    def forward(self, input_ids, labels=None):
-        output = original(self, input_ids, labels)
+    def forward(self, input_ids, labels=None, return_layers=False):
+        output = original(self, input_ids, labels, return_layers)
         poison = float("nan") if self.training and next(calls) == 6 else 1.0
         return output._replace(loss=output.loss * poison)
 
