@@ -180,7 +180,7 @@ def flags(
             aliases=aliases.get(field.name, ()) if aliases else (),
         )
         options[field.name] = Required[option] if required else option
-    return _group(kind.__name__, kind.__doc__.split("\n")[0], options)
+    return _group(kind.__name__, (kind.__doc__ or "").split("\n")[0], options)
 
 
 def network_flags() -> Any:

@@ -105,7 +105,7 @@ def interact(
         return None if points is None else points.reshape(flat + points.shape[-2:])
 
     context, strength, degree = autograd.interact(
-        flatten(args.states),
+        args.states.reshape(*flat, rows, 2),
         flatten(args.keys),
         flatten(args.values),
         *_score_coefficients(args.score, flat),

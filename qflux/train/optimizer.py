@@ -37,8 +37,9 @@ def make_optimizer(
         {"params": decayed, "weight_decay": options.weight_decay},
         {"params": rest, "weight_decay": 0.0},
     ]
+    first, second = options.betas
     return torch.optim.AdamW(
-        groups, lr=options.learning_rate, betas=tuple(options.betas), eps=options.eps
+        groups, lr=options.learning_rate, betas=(first, second), eps=options.eps
     )
 
 

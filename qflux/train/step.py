@@ -75,8 +75,7 @@ class TrainStep:
             mean = output.loss * (len(part) / len(batch))
             self.scaler.scale(mean).backward()
             loss = loss + mean.detach()
-        layers = output.layers
-        return StepResult(loss, self._move(), rate, layers)
+        return StepResult(loss, self._move(), rate, output.layers)
 
     def _hebbian(self, batch: Tensor, rate: float, progress: float) -> StepResult:
         options, model = self.options, self.model
