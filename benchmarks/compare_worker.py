@@ -186,7 +186,10 @@ def training_step(model: Callable[[], torch.nn.Module], batch: int, length: int)
             lambda: attribute("qflux.train.step", "Learner"),
             lambda: attribute("qflux.learner", "Learner"),
         )
-        step = kind(made, attribute("qflux", "TrainingOptions")(output_dir="unused"), scale.device)
+        made_step = kind(
+            made, attribute("qflux", "TrainingOptions")(output_dir="unused"), scale.device
+        )
+        step = getattr(made_step, "step", made_step)  # a method before the step was a call
         size, tokens = scale.shape(batch, length=length)
         generator = torch.Generator().manual_seed(0)
         ids = torch.randint(VOCABULARY, (size, tokens), generator=generator).to(scale.device)
@@ -194,7 +197,7 @@ def training_step(model: Callable[[], torch.nn.Module], batch: int, length: int)
         def once() -> dict[str, float]:
             synchronize(scale.device)
             start = time.perf_counter()
-            step.step(ids, 0.5)
+            step(ids, 0.5)
             synchronize(scale.device)
             return {"step": time.perf_counter() - start}
 
