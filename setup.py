@@ -5,8 +5,8 @@ TORCH_CUDA_ARCH_LIST overrides the architectures ("8.0;9.0+PTX"); CUDA_HOME name
 MAX_JOBS bounds the compile jobs. ninja and ccache are used where they are found.
 
 Compiled units stay in build/object-PLATFORM, so that with ninja every later build of the same tree,
-editable or wheel, for any Python, compiles only what has changed. Beside each CUDA unit lies a
-report of its registers, stack and spills.
+editable or wheel, for any Python, compiles only what has changed; --force compiles all. Beside each
+CUDA unit lies a report of its registers, stack and spills.
 """
 
 from __future__ import annotations
@@ -100,6 +100,8 @@ class BuildObject(build_ext):
         nvcc = find_nvcc()
         # Not under build_temp, which an editable installation deletes.
         build = ROOT / "build" / f"object-{sysconfig.get_platform()}"
+        if self.force and build.exists():
+            shutil.rmtree(build)
         build.mkdir(parents=True, exist_ok=True)
         target = Path(self.get_ext_fullpath(extension.name)).resolve()
         target.parent.mkdir(parents=True, exist_ok=True)

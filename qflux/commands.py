@@ -30,7 +30,7 @@ from .text.vocabulary import (
 )
 from .train.checkpoint import load_model
 from .train.loop import NonFiniteLossError, train
-from .train.options import TRACKERS, TrainingOptions
+from .train.options import TrackerName, TrainingOptions
 
 USER_ERRORS = (ValueError, OSError, ImportError, BackendUnavailableError, NonFiniteLossError)
 
@@ -128,9 +128,7 @@ def documentation(kind: type) -> dict[str, str]:
     return found
 
 
-def flag(
-    annotation: Any, text: str, shown: str, *, name: str | None, aliases: Sequence[str]
-) -> Any:
+def flag(annotation: Any, text: str, shown: str, aliases: Sequence[str] = ()) -> Any:
     """A field's type as tyro reads it, with its help.
 
     An option that is not given is None in Python and absent here, so None is no value to type; a
@@ -139,7 +137,7 @@ def flag(
     if get_origin(annotation) in (Union, UnionType):
         kinds = [kind for kind in get_args(annotation) if kind not in (NoneType, Path)]
         annotation = Union[tuple(kinds)]  # noqa: UP007 (made at run time)
-    argument = conf.arg(help=text, help_behavior_hint=shown, name=name, aliases=list(aliases))
+    argument = conf.arg(help=text, help_behavior_hint=shown, aliases=list(aliases))
     return Annotated[annotation, argument]
 
 
@@ -147,7 +145,6 @@ def flags(
     kind: type,
     *,
     without: Sequence[str] = (),
-    names: Mapping[str, str] | None = None,
     aliases: Mapping[str, Sequence[str]] | None = None,
     choices: Mapping[str, Sequence[str]] | None = None,
 ) -> Any:
@@ -159,7 +156,6 @@ def flags(
     Args:
         kind: the dataclass.
         without: fields that have no option.
-        names: other names of options, by field.
         aliases: further spellings, by field.
         choices: what a field may be, where its annotation does not say.
     """
@@ -176,8 +172,7 @@ def flags(
             annotation,
             texts[field.name],
             "(required)" if required else f"(default: {_shown(field.default)})",
-            name=names.get(field.name) if names else None,
-            aliases=aliases.get(field.name, ()) if aliases else (),
+            aliases.get(field.name, ()) if aliases else (),
         )
         options[field.name] = Required[option] if required else option
     return _group(kind.__name__, (kind.__doc__ or "").split("\n")[0], options)
@@ -205,9 +200,7 @@ def network_flags() -> Any:
             owners = "; ".join(f"{', '.join(names)}: {value}" for value, names in values.items())
             everywhere = [value for value, names in values.items() if len(names) == len(presets)]
             shown = f"(default: {everywhere[0] if everywhere else owners})"
-            options[field.name] = flag(
-                hints[field.name], texts[field.name], shown, name=None, aliases=()
-            )
+            options[field.name] = flag(hints[field.name], texts[field.name], shown)
     return _group("Network", "Replace values of the preset.", options)
 
 
@@ -243,7 +236,7 @@ class Train:
     network: Annotated[dict[str, Any], conf.arg(constructor=NETWORK_FLAGS)]
     # Here, since an option that may be repeated needs a default to add to.
     tracker: Annotated[
-        tuple[Literal[TRACKERS], ...],  # type: ignore[valid-type]
+        tuple[TrackerName, ...],
         conf.UseAppendAction,
         conf.arg(
             help=documentation(TrainingOptions)["trackers"], help_behavior_hint="(may be repeated)"

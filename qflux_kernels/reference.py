@@ -127,11 +127,25 @@ def interact(
     return Interaction(context.to(args.result_dtype), strength.to(args.result_dtype), degree)
 
 
-def _move_radius(moved: torch.Tensor, strength: torch.Tensor, radius: Radius) -> torch.Tensor:
-    """The moved states with their radii set by the radius rule."""
+def move_radius(
+    moved: torch.Tensor,
+    strength: torch.Tensor,
+    radius: Radius,
+    bounds: tuple[torch.Tensor, torch.Tensor] | None = None,
+) -> torch.Tensor:
+    """The moved states with their radii set by the radius rule.
+
+    `bounds`, the smallest and the largest radius, broadcast to those of the states and stand in for
+    the rule's own; they get gradients.
+    """
     norm = torch.linalg.vector_norm(moved, dim=-1).clamp(min=MIN_RADIUS)
     target = norm + radius.rate * strength - radius.reversion * (norm - radius.target)
-    return moved * (target.clamp(radius.min, radius.max) / norm)[..., None]
+    if bounds is None:
+        target = target.clamp(radius.min, radius.max)
+    else:
+        low, high = bounds
+        target = torch.minimum(torch.maximum(target, low), high)
+    return moved * (target / norm)[..., None]
 
 
 def evolve(
@@ -182,7 +196,7 @@ def evolve(
         k2 = step_dt * stage(x + k1).context
         moved = x + (k1 + k2) / 2
         if args.radius is not None:
-            moved = _move_radius(moved, first.strength, args.radius)
+            moved = move_radius(moved, first.strength, args.radius)
         if skip is not None:
             moved = step_skip * x + (1 - step_skip) * moved
         x = moved if present is None else torch.where(present, moved, x)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..inference.generate import evaluating
 from ..models.base import CausalLM
 from ..models.output import LayerRecord
 
@@ -27,9 +28,5 @@ def record_layers(model: CausalLM, input_ids: Tensor) -> tuple[LayerRecord, ...]
     Raises:
         TypeError, ValueError: as the model's `forward`.
     """
-    was_training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         return model(input_ids, return_layers=True).layers
-    finally:
-        model.train(was_training)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
@@ -22,17 +24,32 @@ class _HasContext(Protocol):
     def context_length(self) -> int: ...
 
 
-class LanguageModel(Protocol):
-    """What generation needs of a model: logits `(B, S, V)` of ids `(B, S)`, a context, a mode."""
+class HasMode(Protocol):
+    """What is in training or in evaluation mode, as a module is."""
 
     training: bool
+
+    def train(self, mode: bool = True) -> Any: ...
+
+
+class LanguageModel(HasMode, Protocol):
+    """What generation needs of a model: logits `(B, S, V)` of ids `(B, S)`, a context, a mode."""
 
     @property
     def config(self) -> _HasContext: ...
 
     def __call__(self, input_ids: Tensor, /) -> _HasLogits: ...
 
-    def train(self, mode: bool = True) -> Any: ...
+
+@contextmanager
+def evaluating(model: HasMode) -> Iterator[None]:
+    """Meanwhile the model is in evaluation mode."""
+    was_training = model.training
+    model.train(False)
+    try:
+        yield
+    finally:
+        model.train(was_training)
 
 
 @torch.no_grad()
@@ -65,16 +82,12 @@ def generate(
     """
     check_integer("max_new_tokens", max_new_tokens, 0)
     check_sampling(temperature, top_k, top_p)
-    was_training = model.training
-    model.train(False)
-    try:
-        ids = input_ids
+    ids = input_ids
+    with evaluating(model):
         for _ in range(max_new_tokens):
             logits = model(ids[:, -model.config.context_length :]).logits[:, -1]
             token = sample(
                 logits, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator
             )
             ids = torch.cat((ids, token.to(ids.dtype)), 1)
-    finally:
-        model.train(was_training)
     return ids

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import NamedTuple
 
 import torch
@@ -26,7 +27,7 @@ class Reading(NamedTuple):
     penalties: tuple[Tensor, ...] = ()
 
 
-class CausalLM(nn.Module):
+class CausalLM(nn.Module, ABC):
     """A model whose logits at a position depend on the tokens up to that position only.
 
     Subclasses have a `head`, the linear map from features to logits, `layers`, and `read`.
@@ -39,9 +40,9 @@ class CausalLM(nn.Module):
         super().__init__()
         self.config = config
 
+    @abstractmethod
     def read(self, input_ids: Tensor, return_layers: bool = False) -> Reading:
         """Run embedding and layers on checked token ids `(B, S)`."""
-        raise NotImplementedError
 
     def forward(
         self, input_ids: Tensor, labels: Tensor | None = None, return_layers: bool = False

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from qflux_kernels import evolve, interact, project_norm
-from qflux_kernels.reference import MIN_RADIUS
+from qflux_kernels.reference import move_radius
 
 from .base import CausalLM, Reading
 from .config import SCORES, PublishedConfig, radius_of, score_options
@@ -237,15 +237,8 @@ class PublishedLayer(nn.Module):
 
     def _move_radius(self, states: Tensor, moved: Tensor, strength: Tensor) -> Tensor:
         """The radius rule of `qflux_kernels.Radius`, with bounds that have gradients."""
-        rule = self.radius
-        radius = torch.linalg.vector_norm(moved, dim=-1).clamp(min=MIN_RADIUS)
-        target = radius + rule.rate * strength - rule.reversion * (radius - rule.target)
-        if self.bounds is None:
-            target = target.clamp(rule.min, rule.max)
-        else:
-            low, high = self.bounds(states)
-            target = torch.minimum(torch.maximum(target, low), high)
-        return moved * (target / radius)[..., None]
+        bounds = None if self.bounds is None else self.bounds(states)
+        return move_radius(moved, strength, self.radius, bounds)
 
 
 class Readout(nn.Module):

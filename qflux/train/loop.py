@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from ..inference.generate import evaluating
 from ..models.base import CausalLM
 from ..models.config import ModelConfig
 from ..models.presets import make_model
@@ -206,14 +207,12 @@ def evaluate(model: CausalLM, works: list[Tensor], batch_size: int = 12) -> floa
     evaluation mode meanwhile.
     """
     device = next(model.parameters()).device
-    was_training = model.training
-    model.eval()
     total, count = torch.zeros((), dtype=torch.float64, device=device), 0
-    for ids, labels in evaluation_batches(works, model.config.context_length, batch_size):
-        scored = int((labels[:, 1:] != IGNORED_LABEL).sum())
-        total += model(ids.to(device), labels=labels.to(device)).loss * scored
-        count += scored
-    model.train(was_training)
+    with evaluating(model):
+        for ids, labels in evaluation_batches(works, model.config.context_length, batch_size):
+            scored = int((labels[:, 1:] != IGNORED_LABEL).sum())
+            total += model(ids.to(device), labels=labels.to(device)).loss * scored
+            count += scored
     return total.item() / count
 
 

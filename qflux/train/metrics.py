@@ -7,7 +7,7 @@ import math
 import sys
 import time
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -45,7 +45,7 @@ class Interval:
 
     def fetch(self, last: StepResult) -> IntervalNumbers:
         """The numbers of the interval, in the one transfer for which the host waits."""
-        table = [layer_metrics(layer) for layer in last.layers]
+        table = [layer.metrics() for layer in last.layers]
         names = list(table[0]) if table else []
         values = [metrics[name] for metrics in table for name in names]
         *numbers, norm = torch.stack([*values, *self.losses, last.norm]).tolist()
@@ -56,11 +56,6 @@ class Interval:
     def tokens_per_second(self, now: float) -> float:
         """The speed since the beginning of the interval."""
         return self.tokens / (now - self.start)
-
-
-def layer_metrics(layer: Any) -> dict[str, Tensor]:
-    """What a layer did, as tensors without dimensions and without a graph."""
-    return layer.metrics()
 
 
 def peak_memory(device: torch.device) -> float:

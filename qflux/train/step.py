@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..models.base import CausalLM
+from ..models.output import LayerRecord
 from .hebbian import apply_update, delta_rule, largest_moment
 from .optimizer import make_autocast, make_optimizer, make_scaler
 from .options import TrainingOptions
@@ -27,7 +28,7 @@ class StepResult(NamedTuple):
     loss: Tensor
     norm: Tensor
     rate: float
-    layers: tuple[Any, ...]
+    layers: tuple[LayerRecord, ...]
 
 
 class TrainStep:

@@ -23,6 +23,7 @@ from qflux import (
     phase_coherence,
     save_model,
 )
+from qflux.analysis.record import record_layers
 from qflux.models.presets import config_from_json
 from qflux.models.published import (
     AdaptiveBounds,
@@ -533,3 +534,15 @@ def test_a_record_of_lm_is_what_the_kernels_say():
         assert torch.equal(again.degree, record.degree)
         torch.testing.assert_close(again.strength, record.strength)
         assert record.gathered.shape[:-1] == record.queries.shape[:-1]
+
+
+def test_layers_are_recorded_in_evaluation_and_the_mode_comes_back():
+    model, ids = make_model(make_config("lm", 11, context_length=16, dropout=0.5)), make_ids()
+    records = record_layers(model, ids)
+    assert model.training
+    expected = model.eval()(ids, return_layers=True).layers
+    for record, other in zip(records, expected, strict=True):
+        assert torch.equal(record.strength, other.strength) and not record.strength.requires_grad
+    with pytest.raises(ValueError, match="input_ids must lie in"):
+        record_layers(model.train(), ids + 11)
+    assert model.training

@@ -244,6 +244,7 @@ def test_a_second_build_compiles_only_what_changed(source_tree, tmp_path):
         assert compiled("build_ext", "--build-temp", str(tmp_path / "3"), "--inplace") == [
             "library.cpp"
         ]
+        assert sorted(compiled("build_ext", "--inplace", "--force")) == sorted(first)
     finally:
         shutil.rmtree(source_tree / "build")
         (source_tree / "qflux_kernels" / "_C.abi3.so").unlink()

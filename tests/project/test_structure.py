@@ -26,7 +26,7 @@ LAYERS = (
     # It samples from any model that has logits, and the models' method calls it.
     {"qflux.inference"},
     {"qflux.text"},
-    {"qflux.optional", "qflux.checks"},
+    {"qflux.optional"},
     {"qflux_kernels"},
 )
 INCLUDE = re.compile(r'^\s*#\s*include\s*"([^"]+)"', re.MULTILINE)
