@@ -1,27 +1,30 @@
 // The Heun-Euler step as a sequence of interactions and per-token rules, for any device.
 //
-// A `Device` offers interact(InteractParams), interact_backward(InteractBackwardParams) and
-// for_each_token(batch, rows, functor), all in order on one thread pool or stream.
+// A `Device` offers interact(InteractParams), interact_backward(InteractBackwardParams),
+// threshold_backward(ThresholdBackwardParams) and for_each_token(PairParams, functor), all in order
+// on one thread pool or stream.
 #pragma once
 
 #include "params.h"
 
 namespace qflux {
 
-// Scratch of the backward: gradients at x, at x + k1, of the two contexts and of the strength.
+// Scratch of the backward: gradients at x, at x + k1, of the two contexts, of the strength and of
+// the threshold at hand.
 enum ScratchPlane : int64_t {
   kGradState = 0,
   kGradMiddle = 2,
   kGradContext = 4,
   kGradMiddleContext = 6,
   kGradStrength = 8,
-  kScratchPlanes = 9,
+  kGradThreshold = 9,
+  kScratchPlanes = 10,
 };
 
 template <class T>
 struct CopyToTape {
   EvolveParams<T> p;
-  QFLUX_INLINE void operator()(int64_t b, int64_t i) const {
+  QFLUX_INLINE void operator()(BatchIndex b, int64_t i) const {
     store_point(p.plane(0, kTapeState), b, i, load_point(p.pair.states, b, i));
   }
 };
@@ -30,7 +33,7 @@ template <class T>
 struct EndOfFirstStage {
   EvolveParams<T> p;
   int64_t step;
-  QFLUX_INLINE void operator()(int64_t b, int64_t i) const {
+  QFLUX_INLINE void operator()(BatchIndex b, int64_t i) const {
     const auto x = load_point(as_const(p.plane(step, kTapeState)), b, i);
     const auto context = load_point(as_const(p.plane(step, kTapeContext)), b, i);
     store_point(p.plane(step, kTapeMiddle), b, i, advance(x, p.dt.at(step, b, i), context));
@@ -39,7 +42,7 @@ struct EndOfFirstStage {
 
 // x + (k1 + k2) / 2, recomputed alike in both directions.
 template <class T>
-QFLUX_INLINE Point<T> end_of_heun(const EvolveParams<T>& p, int64_t step, int64_t b, int64_t i) {
+QFLUX_INLINE Point<T> end_of_heun(const EvolveParams<T>& p, int64_t step, BatchIndex b, int64_t i) {
   const auto x = load_point(as_const(p.plane(step, kTapeState)), b, i);
   const auto c1 = load_point(as_const(p.plane(step, kTapeContext)), b, i);
   const auto c2 = load_point(as_const(p.plane(step, kTapeMiddleContext)), b, i);
@@ -50,7 +53,7 @@ template <class T>
 struct EndOfStep {
   EvolveParams<T> p;
   int64_t step;
-  QFLUX_INLINE void operator()(int64_t b, int64_t i) const {
+  QFLUX_INLINE void operator()(BatchIndex b, int64_t i) const {
     const auto x = load_point(as_const(p.plane(step, kTapeState)), b, i);
     auto result = x;
     if (i < p.pair.visibility(b).row_end) {
@@ -81,13 +84,12 @@ QFLUX_INLINE InteractParams<T> stage_params(const EvolveParams<T>& p, int64_t st
 
 template <class T, class Device>
 void evolve_forward(Device& device, const EvolveParams<T>& p) {
-  const int64_t batch = p.pair.batch, rows = p.pair.rows;
-  device.for_each_token(batch, rows, CopyToTape<T>{p});
+  device.for_each_token(p.pair, CopyToTape<T>{p});
   for (int64_t step = 0; step < p.steps; ++step) {
     device.interact(stage_params(p, step, false));
-    device.for_each_token(batch, rows, EndOfFirstStage<T>{p, step});
+    device.for_each_token(p.pair, EndOfFirstStage<T>{p, step});
     device.interact(stage_params(p, step, true));
-    device.for_each_token(batch, rows, EndOfStep<T>{p, step});
+    device.for_each_token(p.pair, EndOfStep<T>{p, step});
   }
 }
 
@@ -95,11 +97,7 @@ template <class T>
 struct StepGradients {
   EvolveBackwardParams<T> p;
 
-  QFLUX_INLINE View<T> plane(int64_t which) const {
-    const auto& pair = p.forward.pair;
-    const int64_t size = pair.batch * pair.rows;
-    return {p.scratch + which * size, pair.rows, 1, size};
-  }
+  QFLUX_INLINE View<T> plane(int64_t which) const { return p.forward.pair.plane(p.scratch, which); }
 };
 
 // Pulls the gradient of a step's result back to x', the contexts and the strength.
@@ -107,7 +105,7 @@ template <class T>
 struct EndOfStepVjp {
   StepGradients<T> g;
   int64_t step;
-  QFLUX_INLINE void operator()(int64_t b, int64_t i) const {
+  QFLUX_INLINE void operator()(BatchIndex b, int64_t i) const {
     const auto& p = g.p.forward;
     const bool last = step + 1 == p.steps;
     const auto grad =
@@ -133,7 +131,7 @@ struct EndOfStepVjp {
     // Half of x' is k1 itself; the other half arrives through x + k1 in the next rule.
     store_point(g.plane(kGradContext), b, i, {grad_moved.x / 2, grad_moved.y / 2});
     g.plane(kGradStrength).at(b, i) = grad_strength;
-    if (g.p.grad_skip) g.p.grad_skip[step * p.skip.step + b * p.skip.batch + i] += grad_skip;
+    if (g.p.grad_skip) g.p.token_grad(g.p.grad_skip, p.skip, step, b, i) += grad_skip;
   }
 };
 
@@ -141,7 +139,7 @@ template <class T>
 struct EndOfFirstStageVjp {
   StepGradients<T> g;
   int64_t step;
-  QFLUX_INLINE void operator()(int64_t b, int64_t i) const {
+  QFLUX_INLINE void operator()(BatchIndex b, int64_t i) const {
     const auto& p = g.p.forward;
     const auto grad_middle = load_point(as_const(g.plane(kGradMiddle)), b, i);
     const auto half = load_point(as_const(g.plane(kGradContext)), b, i);
@@ -150,7 +148,7 @@ struct EndOfFirstStageVjp {
     if (g.p.grad_dt) {
       const auto c1 = load_point(as_const(p.plane(step, kTapeContext)), b, i);
       const auto c2 = load_point(as_const(p.plane(step, kTapeMiddleContext)), b, i);
-      g.p.grad_dt[step * p.dt.step + b * p.dt.batch + i] +=
+      g.p.token_grad(g.p.grad_dt, p.dt, step, b, i) +=
           grad_k1.x * c1.x + grad_k1.y * c1.y + half.x * c2.x + half.y * c2.y;
     }
     const T dt = p.dt.at(step, b, i);
@@ -162,7 +160,7 @@ struct EndOfFirstStageVjp {
 template <class T>
 struct CopyGradient {
   StepGradients<T> g;
-  QFLUX_INLINE void operator()(int64_t b, int64_t i) const {
+  QFLUX_INLINE void operator()(BatchIndex b, int64_t i) const {
     store_point(g.p.grad_states, b, i, load_point(as_const(g.plane(kGradState)), b, i));
   }
 };
@@ -179,25 +177,47 @@ QFLUX_INLINE InteractBackwardParams<T> stage_backward_params(const StepGradients
   if (!middle) backward.grad_strength = as_const(g.plane(kGradStrength));
   backward.grad_states = g.plane(middle ? kGradMiddle : kGradState);
   backward.grad_keys = backward.grad_states;
-  backward.grad_alpha = g.p.grad_alpha;
+  backward.grad_coefficient = g.p.grad_coefficient;
   backward.accumulate = !middle;
   backward.keys_are_states = true;
   return backward;
 }
 
-// grad_dt, grad_skip and grad_alpha are zero on entry: steps that share a number add up.
+// What follows stage_backward_params where the limit has a gradient: its way through tau.
+template <class T>
+QFLUX_INLINE ThresholdBackwardParams<T> stage_threshold_params(const StepGradients<T>& g,
+                                                               int64_t step, bool middle) {
+  ThresholdBackwardParams<T> backward{};
+  backward.pair = stage_params(g.p.forward, step, middle).pair;
+  backward.grad_threshold = as_const(g.plane(kGradThreshold));
+  backward.grad_states = g.plane(middle ? kGradMiddle : kGradState);
+  backward.grad_keys = backward.grad_states;
+  backward.grad_coefficient = g.p.grad_coefficient;
+  backward.window_grads = g.p.window_grads;
+  return backward;
+}
+
+template <class T, class Device>
+void stage_backward(Device& device, const StepGradients<T>& g, int64_t step, bool middle) {
+  auto params = stage_backward_params(g, step, middle);
+  const bool limit_vjp = has_limit_vjp(params.pair.score);
+  if (limit_vjp) params.grad_threshold = g.plane(kGradThreshold);
+  device.interact_backward(params);
+  if (limit_vjp) device.threshold_backward(stage_threshold_params(g, step, middle));
+}
+
+// grad_dt, grad_skip and grad_coefficient are zero on entry: steps that share a number add up.
 template <class T, class Device>
 void evolve_backward(Device& device, const EvolveBackwardParams<T>& p) {
   const StepGradients<T> g{p};
-  const int64_t batch = p.forward.pair.batch, rows = p.forward.pair.rows;
-
+  const PairParams<T>& pair = p.forward.pair;
   for (int64_t step = p.forward.steps - 1; step >= 0; --step) {
-    device.for_each_token(batch, rows, EndOfStepVjp<T>{g, step});
-    device.interact_backward(stage_backward_params(g, step, true));
-    device.for_each_token(batch, rows, EndOfFirstStageVjp<T>{g, step});
-    device.interact_backward(stage_backward_params(g, step, false));
+    device.for_each_token(pair, EndOfStepVjp<T>{g, step});
+    stage_backward(device, g, step, true);
+    device.for_each_token(pair, EndOfFirstStageVjp<T>{g, step});
+    stage_backward(device, g, step, false);
   }
-  device.for_each_token(batch, rows, CopyGradient<T>{g});
+  device.for_each_token(pair, CopyGradient<T>{g});
 }
 
 }  // namespace qflux

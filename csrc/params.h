@@ -3,37 +3,56 @@
 
 #include <cstdint>
 
+#include "math/score.h"
 #include "math/step.h"
+#include "math/visibility.h"
 
 namespace qflux {
 
-enum class Score : int64_t { kThreshold = 0, kInverseGate = 1, kExcess = 2 };
-QFLUX_INLINE bool has_threshold(Score score) { return score != Score::kInverseGate; }
-
-// How the pairs of the threshold score are met: as measured to be faster, one by one, or by sweep.
+// How the pairs of an affine score are met: as measured to be faster, one by one, or by sweep. In
+// the order of `ALGORITHMS` in qflux_kernels/options.py.
 enum class Algorithm : int64_t { kAuto = 0, kDense = 1, kSweep = 2 };
+constexpr const char* kAlgorithmNames = "auto,dense,sweep";
+constexpr int64_t kAlgorithms = 3;
+
+// A sequence of a batch: any number of batch dimensions arrive as two.
+struct BatchIndex {
+  int64_t outer, inner;
+};
 
 // A tensor [batch][token][component] of any layout. Offsets are 64-bit throughout.
 template <class T>
 struct View {
   T* data = nullptr;
-  int64_t batch = 0, token = 0, component = 0;  // strides in elements
+  int64_t outer = 0, inner = 0, token = 0, component = 0;  // strides in elements
 
-  QFLUX_INLINE T& at(int64_t b, int64_t i, int64_t c = 0) const {
-    return data[b * batch + i * token + c * component];
+  QFLUX_INLINE T* sequence(BatchIndex b) const { return data + b.outer * outer + b.inner * inner; }
+  QFLUX_INLINE T& at(BatchIndex b, int64_t i, int64_t c = 0) const {
+    return sequence(b)[i * token + c * component];
   }
   QFLUX_INLINE explicit operator bool() const { return data != nullptr; }
 };
 
 template <class T>
-QFLUX_INLINE Point<T> load_point(const View<const T>& view, int64_t b, int64_t i) {
+QFLUX_INLINE View<const T> as_const(const View<T>& view) {
+  return {view.data, view.outer, view.inner, view.token, view.component};
+}
+
+template <class T>
+QFLUX_INLINE Point<T> load_point(const View<const T>& view, BatchIndex b, int64_t i) {
   return {view.at(b, i, 0), view.at(b, i, 1)};
 }
 
 template <class T>
-QFLUX_INLINE void store_point(const View<T>& view, int64_t b, int64_t i, Point<T> p) {
+QFLUX_INLINE void store_point(const View<T>& view, BatchIndex b, int64_t i, Point<T> p) {
   view.at(b, i, 0) = p.x;
   view.at(b, i, 1) = p.y;
+}
+
+template <class T>
+QFLUX_INLINE void add_point(const View<T>& view, BatchIndex b, int64_t i, Point<T> p) {
+  view.at(b, i, 0) += p.x;
+  view.at(b, i, 1) += p.y;
 }
 
 // One number for all sequences, or one for each.
@@ -41,42 +60,43 @@ template <class T>
 struct PerSequence {
   const T* data = nullptr;  // [batch]
   T value = 0;
+  int64_t outer = 0, inner = 0;  // strides
 
-  QFLUX_INLINE T operator[](int64_t b) const { return data ? data[b] : value; }
-};
-
-// Who sees whom: row i of a sequence sees keys 0 .. visible_keys(i) - 1, and key j is seen by rows
-// first_row(j) .. row_end - 1.
-struct Visibility {
-  int64_t row_end, key_end, shift;  // valid rows and keys of the sequence; keys - rows
-  bool causal;
-
-  QFLUX_INLINE int64_t visible_keys(int64_t row) const {
-    if (row >= row_end) return 0;
-    const int64_t limit = row + shift + 1;
-    return !causal || limit > key_end ? key_end : limit < 0 ? 0 : limit;
+  QFLUX_INLINE T operator[](BatchIndex b) const {
+    return data ? data[b.outer * outer + b.inner * inner] : value;
   }
-  QFLUX_INLINE int64_t first_row(int64_t key) const {
-    const int64_t first = key - shift;
-    return !causal || first < 0 ? 0 : first;
-  }
+  QFLUX_INLINE explicit operator bool() const { return data != nullptr; }
 };
 
 template <class T>
 struct PairParams {
-  int64_t batch, rows, keys, depth;  // depth: columns of the values
-  Score score;
+  int64_t outer, inner, rows, keys;  // outer x inner sequences
+  int64_t value_dim;                 // columns of the values
+  ScoreKind score;
   double eps;
-  bool row_window, causal, mean;
+  // Whether the statistics of a thresholded row are over all keys of its sequence, or over those
+  // that it sees.
+  bool whole_window;
+  bool causal, mean;
   Algorithm algorithm;
-  PerSequence<T> coefficient;  // sigma or alpha
-  PerSequence<T> min_gate;
-  const int64_t* lengths = nullptr;  // [batch], or null for full sequences
-  View<const T> states;              // [batch][rows][2]
-  View<const T> key_points;          // [batch][keys][2]
-  View<const T> values;              // [batch][keys][depth]; null: the keys, depth 2
+  PerSequence<T> coefficient;    // sigma or alpha
+  PerSequence<T> min_gate;       // of the inverse gate
+  PerSequence<int64_t> lengths;  // without data: full sequences
+  View<const T> states;          // [batch][rows][2]
+  View<const T> key_points;      // [batch][keys][2]
+  View<const T> values;          // [batch][keys][value_dim]; null: the keys, value_dim 2
 
-  QFLUX_INLINE Visibility visibility(int64_t b) const {
+  QFLUX_INLINE int64_t batch() const { return outer * inner; }
+  QFLUX_INLINE BatchIndex index(int64_t n) const { return {n / inner, n % inner}; }
+  QFLUX_INLINE int64_t flat(BatchIndex b) const { return b.outer * inner + b.inner; }
+  // Planes [plane][batch][rows], one of `size` numbers after the other.
+  template <class U>
+  QFLUX_INLINE View<U> plane(U* data, int64_t which) const {
+    const int64_t size = batch() * rows;
+    return {data + which * size, inner * rows, rows, 1, size};
+  }
+
+  QFLUX_INLINE Visibility visibility(BatchIndex b) const {
     int64_t length = lengths ? lengths[b] : keys;
     length = length < 0 ? 0 : length > keys ? keys : length;
     return {lengths ? length : rows, length, keys - rows, causal};
@@ -90,10 +110,11 @@ struct PairParams {
 template <class T>
 struct InteractParams {
   PairParams<T> pair;
-  View<T> context;       // [batch][rows][depth]
+  View<T> context;       // [batch][rows][value_dim]
   View<T> strength;      // [batch][rows]
   View<int32_t> degree;  // [batch][rows]; null: not wanted
-  View<T> threshold;     // [batch][rows]: tau, for the backward; zero for the inverse gate
+  View<T> threshold;     // [batch][rows]: the limit, for the backward; zero
+                         // for a score that is not thresholded
   // Counts of pairs that a sweep met one by one, added to: [0] densely, [1] in bands. Null: none.
   int64_t* work = nullptr;
 };
@@ -101,29 +122,36 @@ struct InteractParams {
 template <class T>
 struct InteractBackwardParams {
   PairParams<T> pair;
-  View<const T> grad_context;   // [batch][rows][depth]
+  View<const T> grad_context;   // [batch][rows][value_dim]
   View<const T> grad_strength;  // [batch][rows]; null: zero
   View<const T> threshold;      // as the forward left it
   // What to compute. Each is written unless `accumulate`, which adds to grad_states. When keys are
   // the states, grad_keys is grad_states and the key pass adds to what the row pass left there.
   View<T> grad_states;  // [batch][rows][2]; null: no row pass
   View<T> grad_keys;    // [batch][keys][2]; null: no key pass
-  View<T> grad_values;  // [batch][keys][depth]; null when values are the keys
-  // [batch][rows] share of each row in the gradient of alpha; null: not wanted.
-  View<T> grad_alpha;
-  View<T> grad_threshold;  // [batch][rows]: of tau, by the row pass; kExcess only, else null
+  View<T> grad_values;  // [batch][keys][value_dim]; null when values are the keys
+  // [batch][rows], added to: what each row adds to the gradient of the coefficient through its
+  // query; null: not wanted.
+  View<T> grad_coefficient;
+  // [batch][rows]: of the limit, by the row pass; null unless the score has kLimitVjp.
+  View<T> grad_threshold;
   bool accumulate = false;
   bool keys_are_states = false;
 };
 
-// The gradient of tau on its way to what it was computed from.
+// Numbers that a row passes to the keys of its window: the gradients of the five sums of `Moments`.
+constexpr int64_t kWindowSums = 5;
+
+// The gradient of tau on its way to what it was computed from. All outputs are added to, in an
+// order that depends on the sizes alone.
 template <class T>
 struct ThresholdBackwardParams {
   PairParams<T> pair;
   View<const T> grad_threshold;  // [batch][rows]
-  View<T> grad_states;           // [batch][rows][2], zero on entry
-  View<T> grad_keys;             // [batch][keys][2], zero on entry; may be grad_states
-  T* grad_sigma;                 // [batch]
+  View<T> grad_states;           // [batch][rows][2]
+  View<T> grad_keys;             // [batch][keys][2]; may be grad_states
+  View<T> grad_coefficient;      // [batch][rows]; null: not wanted
+  double* window_grads;          // scratch [batch][rows][kWindowSums]
 };
 
 // What a step leaves on the tape for each token, as planes [steps][plane][batch][length].
@@ -143,10 +171,11 @@ template <class T>
 struct PerToken {
   const T* data = nullptr;
   T value = 0;
-  int64_t step = 0, batch = 0;  // strides
+  bool per_step = false;                              // whether the first dimension is `steps`
+  int64_t step = 0, outer = 0, inner = 0, token = 0;  // strides
 
-  QFLUX_INLINE T at(int64_t s, int64_t b, int64_t i) const {
-    return data ? data[s * step + b * batch + i] : value;
+  QFLUX_INLINE T at(int64_t s, BatchIndex b, int64_t i) const {
+    return data ? data[s * step + b.outer * outer + b.inner * inner + i * token] : value;
   }
 };
 
@@ -164,8 +193,7 @@ struct EvolveParams {
   bool save;
 
   QFLUX_INLINE View<T> plane(int64_t step, int64_t which) const {
-    const int64_t size = pair.batch * pair.rows;
-    return {tape + ((save ? step : 0) * kTapePlanes + which) * size, pair.rows, 1, size};
+    return pair.plane(tape, (save ? step : 0) * kTapePlanes + which);
   }
 };
 
@@ -175,15 +203,18 @@ struct EvolveBackwardParams {
   View<const T> grad_out;       // [batch][rows][2]
   View<const T> grad_strength;  // [batch][rows]
   View<T> grad_states;          // [batch][rows][2]
-  T* grad_dt = nullptr;         // like dt, or null
-  T* grad_skip = nullptr;       // like skip, or null
-  View<T> grad_alpha;           // [batch][rows], or null
+  T* grad_dt = nullptr;         // [steps or 1][batch][length] like dt, added to; or null
+  T* grad_skip = nullptr;       // the same like skip
+  View<T> grad_coefficient;     // [batch][rows], added to; or null
   T* scratch;                   // [kScratchPlanes][batch][length]
-};
+  double* window_grads;         // as in ThresholdBackwardParams, for scores with kLimitVjp
 
-template <class T>
-QFLUX_INLINE View<const T> as_const(const View<T>& view) {
-  return {view.data, view.batch, view.token, view.component};
-}
+  QFLUX_INLINE T& token_grad(T* grads, const PerToken<T>& of, int64_t step, BatchIndex b,
+                             int64_t i) const {
+    const auto& pair = forward.pair;
+    const int64_t first = of.per_step ? step * pair.batch() : 0;
+    return grads[(first + pair.flat(b)) * pair.rows + i];
+  }
+};
 
 }  // namespace qflux

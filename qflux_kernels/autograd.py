@@ -1,287 +1,305 @@
-"""The differentiable operators on canonical tensors, and the fake kernels that trace them.
+"""The differentiable operators over the dispatcher ops, and the fake kernels that trace them.
 
-Everything here sees one batch dimension: states `(B, S, 2)`, keys `(B, K, 2)`, values `(B, K, D)`.
-These may be in half precision, which is how they are saved; the ops get them in float32.
-The dispatcher ops come in families with the same schemas: `qflux_kernels::*` are declared in
-`csrc/library.cpp`, `qflux_kernels::triton_*` in `triton/ops.py`. The last argument of every
-Function here is the prefix of the family's names.
+Points and values may be in half precision, which is how they are saved; the ops get float32. Each
+Function here runs one op, on tensors that have the names of `schema`; the last parameter is the
+prefix of the family that serves it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+import inspect
+from collections import namedtuple
+from collections.abc import Callable
 
 import torch
 
-from .arguments import widen
-from .thresholds import threshold_vjp
-
-# `Score` of csrc/params.h: what a pair weighs.
-SCORES = ("hard_threshold", "inverse_gate", "soft_threshold")
-# Planes a token leaves on the tape at each step of `evolve`, in the order of `csrc/params.h`.
-TAPE_PLANES = 11
-
-
-class PairOptions(NamedTuple):
-    """What every op needs to know of a pair, in schema order."""
-
-    score: int  # an index into SCORES
-    eps: float
-    row_window: bool
-    causal: bool
-    mean: bool
-    algorithm: int  # an index into options.ALGORITHMS
+from .arguments import EvolveArguments, InteractArguments, widen
+from .options import ALGORITHMS, Radius
+from .schema import (
+    EVOLVE,
+    EVOLVE_BACKWARD,
+    FAMILY_OPS,
+    INTERACT,
+    INTERACT_BACKWARD,
+    SCORE_KINDS,
+    SCORES,
+    TAPE_PLANES,
+    THRESHOLD_BACKWARD,
+    Op,
+    PairOptions,
+    StepOptions,
+)
 
 
-class StepOptions(NamedTuple):
-    """The scalar options of an evolution step, in schema order."""
-
-    steps: int
-    has_radius: bool
-    radius_min: float
-    radius_max: float
-    radius_rate: float
-    radius_reversion: float
-    radius_target: float
-
-
-Coefficient = tuple[torch.Tensor | None, float]
-
-
-def _refuse_second_derivative(ctx, *_):
-    raise RuntimeError(
-        "qflux_kernels has no second derivatives; "
-        "backend='reference' computes them in plain PyTorch"
-    )
-
-
-class _Vmapped(NamedTuple):
-    """Where the batch dimension of each argument and result of an op is; None: it has none."""
-
-    arguments: tuple[int | None, ...]
-    results: tuple[int, ...]
-
-
-# In schema order; the scalar options that follow have no batch dimension.
-_BATCH_DIMENSIONS = {
-    "interact": _Vmapped((0, 0, 0, 0, None, 0, None, 0), (0, 0, 0, 0)),
-    "interact_backward": _Vmapped((0, 0, 0, 0, 0, 0, 0, None, 0, None, 0), (0, 0, 0, 0)),
-    "evolve": _Vmapped((0, 1, None, 1, None, 0, None, 0, None, 0), (0, 0, 0, 2)),
-    "evolve_backward": _Vmapped((0, 0, 0, 2, 1, None, 1, None, 0, None, 0, None, 0), (0, 1, 1, 0)),
-}
-
-
-def _fold(tensor: torch.Tensor, mapped: int | None, size: int, at: int) -> torch.Tensor:
-    """Merge a vmapped dimension into the batch dimension `at`, repeating what is not mapped."""
-    if mapped is None:
-        tensor = tensor.unsqueeze(at).expand(*tensor.shape[:at], size, *tensor.shape[at:])
-    else:
-        tensor = tensor.movedim(mapped, at)
-    return tensor.flatten(at, at + 1)
-
-
-def _vmap(function: type, op: str, size: int, in_dims: tuple, arguments: tuple) -> tuple:
-    """Run `function` once with the vmapped dimension folded into the batch."""
-    where = _BATCH_DIMENSIONS[op]
-    folded = [
-        _fold(argument, mapped, size, at) if at is not None and argument is not None else argument
-        for argument, mapped, at in zip(arguments, in_dims, where.arguments, strict=False)
-    ]
-    outputs = function.apply(*folded, *arguments[len(folded) :])
-    unfolded = tuple(
-        # An op returns an empty vector for a gradient that it was not asked for.
-        output.unflatten(at, (size, -1)) if output.dim() > at and output.shape != (0,) else output
-        for output, at in zip(outputs, where.results, strict=True)
-    )
-    dims = tuple(
-        at if after.dim() > before.dim() else None
-        for before, after, at in zip(outputs, unfolded, where.results, strict=True)
-    )
-    return unfolded, dims
-
-
-def _run(family: str, name: str, arguments: Sequence) -> tuple[torch.Tensor, ...]:
-    """The results of an op, in the dtype of the computation."""
-    op = getattr(torch.ops.qflux_kernels, family + name)
-    return op(*(_widened(argument) for argument in arguments))
-
-
-def _widened(argument: object) -> object:
-    if isinstance(argument, torch.Tensor) and argument.is_floating_point():
-        return widen(argument)
-    return argument
-
-
-def _narrowed(
-    grads: Sequence[torch.Tensor], inputs: Sequence[torch.Tensor | None], needs: Sequence[bool]
-) -> list[torch.Tensor | None]:
-    """Each gradient that is needed, in the dtype of its input."""
-    return [
-        grad.to(given.dtype) if need else None
-        for grad, given, need in zip(grads, inputs, needs, strict=True)
-    ]
-
-
-def _call(function: type) -> Callable:
-    """How a backward calls its op. Dynamo traces no function inside a backward, and refuses
-    second derivatives itself."""
-    return function.forward if torch.compiler.is_compiling() else function.apply
-
-
-def _add_threshold(
-    family: str,
-    grads: Sequence[torch.Tensor],
-    grad_threshold: torch.Tensor,
-    arguments: Sequence,
-    pair: PairOptions,
-) -> list[torch.Tensor]:
-    """The gradients of states, keys, values and sigma with what reaches them by the threshold."""
-    states, keys, _values, sigma, sigma_value, _, _, lengths = arguments[3:11]
-    states, keys = _widened(states), _widened(keys)
-    window = (pair.eps, pair.row_window, pair.causal)
-    if family == "" and states.device.type == "cpu":
-        op = torch.ops.qflux_kernels.threshold_backward
-        by_states, by_keys, by_sigma = op(
-            grad_threshold, states, keys, sigma, sigma_value, lengths, *window
-        )
-    else:
-        by_states, by_keys, by_sigma = threshold_vjp(
-            grad_threshold, states, keys, sigma_value if sigma is None else sigma, lengths, *window
-        )
-    of_states, of_keys, of_values, of_sigma = grads
-    return [
-        of_states + by_states,
-        of_keys if keys is None else of_keys + by_keys,
-        of_values,
-        of_sigma if sigma is None else of_sigma + by_sigma,
-    ]
-
-
-class _InteractBackward(torch.autograd.Function):
-    @staticmethod
-    def forward(*arguments):
-        *arguments, family = arguments
-        *grads, grad_threshold = _run(family, "interact_backward", arguments)
-        pair = PairOptions(*arguments[11:17])
-        if SCORES[pair.score] == "soft_threshold" and arguments[17]:
-            grads = _add_threshold(family, grads, grad_threshold, arguments, pair)
-        return tuple(grads)
+class Gradient(torch.autograd.Function):
+    """A gradient that a kernel computes, and so one that has no derivative of its own."""
 
     @staticmethod
     def setup_context(ctx, inputs, output):
         pass
 
-    backward = staticmethod(_refuse_second_derivative)
+    @staticmethod
+    def backward(ctx, *_):
+        raise RuntimeError(
+            "the kernels of qflux_kernels have no second derivatives; plain PyTorch computes "
+            "them: backend='reference', or reference.project_norm for project_norm"
+        )
+
+
+def inputs_of(function: type[torch.autograd.Function]) -> type:
+    """The parameters of a Function as a named tuple, None where not given.
+
+    `Function.apply` looks at the signature in every call: it is computed once, here.
+    """
+    signature = inspect.signature(function.forward)
+    function.forward.__signature__ = signature
+    names = list(signature.parameters)
+    return namedtuple(f"{function.__name__}Inputs", names, defaults=(None,) * len(names))
+
+
+def run_gradient(function: type[Gradient], *arguments):
+    """How a backward runs the Function of its gradient."""
+    # Dynamo traces no Function inside a backward, and refuses second derivatives itself.
+    run = function.forward if torch.compiler.is_compiling() else function.apply
+    return run(*arguments)
+
+
+def _run(op: Op, family: str, *records: tuple, **arguments) -> tuple[torch.Tensor, ...]:
+    """The results of an op, from arguments by name and records of them."""
+    for name, value in arguments.items():
+        if isinstance(value, torch.Tensor):
+            arguments[name] = widen(value)
+    for record in records:
+        for name, value in zip(record._fields, record, strict=True):
+            arguments[name] = value
+    return getattr(torch.ops.qflux_kernels, family + op.name).default(**arguments)
+
+
+def _vmap(function: type, inputs_type: type, op: Op, info, in_dims: tuple, inputs: tuple) -> tuple:
+    """Run `function` once, with the mapped dimension in front of the batch dimensions."""
+    dims, given = inputs_type(*in_dims), inputs_type(*inputs)
+    moved = {}
+    for field in op.arguments:
+        tensor = getattr(given, field.name, None)
+        if isinstance(tensor, torch.Tensor):
+            at, mapped = field.batch, getattr(dims, field.name)
+            if mapped is None:
+                shape = (*tensor.shape[:at], info.batch_size, *tensor.shape[at:])
+                moved[field.name] = tensor.unsqueeze(at).expand(shape)
+            else:
+                moved[field.name] = tensor.movedim(mapped, at)
+    results = function.apply(*given._replace(**moved))
+    # An op returns an empty vector for the gradient of what it was not given.
+    return results, tuple(
+        None if result.shape == (0,) else field.batch
+        for result, field in zip(results, op.results, strict=True)
+    )
+
+
+class _InteractBackward(Gradient):
+    @staticmethod
+    def forward(
+        grad_context, grad_strength, threshold, states, keys, values, coefficient, min_gate,
+        lengths, need_rows, need_keys, pair, family,
+    ):  # fmt: skip
+        return _run(
+            INTERACT_BACKWARD, family, pair, grad_context=grad_context,
+            grad_strength=grad_strength, threshold=threshold, states=states, keys=keys,
+            values=values, coefficient=coefficient, min_gate=min_gate, lengths=lengths,
+            need_rows=need_rows, need_keys=need_keys,
+        )  # fmt: skip
 
     @staticmethod
-    def vmap(info, in_dims, *arguments):
-        return _vmap(_InteractBackward, "interact_backward", info.batch_size, in_dims, arguments)
+    def vmap(info, in_dims, *inputs):
+        return _vmap(
+            _InteractBackward, _InteractBackwardInputs, INTERACT_BACKWARD, info, in_dims, inputs
+        )
+
+
+class _ThresholdBackward(Gradient):
+    @staticmethod
+    def forward(grad_threshold, states, keys, coefficient, lengths, pair, family):
+        return _run(
+            THRESHOLD_BACKWARD, family, grad_threshold=grad_threshold, states=states, keys=keys,
+            coefficient=coefficient, coefficient_value=pair.coefficient_value, lengths=lengths,
+            eps=pair.eps, whole_window=pair.whole_window, causal=pair.causal,
+        )  # fmt: skip
+
+    @staticmethod
+    def vmap(info, in_dims, *inputs):
+        return _vmap(
+            _ThresholdBackward, _ThresholdBackwardInputs, THRESHOLD_BACKWARD, info, in_dims, inputs
+        )
 
 
 class _Interact(torch.autograd.Function):
     @staticmethod
-    def forward(*arguments):
-        *arguments, family = arguments
-        return _run(family, "interact", arguments)
+    def forward(states, keys, values, coefficient, min_gate, lengths, pair, family):
+        return _run(
+            INTERACT, family, pair, states=states, keys=keys, values=values,
+            coefficient=coefficient, min_gate=min_gate, lengths=lengths,
+        )  # fmt: skip
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        states, keys, values, coefficient, coefficient_value, min_gate, min_gate_value, lengths = (
-            inputs[:8]
-        )
-        _, _, degree, threshold = output
-        ctx.mark_non_differentiable(degree, threshold)
-        ctx.save_for_backward(states, keys, values, coefficient, min_gate, lengths, threshold)
-        ctx.scalars = (coefficient_value, min_gate_value, *inputs[8:])
+        given, found = _InteractInputs(*inputs), _InteractResults(*output)
+        ctx.mark_non_differentiable(found.degree, found.threshold)
+        ctx.save_for_backward(
+            given.states, given.keys, given.values, given.coefficient, given.min_gate,
+            given.lengths, found.threshold,
+        )  # fmt: skip
+        ctx.pair, ctx.family = given.pair, given.family
 
     @staticmethod
     def backward(ctx, grad_context, grad_strength, _degree, _threshold):
         states, keys, values, coefficient, min_gate, lengths, threshold = ctx.saved_tensors
-        coefficient_value, min_gate_value, *options, family = ctx.scalars
-        needs = ctx.needs_input_grad
-        excess = SCORES[PairOptions(*options).score] == "soft_threshold"
-        # The threshold's gradient comes with the rows and goes to the keys too.
-        need_rows = needs[0] or needs[3] or (excess and needs[1])
-        need_keys = needs[1] or needs[2] or (needs[0] and keys is None)
-        grads = _call(_InteractBackward)(
-            grad_context, grad_strength, threshold, states, keys, values, coefficient,
-            coefficient_value, min_gate, min_gate_value, lengths, *options, need_rows, need_keys,
-            family,
+        needs = _InteractInputs(*ctx.needs_input_grad)
+        limit_vjp = SCORE_KINDS[ctx.pair.score].limit_vjp
+        # The gradient of the limit comes with the rows and goes to the keys too.
+        need_rows = needs.states or needs.coefficient or (limit_vjp and needs.keys)
+        need_keys = needs.keys or needs.values or (needs.states and keys is None)
+        grads = _InteractGrads(
+            *run_gradient(
+                _InteractBackward, grad_context, grad_strength, threshold, states, keys, values,
+                coefficient, min_gate, lengths, need_rows, need_keys, ctx.pair, ctx.family,
+            )
         )  # fmt: skip
-        wanted = _narrowed(grads, (states, keys, values, coefficient), needs[:4])
-        return (*wanted, *(None,) * (len(needs) - 4))
+        of_states, of_keys, of_coefficient = (
+            grads.grad_states, grads.grad_keys, grads.grad_coefficient,
+        )  # fmt: skip
+        if limit_vjp and need_rows:
+            by_limit = _ThresholdGrads(
+                *run_gradient(
+                    _ThresholdBackward, grads.grad_threshold, states, keys, coefficient, lengths,
+                    ctx.pair, ctx.family,
+                )
+            )  # fmt: skip
+            of_states = of_states + by_limit.grad_states
+            if keys is not None:
+                of_keys = of_keys + by_limit.grad_keys
+            if coefficient is not None:
+                of_coefficient = of_coefficient + by_limit.grad_coefficient
+        return tuple(
+            _InteractInputs(
+                states=_narrowed(of_states, states, needs.states),
+                keys=_narrowed(of_keys, keys, needs.keys),
+                values=_narrowed(grads.grad_values, values, needs.values),
+                coefficient=_narrowed(of_coefficient, coefficient, needs.coefficient),
+            )
+        )
 
     @staticmethod
-    def vmap(info, in_dims, *arguments):
-        return _vmap(_Interact, "interact", info.batch_size, in_dims, arguments)
+    def vmap(info, in_dims, *inputs):
+        return _vmap(_Interact, _InteractInputs, INTERACT, info, in_dims, inputs)
 
 
-class _EvolveBackward(torch.autograd.Function):
+class _EvolveBackward(Gradient):
     @staticmethod
-    def forward(grad_states, grad_strength, states, *arguments):
-        *arguments, family = arguments
-        return _run(family, "evolve_backward", (grad_states, grad_strength, *arguments))
+    def forward(
+        grad_states, grad_strength, tape, dt, skip, coefficient, min_gate, lengths, _states, pair,
+        step, family,
+    ):  # fmt: skip
+        # The states are on the tape; they come along so that second derivatives are refused.
+        return _run(
+            EVOLVE_BACKWARD, family, pair, step, grad_states=grad_states,
+            grad_strength=grad_strength, tape=tape, dt=dt, skip=skip, coefficient=coefficient,
+            min_gate=min_gate, lengths=lengths,
+        )  # fmt: skip
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
-        pass
-
-    backward = staticmethod(_refuse_second_derivative)
-
-    @staticmethod
-    def vmap(info, in_dims, *arguments):
-        return _vmap(_EvolveBackward, "evolve_backward", info.batch_size, in_dims, arguments)
+    def vmap(info, in_dims, *inputs):
+        return _vmap(_EvolveBackward, _EvolveBackwardInputs, EVOLVE_BACKWARD, info, in_dims, inputs)
 
 
 class _Evolve(torch.autograd.Function):
     @staticmethod
-    def forward(*arguments):
-        *arguments, family = arguments
-        return _run(family, "evolve", arguments)
+    def forward(states, dt, skip, coefficient, min_gate, lengths, save, pair, step, family):
+        return _run(
+            EVOLVE, family, pair, step, states=states, dt=dt, skip=skip, coefficient=coefficient,
+            min_gate=min_gate, lengths=lengths, save=save,
+        )  # fmt: skip
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        states, dt, dt_value, skip, skip_value, coefficient, coefficient_value = inputs[:7]
-        min_gate, min_gate_value, lengths, *options, _save, family = inputs[7:]
-        _, _, degree, tape = output
-        ctx.mark_non_differentiable(degree, tape)
-        ctx.save_for_backward(states, dt, skip, coefficient, min_gate, lengths, tape)
-        ctx.scalars = (dt_value, skip_value, coefficient_value, min_gate_value, *options, family)
+        given, found = _EvolveInputs(*inputs), _EvolveResults(*output)
+        ctx.mark_non_differentiable(found.degree, found.tape)
+        ctx.save_for_backward(
+            given.states, given.dt, given.skip, given.coefficient, given.min_gate, given.lengths,
+            found.tape,
+        )  # fmt: skip
+        ctx.pair, ctx.step, ctx.family = given.pair, given.step, given.family
 
     @staticmethod
     def backward(ctx, grad_states, grad_strength, _degree, _tape):
         states, dt, skip, coefficient, min_gate, lengths, tape = ctx.saved_tensors
-        dt_value, skip_value, coefficient_value, min_gate_value, *options = ctx.scalars
-        needs = ctx.needs_input_grad
-        # The states are on the tape; they come along so that second derivatives are refused.
-        grads = _call(_EvolveBackward)(
-            grad_states, grad_strength, states, tape, dt, dt_value, skip, skip_value, coefficient,
-            coefficient_value, min_gate, min_gate_value, lengths, *options,
+        needs = _EvolveInputs(*ctx.needs_input_grad)
+        grads = _EvolveGrads(
+            *run_gradient(
+                _EvolveBackward, grad_states, grad_strength, tape, dt, skip, coefficient, min_gate,
+                lengths, states, ctx.pair, ctx.step, ctx.family,
+            )
         )  # fmt: skip
-        places = (0, 1, 3, 5)
-        wanted = _narrowed(grads, (states, dt, skip, coefficient), [needs[i] for i in places])
-        of_input = dict(zip(places, wanted, strict=True))
-        return tuple(of_input.get(i) for i in range(len(needs)))
+        return tuple(
+            _EvolveInputs(
+                states=_narrowed(grads.grad_input, states, needs.states),
+                dt=_narrowed(grads.grad_dt, dt, needs.dt),
+                skip=_narrowed(grads.grad_skip, skip, needs.skip),
+                coefficient=_narrowed(grads.grad_coefficient, coefficient, needs.coefficient),
+            )
+        )
 
     @staticmethod
-    def vmap(info, in_dims, *arguments):
-        return _vmap(_Evolve, "evolve", info.batch_size, in_dims, arguments)
+    def vmap(info, in_dims, *inputs):
+        return _vmap(_Evolve, _EvolveInputs, EVOLVE, info, in_dims, inputs)
+
+
+def _narrowed(
+    grad: torch.Tensor, given: torch.Tensor | None, needed: bool
+) -> torch.Tensor | None:
+    """A gradient in the dtype of its input, if it is needed."""
+    return grad.to(given.dtype) if needed else None
+
+
+_InteractInputs, _InteractResults = inputs_of(_Interact), INTERACT.Results
+_InteractBackwardInputs, _InteractGrads = inputs_of(_InteractBackward), INTERACT_BACKWARD.Results
+_ThresholdBackwardInputs = inputs_of(_ThresholdBackward)
+_ThresholdGrads = THRESHOLD_BACKWARD.Results
+_EvolveInputs, _EvolveResults = inputs_of(_Evolve), EVOLVE.Results
+_EvolveBackwardInputs, _EvolveGrads = inputs_of(_EvolveBackward), EVOLVE_BACKWARD.Results
+
+
+def _split(value: float | torch.Tensor) -> tuple[torch.Tensor | None, float]:
+    """A number as the ops take it: a tensor, or None and a float."""
+    return (value, 0.0) if isinstance(value, torch.Tensor) else (None, float(value))
+
+
+def _pair(
+    args: InteractArguments | EvolveArguments, algorithm: str
+) -> tuple[torch.Tensor | None, torch.Tensor | None, tuple]:
+    """Coefficient, minimal gate and the scalars of a call."""
+    score = args.score
+    coefficient, coefficient_value = _split(score.coefficient)
+    min_gate, min_gate_value = _split(score.min_gate)
+    options = PairOptions(
+        coefficient_value=coefficient_value,
+        min_gate_value=min_gate_value,
+        score=SCORES.index(score.kernel),
+        eps=float(score.eps),
+        whole_window=score.whole_window,
+        causal=args.causal,
+        mean=args.reduction == "mean",
+        algorithm=ALGORITHMS.index(algorithm),
+    )
+    return coefficient, min_gate, options
 
 
 def interact(
-    states: torch.Tensor,
-    keys: torch.Tensor | None,
-    values: torch.Tensor | None,
-    coefficient: Coefficient,
-    min_gate: Coefficient,
-    lengths: torch.Tensor | None,
-    options: PairOptions,
-    family: str,
+    args: InteractArguments, algorithm: str, family: str
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Context `(B, S, D)`, strength `(B, S)` and degree `(B, S)`."""
+    """Context `(*batch, S, D)`, strength and degree `(*batch, S)` in the dtype of computation."""
+    coefficient, min_gate, pair = _pair(args, algorithm)
     context, strength, degree, _ = _Interact.apply(
-        states, keys, values, *coefficient, *min_gate, lengths, *options, family
+        args.states, args.keys, args.values, coefficient, min_gate, args.lengths, pair, family
     )
     return context, strength, degree
 
@@ -295,91 +313,101 @@ def _may_need_grad(tensor: torch.Tensor | None) -> bool:
 
 
 def evolve(
-    states: torch.Tensor,
-    dt: Coefficient,
-    skip: Coefficient,
-    coefficient: Coefficient,
-    min_gate: Coefficient,
-    lengths: torch.Tensor | None,
-    options: PairOptions,
-    step: StepOptions,
-    family: str,
+    args: EvolveArguments, algorithm: str, family: str
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """States `(B, S, 2)`, strength `(B, S)` and degree `(B, S)` after `step.steps` steps."""
-    differentiable = (states, dt[0], skip[0], coefficient[0])
-    save = torch.is_grad_enabled() and any(map(_may_need_grad, differentiable))
-    out, strength, degree, _ = _Evolve.apply(
-        states, *dt, *skip, *coefficient, *min_gate, lengths, *options, *step, save, family
+    """States `(*batch, S, 2)`, strength and degree `(*batch, S)` in the dtype of computation."""
+    coefficient, min_gate, pair = _pair(args, algorithm)
+    dt, dt_value = _split(args.dt)
+    skip, skip_value = _split(args.skip)
+    radius = Radius() if args.radius is None else args.radius
+    step = StepOptions(
+        dt_value=dt_value,
+        skip_value=skip_value,
+        steps=args.steps,
+        has_radius=args.radius is not None,
+        radius_min=float(radius.min),
+        radius_max=float(radius.max),
+        radius_rate=float(radius.rate),
+        radius_reversion=float(radius.reversion),
+        radius_target=float(radius.target),
     )
-    return out, strength, degree
-
-
-def _interact_fake(states, keys, values, *_):
-    batch, rows, _ = states.shape
-    depth = 2 if values is None else values.shape[-1]
-    per_row = states.new_empty(batch, rows)
-    return (
-        states.new_empty(batch, rows, depth),
-        per_row,
-        states.new_empty(batch, rows, dtype=torch.int32),
-        torch.empty_like(per_row),
+    save = torch.is_grad_enabled() and any(
+        map(_may_need_grad, (args.states, dt, skip, coefficient))
     )
-
-
-def _interact_backward_fake(
-    grad_context, grad_strength, threshold, states, keys, values, coefficient, *options
-):
-    def like(tensor):
-        return states.new_empty(0 if tensor is None else tensor.shape)
-
-    excess = SCORES[PairOptions(*options[4:10]).score] == "soft_threshold"
-    return (
-        like(states),
-        like(keys),
-        like(values),
-        like(coefficient),
-        like(threshold if excess else None),
+    states, strength, degree, _ = _Evolve.apply(
+        args.states, dt, skip, coefficient, min_gate, args.lengths, save, pair, step, family
     )
+    return states, strength, degree
 
 
-def _threshold_backward_fake(grad_threshold, states, keys, *_):
-    return (
-        states.new_empty(states.shape),
-        states.new_empty(0 if keys is None else keys.shape),
-        states.new_empty(states.shape[:1]),
+def _interact_fake(given):
+    batch_rows = given.states.shape[:-1]
+    width = 2 if given.values is None else given.values.shape[-1]
+    return INTERACT.Results(
+        context=given.states.new_empty(*batch_rows, width),
+        strength=given.states.new_empty(batch_rows),
+        degree=given.states.new_empty(batch_rows, dtype=torch.int32),
+        threshold=given.states.new_empty(batch_rows),
     )
 
 
-def _evolve_fake(states, *arguments):
-    steps, save = arguments[15], arguments[-1]
-    batch, length, _ = states.shape
-    saved = steps if save else 0
-    return (
-        states.new_empty(states.shape),
-        states.new_empty(batch, length),
-        states.new_empty(batch, length, dtype=torch.int32),
-        states.new_empty(saved, TAPE_PLANES, batch, length),
+def _gradient_like(given: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
+    return like.new_empty(0 if given is None else given.shape)
+
+
+def _interact_backward_fake(given):
+    limit_vjp = SCORE_KINDS[given.score].limit_vjp
+    return INTERACT_BACKWARD.Results(
+        grad_states=_gradient_like(given.states, given.states),
+        grad_keys=_gradient_like(given.keys, given.states),
+        grad_values=_gradient_like(given.values, given.states),
+        grad_coefficient=_gradient_like(given.coefficient, given.states),
+        grad_threshold=_gradient_like(given.threshold if limit_vjp else None, given.states),
     )
 
 
-def _evolve_backward_fake(
-    grad_states, grad_strength, tape, dt, dt_value, skip, skip_value, coefficient, *_
-):
-    def like(tensor):
-        return tape.new_empty(0 if tensor is None else tensor.shape)
+def _threshold_backward_fake(given):
+    return THRESHOLD_BACKWARD.Results(
+        grad_states=_gradient_like(given.states, given.states),
+        grad_keys=_gradient_like(given.keys, given.states),
+        grad_coefficient=_gradient_like(given.coefficient, given.states),
+    )
 
-    return tape.new_empty(grad_states.shape), like(dt), like(skip), like(coefficient)
+
+def _evolve_fake(given):
+    batch_rows = given.states.shape[:-1]
+    return EVOLVE.Results(
+        result=given.states.new_empty(given.states.shape),
+        strength=given.states.new_empty(batch_rows),
+        degree=given.states.new_empty(batch_rows, dtype=torch.int32),
+        tape=given.states.new_empty(given.steps if given.save else 0, TAPE_PLANES, *batch_rows),
+    )
+
+
+def _evolve_backward_fake(given):
+    return EVOLVE_BACKWARD.Results(
+        grad_input=_gradient_like(given.grad_states, given.tape),
+        grad_dt=_gradient_like(given.dt, given.tape),
+        grad_skip=_gradient_like(given.skip, given.tape),
+        grad_coefficient=_gradient_like(given.coefficient, given.tape),
+    )
+
+
+_FAKES = {
+    INTERACT: _interact_fake,
+    INTERACT_BACKWARD: _interact_backward_fake,
+    THRESHOLD_BACKWARD: _threshold_backward_fake,
+    EVOLVE: _evolve_fake,
+    EVOLVE_BACKWARD: _evolve_backward_fake,
+}
+
+
+def by_name(op: Op, rule: Callable) -> Callable:
+    """A kernel of the op, from a rule that takes and returns its records."""
+    return lambda *arguments: tuple(rule(op.Arguments(*arguments)))
 
 
 def register(family: str) -> None:
     """Attach the fake kernels to the ops of a family that is loaded."""
-    fakes = {
-        "interact": _interact_fake,
-        "interact_backward": _interact_backward_fake,
-        "evolve": _evolve_fake,
-        "evolve_backward": _evolve_backward_fake,
-    }
-    if not family:
-        fakes["threshold_backward"] = _threshold_backward_fake
-    for name, fake in fakes.items():
-        torch.library.register_fake(f"qflux_kernels::{family}{name}", fake)
+    for op in FAMILY_OPS:
+        torch.library.register_fake(f"qflux_kernels::{family}{op.name}", by_name(op, _FAKES[op]))

@@ -7,9 +7,6 @@
 
 namespace qflux::cpu {
 
-// The best instruction set of this machine; QFLUX_INSTRUCTION_SET=AVX2 or baseline asks for less.
-const char* instruction_set();
-
 class Device {
  public:
   template <class T>
@@ -19,13 +16,16 @@ class Device {
   template <class T>
   void threshold_backward(const ThresholdBackwardParams<T>& params);
 
-  template <class Rule>
-  void for_each_token(int64_t batch, int64_t rows, const Rule& rule) {
-    torch::stable::parallel_for(0, batch * rows, 4096, [&](int64_t begin, int64_t end) {
-      int64_t b = begin / rows, i = begin % rows;
+  template <class T, class Rule>
+  void for_each_token(const PairParams<T>& p, const Rule& rule) {
+    torch::stable::parallel_for(0, p.batch() * p.rows, 4096, [&](int64_t begin, int64_t end) {
+      BatchIndex b = p.index(begin / p.rows);
+      int64_t i = begin % p.rows;
       for (int64_t n = begin; n < end; ++n) {
         rule(b, i);
-        if (++i == rows) i = 0, ++b;
+        if (++i < p.rows) continue;
+        i = 0;
+        if (++b.inner == p.inner) b.inner = 0, ++b.outer;
       }
     });
   }

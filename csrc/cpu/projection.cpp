@@ -3,36 +3,16 @@
 
 #include <torch/csrc/stable/ops.h>
 
-#include <cstring>
 #include <memory>
 #include <vector>
 
-#include "device.h"
+#include "isa/dispatch.h"
 
 namespace qflux::cpu {
 namespace {
 
 constexpr int64_t kPadding = 16;       // the widest vector
 constexpr int64_t kOutputs = 1 << 15;  // a share of work that is worth waking a thread for
-
-const ProjectionSet& chosen() {
-#if defined(QFLUX_X86)
-  if (std::strcmp(instruction_set(), "AVX-512") == 0) return kProjectionAvx512;
-  if (std::strcmp(instruction_set(), "AVX2") == 0) return kProjectionAvx2;
-#endif
-  return kProjectionBaseline;
-}
-
-template <class T>
-const ProjectionLoops<T>& loops();
-template <>
-const ProjectionLoops<float>& loops<float>() {
-  return chosen().single;
-}
-template <>
-const ProjectionLoops<double>& loops<double>() {
-  return chosen().twice;
-}
 
 // A, G and what the loops read of them.
 template <class T>
@@ -109,7 +89,7 @@ void project(const ProjectionParams<T>& p, T* out) {
   const Matrix<T> matrix(p);
   const ProjectionPlanes<T> planes = matrix.planes();
   torch::stable::parallel_for(0, p.tokens, 1 + kOutputs / p.width, [&](int64_t begin, int64_t end) {
-    loops<T>().forward(p, planes, begin, end, out);
+    loops<T>().projection.forward(p, planes, begin, end, out);
   });
 }
 
@@ -121,8 +101,9 @@ void project_backward(const ProjectionParams<T>& p, const ProjectionGradients<T>
   std::vector<CompensatedSum<double>> partial(static_cast<size_t>(chunks * size));
   torch::stable::parallel_for(0, chunks, 1, [&](int64_t begin, int64_t end) {
     for (int64_t chunk = begin; chunk < end; ++chunk)
-      loops<T>().backward(p, planes, p.chunk_begin(chunk, chunks), p.chunk_begin(chunk + 1, chunks),
-                          grads.features, size ? &partial[chunk * size] : nullptr);
+      loops<T>().projection.backward(p, planes, p.chunk_begin(chunk, chunks),
+                                     p.chunk_begin(chunk + 1, chunks), grads.features,
+                                     size ? &partial[chunk * size] : nullptr);
   });
   if (size == 0) return;
   std::vector<double> sums(static_cast<size_t>(size));

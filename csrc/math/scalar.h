@@ -1,4 +1,4 @@
-// Scalar counterparts of the vector operations in cpu/simd.h, so that one formula serves both.
+// Scalar counterparts of the vector operations in cpu/isa/simd.h, so that one formula serves both.
 #pragma once
 
 #include <cmath>
@@ -10,6 +10,8 @@
 // Forced, so that a copy compiled for one instruction set is never linked into another's loop.
 #define QFLUX_INLINE inline __attribute__((always_inline))
 #endif
+// For what takes host lambdas, which device code may not call.
+#define QFLUX_HOST_INLINE inline __attribute__((always_inline))
 
 namespace qflux {
 

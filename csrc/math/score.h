@@ -1,13 +1,24 @@
-// The pair scores, each weight beside its derivative (docs/operators.md).
+// The pair scores: for each its formula, its derivative, how it is made from a row's limit, and its
+// traits. Everything else in csrc takes a score as a template parameter.
 //
 // All are functions of one inner product: with a query q made from the row's state,
 //   p_ij = q_i . k_j + bias,   w_ij = weight(p_ij) where kept, else 0.
 // `V` is float, double or a vector of either; a comparison with NaN never drops a pair.
+//
+// The traits of a score:
+//   kThresholded  its limit is tau, the row's adaptive threshold (statistics.h);
+//   kLimitVjp     the limit has a gradient, dw / dlimit = -derivative where kept;
+//   kAffine       weight(p) = p + offset(limit) where kept, which is what a sweep needs (sweep.h).
 #pragma once
 
 #include "scalar.h"
 
 namespace qflux {
+
+// In the order of `SCORES` in qflux_kernels/schema.py.
+enum class ScoreKind : int64_t { kHardThreshold = 0, kInverseGate = 1, kSoftThreshold = 2 };
+constexpr const char* kScoreNames = "hard_threshold,inverse_gate,soft_threshold";
+constexpr int64_t kScores = 3;
 
 template <class V>
 QFLUX_INLINE V inner_product(V qx, V qy, V kx, V ky, V bias) {
@@ -15,10 +26,12 @@ QFLUX_INLINE V inner_product(V qx, V qy, V kx, V ky, V bias) {
   return multiply_add(qx, kx, multiply_add(qy, ky, bias));
 }
 
-// w = p if p >= limit else 0, with p = (x_i . x_j + 1) / 2 and limit = tau_i.
+// w = p if p >= limit else 0, with p = (x_i . x_j + 1) / 2 and limit = tau_i. The coefficient,
+// sigma, acts through tau alone.
 template <class V>
-struct ThresholdPair {
+struct HardThreshold {
   static constexpr double kBias = 0.5;
+  static constexpr bool kThresholded = true, kLimitVjp = false, kAffine = true;
 
   template <class T>
   static QFLUX_INLINE Point<T> query(Point<T> x, T /*sigma*/) {
@@ -28,6 +41,13 @@ struct ThresholdPair {
   static QFLUX_INLINE Point<T> query_vjp(Point<T> grad, T /*sigma*/) {
     return {grad.x / 2, grad.y / 2};
   }
+  // d query / d coefficient, contracted with the gradient of the query.
+  template <class T>
+  static QFLUX_INLINE T coefficient_vjp(Point<T> /*grad*/, Point<T> /*x*/) {
+    return T(0);
+  }
+  static QFLUX_INLINE V offset(V /*limit*/) { return V(0); }
+  static QFLUX_INLINE HardThreshold make(V limit, V /*eps*/, V /*min_gate*/) { return {limit}; }
 
   V limit;
   QFLUX_INLINE auto kept(V p) const { return not_less(p, limit); }
@@ -39,10 +59,14 @@ struct ThresholdPair {
   QFLUX_INLINE V derivative(V /*p*/, V grad) const { return grad; }
 };
 
-// w = p - limit if p >= limit else 0: continuous, so that the limit has a gradient too,
-//   dw / dlimit = -1 where kept.
+// w = p - limit if p >= limit else 0: continuous, so that the limit has a gradient too.
 template <class V>
-struct ExcessPair : ThresholdPair<V> {
+struct SoftThreshold : HardThreshold<V> {
+  static constexpr bool kLimitVjp = true;
+
+  static QFLUX_INLINE V offset(V limit) { return V(0) - limit; }
+  static QFLUX_INLINE SoftThreshold make(V limit, V /*eps*/, V /*min_gate*/) { return {{limit}}; }
+
   QFLUX_INLINE V weight(V p) const { return p - this->limit; }
   template <class M>
   QFLUX_INLINE V weight(V p, M kept) const {
@@ -50,23 +74,12 @@ struct ExcessPair : ThresholdPair<V> {
   }
 };
 
-// Whether a row's limit is tau, and whether its gradient is wanted.
-template <class Pair>
-constexpr bool kHasThreshold = false;
-template <class V>
-constexpr bool kHasThreshold<ThresholdPair<V>> = true;
-template <class V>
-constexpr bool kHasThreshold<ExcessPair<V>> = true;
-template <class Pair>
-constexpr bool kLimitHasGradient = false;
-template <class V>
-constexpr bool kLimitHasGradient<ExcessPair<V>> = true;
-
 // w = p / (eps + |p|) if 1 / (eps + |p|) > min_gate else 0, with p = x_i . x_j + alpha (x_i ^ x_j)
-// and the wedge y_i x_j - x_i y_j = r_i r_j sin(th_i - th_j).
+// and the wedge y_i x_j - x_i y_j = r_i r_j sin(th_i - th_j). The coefficient is alpha.
 template <class V>
-struct GatePair {
+struct InverseGate {
   static constexpr double kBias = 0.0;
+  static constexpr bool kThresholded = false, kLimitVjp = false, kAffine = false;
 
   template <class T>
   static QFLUX_INLINE Point<T> query(Point<T> x, T alpha) {
@@ -76,11 +89,11 @@ struct GatePair {
   static QFLUX_INLINE Point<T> query_vjp(Point<T> grad, T alpha) {
     return {multiply_add(-alpha, grad.y, grad.x), multiply_add(alpha, grad.x, grad.y)};
   }
-  // d query / d alpha, contracted with the gradient of the query.
   template <class T>
-  static QFLUX_INLINE T alpha_vjp(Point<T> grad, Point<T> x) {
+  static QFLUX_INLINE T coefficient_vjp(Point<T> grad, Point<T> x) {
     return grad.x * x.y - grad.y * x.x;
   }
+  static QFLUX_INLINE InverseGate make(V /*limit*/, V eps, V min_gate) { return {eps, min_gate}; }
 
   V eps, min_gate;
   QFLUX_INLINE V gate(V p) const { return V(1) / (eps + absolute(p)); }
@@ -97,5 +110,38 @@ struct GatePair {
   // d/dp p / (eps + |p|) = eps / (eps + |p|)^2
   QFLUX_INLINE V derivative(V p, V grad) const { return grad * (eps * gate(p) * gate(p)); }
 };
+
+// A score as a value that a generic lambda can take apart: `typename decltype(tag)::of<V>`.
+template <template <class> class Score>
+struct ScoreTag {
+  template <class V>
+  using of = Score<V>;
+};
+
+// The one place where a score's run-time value becomes a type: visit(ScoreTag<Score>()).
+template <class Visit>
+QFLUX_HOST_INLINE auto visit_score(ScoreKind kind, const Visit& visit) {
+  switch (kind) {
+    case ScoreKind::kInverseGate:
+      return visit(ScoreTag<InverseGate>());
+    case ScoreKind::kSoftThreshold:
+      return visit(ScoreTag<SoftThreshold>());
+    case ScoreKind::kHardThreshold:
+      break;
+  }
+  return visit(ScoreTag<HardThreshold>());
+}
+
+// The traits by run-time value.
+QFLUX_HOST_INLINE bool is_thresholded(ScoreKind kind) {
+  return visit_score(kind,
+                     [](auto tag) { return decltype(tag)::template of<float>::kThresholded; });
+}
+QFLUX_HOST_INLINE bool has_limit_vjp(ScoreKind kind) {
+  return visit_score(kind, [](auto tag) { return decltype(tag)::template of<float>::kLimitVjp; });
+}
+QFLUX_HOST_INLINE bool is_affine(ScoreKind kind) {
+  return visit_score(kind, [](auto tag) { return decltype(tag)::template of<float>::kAffine; });
+}
 
 }  // namespace qflux

@@ -1,4 +1,4 @@
-// The pair loops over one staged sequence, compiled once for each instruction set.
+// The pair loops over one staged sequence.
 #pragma once
 
 #include "../../math/statistics.h"
@@ -19,39 +19,39 @@ constexpr int64_t kMomentsTile = 512;
 template <class T>
 struct Sequence {
   Visibility visibility;
-  int64_t depth;  // columns of the values; the fast path (values == nullptr) has 2
-  Score score;
+  int64_t value_dim;  // columns of the values; the fast path (values == nullptr) has 2
+  ScoreKind score;
   T eps, min_gate;
-  bool row_window;
+  bool whole_window;
   const T *query_x, *query_y;  // [row_stride]
-  const T* limit;              // [row_stride]: tau; zero for the inverse gate
+  const T* limit;              // [row_stride]: zero for a score that is not thresholded
   const T *key_x, *key_y;      // [key_stride]
-  const T* values = nullptr;   // [keys][value_stride] records of `depth`; null: the keys
+  const T* values = nullptr;   // [keys][value_stride] records of `value_dim`; null: the keys
   int64_t value_stride;
   // Backward only.
-  const T* grad = nullptr;           // [depth][row_stride]: of the context, reduction applied
+  const T* grad = nullptr;           // [value_dim][row_stride]: of the context, reduction applied
   const T* grad_strength = nullptr;  // [row_stride]
-  const T* grad_records = nullptr;   // [rows][depth]: the same as grad; general path only
-  const T* value_planes = nullptr;   // [depth][key_stride]; general path only
+  const T* grad_records = nullptr;   // [rows][value_dim]: the same as grad; general path only
+  const T* value_planes = nullptr;   // [value_dim][key_stride]; general path only
   int64_t row_stride, key_stride;
 };
 
 // Results of a block, as sums before the reduction, in owner order.
 template <class T>
 struct ForwardBlock {
-  T* context;       // [kBlock][depth]
+  T* context;       // [kBlock][value_dim]
   T* strength;      // [kBlock]
   int32_t* degree;  // [kBlock], or null
 };
 template <class T>
 struct BackwardBlock {
-  T* point;            // [kBlock][2]: gradient of the query, or of the key
-  T* values;           // [kBlock][depth]: gradient of the values; key pass of the general path only
-  T* limit = nullptr;  // [kBlock]: gradient of the limit; row pass of Score::kExcess only
+  T* point;   // [kBlock][2]: gradient of the query, or of the key
+  T* values;  // [kBlock][value_dim]: gradient of the values; key pass of the general path only
+  T* limit = nullptr;  // [kBlock]: gradient of the limit; row pass of scores with kLimitVjp only
 };
 
 template <class T>
-struct Kernels {
+struct DenseLoops {
   // Owners first .. last - 1, at most kBlock of them, all inside the sequence.
   void (*forward)(const Sequence<T>&, int64_t first, int64_t last, const ForwardBlock<T>&);
   void (*backward_rows)(const Sequence<T>&, int64_t first, int64_t last, const BackwardBlock<T>&);
@@ -60,17 +60,5 @@ struct Kernels {
   void (*thresholds)(const Moments* windows, const T* x, const T* y, int64_t count,
                      Point<double> shift, double sigma, double eps, T* tau);
 };
-
-struct InstructionSet {
-  const char* name;
-  Kernels<float> single;
-  Kernels<double> twice;
-};
-
-extern const InstructionSet kBaseline;
-#if defined(QFLUX_X86)
-extern const InstructionSet kAvx2;
-extern const InstructionSet kAvx512;
-#endif
 
 }  // namespace qflux::cpu

@@ -21,6 +21,9 @@
 namespace qflux {
 namespace {
 
+// An attribute of lambdas, which have no `inline`.
+#define QFLUX_INLINE_LAMBDA __attribute__((always_inline))
+
 template <class T>
 struct Lanes;
 template <>
@@ -166,6 +169,30 @@ QFLUX_INLINE Mask<T> lanes_between(int64_t first, int64_t last) {
 }
 
 #endif
+
+// A number as a type.
+template <int kNumber>
+struct Constant {
+  static constexpr int kValue = kNumber;
+  QFLUX_INLINE constexpr operator int() const { return kNumber; }
+};
+
+// Zeroed memory. Those of the standard library are weak functions, of which a program keeps one
+// copy: it may be the one of an instruction set that the machine does not have.
+template <class T>
+class Array {
+ public:
+  explicit Array(int64_t count)
+      : data_(count > 0 ? new T[static_cast<size_t>(count)]() : nullptr) {}
+  ~Array() { delete[] data_; }
+  Array(const Array&) = delete;
+  Array& operator=(const Array&) = delete;
+  T* get() const { return data_; }
+  T& operator[](int64_t n) const { return data_[n]; }
+
+ private:
+  T* const data_;
+};
 
 }  // namespace
 }  // namespace qflux

@@ -21,15 +21,4 @@ struct SweepLoops {
   void (*add_vectors)(double* sums, const double* vectors, int64_t count, int64_t width);
 };
 
-struct SweepInstructionSet {
-  SweepLoops<float> single;
-  SweepLoops<double> twice;
-};
-
-extern const SweepInstructionSet kSweepBaseline;
-#if defined(QFLUX_X86)
-extern const SweepInstructionSet kSweepAvx2;
-extern const SweepInstructionSet kSweepAvx512;
-#endif
-
 }  // namespace qflux::cpu

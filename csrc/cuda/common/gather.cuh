@@ -1,16 +1,16 @@
 // The loop that every pass over pairs shares: owners, a few in the registers of each thread, gather
-// sums over the others they meet, which stream through shared memory. Forward and row pass own rows
-// and stream keys; the key pass owns keys and streams rows. Each sum is written by the one thread
-// that owns it and taken in a fixed order, so no atomics and the same bits on every run.
+// sums over the sources they meet, which stream through shared memory. Forward and row pass own
+// rows and stream keys; the key pass owns keys and streams rows. Each sum is written by the one
+// thread that owns it and taken in a fixed order, so no atomics and the same bits on every run.
 //
-// A `Pass` says what is summed, by
-//  - Scalar, Pair, Params, Sizes (a TileTraits), Owner;
+// A `Pass` is made from params and a BatchIndex, and says what is summed, by
+//  - Scalar, Score, Params, Sizes (a TileTraits), Owner;
 //  - kColumnSums and kSums: the sums of one chunk of value columns, then those over all columns;
 //  - kLoopsColumns: a block walks all columns, instead of one block for each chunk of them;
-//  - owners(params), others(params), columns(params);
+//  - owners(params), sources(params), columns(params);
 //  - valid(): owners inside the sequence, the ones behind are padding;
-//  - range(owner): others it meets; neither end decreases from one owner to the next;
-//  - load(owner, column) into registers, fetch(other, column, record) into shared memory;
+//  - range(owner): sources it meets; neither end decreases from one owner to the next;
+//  - load(owner, column) into registers, fetch(source, column, record) into shared memory;
 //  - accumulate(owner, record, visible, sums) and store(owner, column, last, sums).
 #pragma once
 
@@ -19,17 +19,12 @@
 
 namespace qflux::cuda {
 
-// Positions in a sequence; launch_gather refuses sequences that 32 bits cannot count.
-struct Range {
-  int begin, end;
-};
-
 // How the blocks of a launch divide the work among themselves.
 struct Schedule {
   int64_t batch;
   int owner_blocks, column_blocks;
   bool reversed;  // the last owners first: under a causal mask they meet the most
-  int split;      // warps of a block that share the same owners, each with its part of the others
+  int split;      // warps of a block that share the same owners, each with its part of the sources
 };
 
 template <class Numbers, int kSize>
@@ -37,10 +32,7 @@ struct alignas(16) Buffer {
   Numbers at[kSize];
 };
 
-__device__ __forceinline__ int lesser(int a, int b) { return a < b ? a : b; }
-__device__ __forceinline__ int greater(int a, int b) { return a > b ? a : b; }
-
-// Others that any owner in [first, last) meets, and others that all of them meet.
+// Sources that any owner in [first, last) meets, and sources that all of them meet.
 template <class Pass>
 __device__ __forceinline__ Range met_by_any(const Pass& pass, int first, int last) {
   if (first >= last) return {0, 0};
@@ -68,15 +60,15 @@ __device__ __forceinline__ void load_owners(const Pass& pass, int first, int val
   }
 }
 
-// Adds the others from <= j < to of a tile that starts at `start`.
+// Adds the sources from <= j < to of a tile that starts at `start`.
 template <bool kMasked, class Pass, int kOwners, int kSums>
-__device__ __forceinline__ void add_others(const Pass& pass,
-                                           const typename Pass::Owner (&owner)[kOwners],
-                                           const Range (&met)[kOwners],
-                                           const typename Pass::Scalar* tile, int start, int from,
-                                           int to, typename Pass::Scalar (&sums)[kOwners][kSums]) {
+__device__ __forceinline__ void add_sources(const Pass& pass,
+                                            const typename Pass::Owner (&owner)[kOwners],
+                                            const Range (&met)[kOwners],
+                                            const typename Pass::Scalar* tile, int start, int from,
+                                            int to, typename Pass::Scalar (&sums)[kOwners][kSums]) {
   constexpr int kWidth = Pass::Sizes::kWidth, kAtOnce = Pass::Sizes::kAtOnce;
-  [[maybe_unused]] constexpr int kUnroll = kUnrollOf<typename Pass::Pair, typename Pass::Sizes>;
+  [[maybe_unused]] constexpr int kUnroll = kUnrollOf<typename Pass::Score, typename Pass::Sizes>;
 #pragma unroll(kMasked ? 1 : kUnroll)
   for (int j = from; j < to; j += kAtOnce) {
     typename Pass::Scalar record[kAtOnce][kWidth];
@@ -87,6 +79,30 @@ __device__ __forceinline__ void add_others(const Pass& pass,
       for (int r = 0; r < kOwners; ++r)
         pass.accumulate(owner[r], record[n],
                         !kMasked || ((j + n >= met[r].begin) & (j + n < met[r].end)), sums[r]);
+  }
+}
+
+// Takes the sums of a chunk into those that outlast it.
+template <class T, int kOwners, int kSums>
+__device__ __forceinline__ void add_to_totals(const T (&sums)[kOwners][kSums],
+                                              CompensatedSum<T> (&total)[kOwners][kSums]) {
+#pragma unroll
+  for (int n = 0; n < kOwners * kSums; ++n)
+    total[n / kSums][n % kSums].add(sums[n / kSums][n % kSums]);
+}
+
+// Stores the totals of a thread's owners where `stores`.
+template <class Pass, int kOwners, int kSums>
+__device__ __forceinline__ void store_owners(
+    const Pass& pass, int first, int owners, int column, bool last, bool stores,
+    const CompensatedSum<typename Pass::Scalar> (&total)[kOwners][kSums]) {
+#pragma unroll
+  for (int r = 0; r < kOwners; ++r) {
+    const int n = opaque(first) + static_cast<int>(threadIdx.x) % kWarp + r * kWarp;
+    typename Pass::Scalar sums[kSums];
+#pragma unroll
+    for (int c = 0; c < kSums; ++c) sums[c] = total[r][c].get();
+    if (stores && n < owners) pass.store(n, column, last, sums);
   }
 }
 
@@ -128,7 +144,7 @@ __global__ void __launch_bounds__(kThreads, Pass::Sizes::kBlocksPerSm)
   using Tile = Buffer<T, kTile * kWidth>;
   QFLUX_SHARED(Tile, tile);
 
-  const int lane = threadIdx.x % kWarp, split = schedule.split;
+  const int split = schedule.split;
   const int slice = threadIdx.x / kWarp % split, group = threadIdx.x / kWarp / split;
   const int per_block = kThreads / split * kOwners;
   const int64_t works = schedule.batch * schedule.owner_blocks * schedule.column_blocks;
@@ -138,7 +154,7 @@ __global__ void __launch_bounds__(kThreads, Pass::Sizes::kBlocksPerSm)
     const int64_t rest = work / schedule.batch;
     const int order = static_cast<int>(rest / schedule.column_blocks);
     const int block = schedule.reversed ? schedule.owner_blocks - 1 - order : order;
-    const int64_t b = work % schedule.batch;
+    const BatchIndex b = params.pair.index(work % schedule.batch);
     const Pass pass(params, b);
     const int valid = pass.valid(), block_first = block * per_block;
     const int first = block_first + group * (kWarp * kOwners);
@@ -165,31 +181,25 @@ __global__ void __launch_bounds__(kThreads, Pass::Sizes::kBlocksPerSm)
           if (chunk_end <= any.begin || chunk >= any.end) continue;
           T sums[kOwners][kSums] = {};
           if (chunk >= common.begin && chunk + kChunk <= common.end) {
-            add_others<false>(pass, owner, met, tile.at, start, chunk, chunk + kChunk, sums);
+            add_sources<false>(pass, owner, met, tile.at, start, chunk, chunk + kChunk, sums);
           } else {
             const int skipped = greater(any.begin - chunk, 0);
-            add_others<true>(pass, owner, met, tile.at, start,
-                             chunk + skipped - skipped % Sizes::kAtOnce, lesser(chunk_end, any.end),
-                             sums);
+            add_sources<true>(pass, owner, met, tile.at, start,
+                              chunk + skipped - skipped % Sizes::kAtOnce,
+                              lesser(chunk_end, any.end), sums);
           }
-#pragma unroll
-          for (int n = 0; n < kOwners * kSums; ++n)
-            total[n / kSums][n % kSums].add(sums[n / kSums][n % kSums]);
+          add_to_totals(sums, total);
         }
       }
       if (split > 1) merge_slices(split, slice, group, tile.at, total);
       const bool is_last = column + Sizes::kColumns >= column_end;
-      const Pass writer(params, opaque(b));
+      const Pass writer(params, {opaque(b.outer), opaque(b.inner)});
+      store_owners(writer, first, static_cast<int>(Pass::owners(params)), column, is_last,
+                   slice == 0, total);
 #pragma unroll
-      for (int r = 0; r < kOwners; ++r) {
-        const int n = opaque(first) + lane + r * kWarp;
-        T sums[kSums];
-#pragma unroll
-        for (int c = 0; c < kSums; ++c) sums[c] = total[r][c].get();
-        if (slice == 0 && n < Pass::owners(params)) writer.store(n, column, is_last, sums);
+      for (int r = 0; r < kOwners; ++r)
 #pragma unroll
         for (int c = 0; c < Pass::kColumnSums; ++c) total[r][c] = {};
-      }
       column += Sizes::kColumns;
     } while (Pass::kLoopsColumns && column < column_end);
   }
@@ -204,12 +214,12 @@ const char* launch_gather(const typename Pass::Params& params, bool reversed, vo
   const int owners = static_cast<int>(Pass::owners(params));
   const int columns = static_cast<int>(Pass::columns(params));
   const auto blocks = [](int n, int size) { return (n + size - 1) / size; };
-  Schedule schedule{pair.batch, 0, 1, reversed, 1};
+  Schedule schedule{pair.batch(), 0, 1, reversed, 1};
   if (!Pass::kLoopsColumns) schedule.column_blocks = blocks(columns, Sizes::kColumns);
   const int64_t copies = schedule.batch * schedule.column_blocks;
   const auto per_block = [&] { return kThreads / schedule.split * Sizes::kOwners; };
   // A split pays where each slice finds chunks of its own.
-  while (schedule.split < kWarps && Pass::others(params) > schedule.split * Sizes::kChunk &&
+  while (schedule.split < kWarps && Pass::sources(params) > schedule.split * Sizes::kChunk &&
          blocks(owners, per_block()) * copies < kEnoughBlocks)
     schedule.split *= 2;
   schedule.owner_blocks = blocks(owners, per_block());

@@ -9,14 +9,17 @@ namespace qflux::cuda {
 // first launch error. None allocates, synchronises or leaves the current device, so all of them
 // may run under CUDA-graph capture.
 //
-// With scratch, of sweep_bytes() from a 256-byte boundary on, the threshold score's pairs are met
-// by sweep (sweep.h); without, one by one.
+// With scratch, of sweep_bytes() from a 256-byte boundary on, the pairs of the hard threshold are
+// met by sweep (sweep.h); without, one by one.
 const char* interact(const InteractParams<float>& params, void* stream, void* scratch = nullptr);
 const char* interact(const InteractParams<double>& params, void* stream, void* scratch = nullptr);
 const char* interact_backward(const InteractBackwardParams<float>& params, void* stream,
                               void* scratch = nullptr);
 const char* interact_backward(const InteractBackwardParams<double>& params, void* stream,
                               void* scratch = nullptr);
+// Two kernels whose sums have a fixed order; `window_grads` of the params is theirs.
+const char* threshold_backward(const ThresholdBackwardParams<float>& params, void* stream);
+const char* threshold_backward(const ThresholdBackwardParams<double>& params, void* stream);
 const char* evolve(const EvolveParams<float>& params, void* stream, void* scratch = nullptr);
 const char* evolve(const EvolveParams<double>& params, void* stream, void* scratch = nullptr);
 const char* evolve_backward(const EvolveBackwardParams<float>& params, void* stream,

@@ -1,4 +1,4 @@
-// What both directions need to know of a pair's score.
+// What every pass over pairs knows of its sequence: sizes, scores, and who owns the sums.
 #pragma once
 
 #include "../../math/score.h"
@@ -7,35 +7,90 @@
 
 namespace qflux::cuda {
 
-// Makes pairs of one sequence from what they do not share: the row's threshold.
-template <class Pair>
-struct PairOf;
-template <class T>
-struct PairOf<ThresholdPair<T>> {
-  __device__ __forceinline__ PairOf(const PairParams<T>&, int64_t) {}
-  __device__ __forceinline__ ThresholdPair<T> operator()(T limit) const { return {limit}; }
+// Positions in a sequence; launch_gather refuses sequences that 32 bits cannot count.
+struct Range {
+  int begin, end;
 };
-template <class T>
-struct PairOf<ExcessPair<T>> {
-  __device__ __forceinline__ PairOf(const PairParams<T>&, int64_t) {}
-  __device__ __forceinline__ ExcessPair<T> operator()(T limit) const { return {{limit}}; }
-};
-template <class T>
-struct PairOf<GatePair<T>> {
-  T eps, min_gate;
 
-  __device__ __forceinline__ PairOf(const PairParams<T>& p, int64_t b)
-      : eps(static_cast<T>(p.eps)), min_gate(p.min_gate[b]) {}
-  __device__ __forceinline__ GatePair<T> operator()(T) const { return {eps, min_gate}; }
-};
+__device__ __forceinline__ int lesser(int a, int b) { return a < b ? a : b; }
+__device__ __forceinline__ int greater(int a, int b) { return a > b ? a : b; }
 
 // A gate's division is work enough for one iteration; unrolled, its registers would spill.
-template <class Pair, class Sizes>
-constexpr int kUnrollOf = kHasThreshold<Pair> ? Sizes::kUnroll : 1;
+template <class Score, class Sizes>
+constexpr int kUnrollOf = Score::kThresholded ? Sizes::kUnroll : 1;
 
-template <class Pair, class T>
-__device__ __forceinline__ Point<T> query(const PairParams<T>& p, int64_t b, int64_t row) {
-  return Pair::query(load_point(p.states, b, row), p.coefficient[b]);
+template <class Score, class T>
+__device__ __forceinline__ Point<T> query(const PairParams<T>& p, BatchIndex b, int64_t row) {
+  return Score::query(load_point(p.states, b, row), p.coefficient[b]);
 }
+
+// One sequence of a call with InteractParams or InteractBackwardParams.
+template <class T, class ScoreOfPair, class ParamsOfCall>
+struct SequencePass {
+  using Scalar = T;
+  using Score = ScoreOfPair;
+  using Params = ParamsOfCall;
+
+  const Params& params;
+  BatchIndex b;
+  T eps, min_gate;
+
+  __device__ __forceinline__ SequencePass(const Params& p, BatchIndex sequence)
+      : params(p),
+        b(sequence),
+        eps(static_cast<T>(p.pair.eps)),
+        min_gate(p.pair.min_gate[sequence]) {}
+
+  __device__ __forceinline__ Visibility visibility() const { return params.pair.visibility(b); }
+  __device__ __forceinline__ T limit(int row) const {
+    return Score::kThresholded ? params.threshold.at(b, row) : T(0);
+  }
+  __device__ __forceinline__ Score score(T limit) const {
+    return Score::make(limit, eps, min_gate);
+  }
+  // A key's record: its point and, where `kColumns` is not zero, so many columns of its value.
+  template <int kColumns>
+  __device__ __forceinline__ void fetch_key(int key, int column, T* record) const {
+    const Point<T> point = load_point(params.pair.key_points, b, key);
+    record[0] = point.x;
+    record[1] = point.y;
+#pragma unroll
+    for (int c = 0; c < kColumns; ++c) record[2 + c] = value(key, column + c);
+  }
+  __device__ __forceinline__ T value(int key, int column) const {
+    return column < params.pair.value_dim ? params.pair.values.at(b, key, column) : T(0);
+  }
+};
+
+// Rows own the sums and meet keys.
+template <class T, class Score, class Params>
+struct OwnsRows : SequencePass<T, Score, Params> {
+  using SequencePass<T, Score, Params>::SequencePass;
+
+  QFLUX_INLINE static int64_t owners(const Params& p) { return p.pair.rows; }
+  QFLUX_INLINE static int64_t sources(const Params& p) { return p.pair.keys; }
+  __device__ __forceinline__ int valid() const {
+    return static_cast<int>(this->visibility().row_end);
+  }
+  __device__ __forceinline__ Range range(int row) const {
+    return {0, static_cast<int>(this->visibility().visible_keys(row))};
+  }
+};
+
+// Keys own the sums and meet rows.
+template <class T, class Score, class Params>
+struct OwnsKeys : SequencePass<T, Score, Params> {
+  using SequencePass<T, Score, Params>::SequencePass;
+
+  QFLUX_INLINE static int64_t owners(const Params& p) { return p.pair.keys; }
+  QFLUX_INLINE static int64_t sources(const Params& p) { return p.pair.rows; }
+  __device__ __forceinline__ int valid() const {
+    return static_cast<int>(this->visibility().key_end);
+  }
+  __device__ __forceinline__ Range range(int key) const {
+    const Visibility v = this->visibility();
+    return {static_cast<int>(v.first_row(key)), static_cast<int>(v.row_end)};
+  }
+};
 
 }  // namespace qflux::cuda

@@ -12,6 +12,8 @@
 
 #include <cstdint>
 
+#include "traits.h"
+
 namespace qflux::cuda {
 
 constexpr int64_t kMaxBlocks = 2147483647;  // of grid.x; kernels loop over the work beyond
@@ -48,20 +50,31 @@ inline int64_t max_shared_bytes() {
   return known ? bytes : 0;
 }
 
+// Beyond 48 KB of static and dynamic shared memory a kernel has to ask first, and the two together
+// must fit the device's limit. Always asks for all that fits: a smaller number could undercut a
+// launch of another thread.
+template <class Kernel>
+cudaError_t allow_dynamic_shared(Kernel* kernel, int64_t bytes) {
+  if (bytes == 0) return cudaSuccess;
+  cudaFuncAttributes attributes;
+  const cudaError_t error = cudaFuncGetAttributes(&attributes, kernel);
+  const int64_t fixed = static_cast<int64_t>(attributes.sharedSizeBytes);
+  if (error != cudaSuccess || fixed + bytes <= kSharedBytes) return error;
+  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                              static_cast<int>(max_shared_bytes() - fixed));
+}
+
 template <class... Parameters>
 const char* launch(void (*kernel)(Parameters...), const Grid& grid, void* stream,
                    const Parameters&... arguments) {
   const dim3 blocks(static_cast<unsigned>(grid.blocks < kMaxBlocks ? grid.blocks : kMaxBlocks));
-  cudaError_t error = cudaSuccess;
-  // Always the device's whole limit: a smaller number could undercut a launch of another thread.
-  if (grid.shared_bytes > 0)
-    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                 static_cast<int>(max_shared_bytes()));
-  if (error == cudaSuccess) {
+  cudaError_t error = allow_dynamic_shared(kernel, grid.shared_bytes);
+  if (error == cudaSuccess)
     kernel<<<blocks, grid.threads, static_cast<size_t>(grid.shared_bytes),
              static_cast<cudaStream_t>(stream)>>>(arguments...);
-    error = cudaGetLastError();
-  }
+  // Also takes an error from the calls before it, which the next launch would otherwise report.
+  const cudaError_t latest = cudaGetLastError();
+  error = error == cudaSuccess ? latest : error;
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 #else

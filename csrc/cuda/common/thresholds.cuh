@@ -1,5 +1,5 @@
-// Thresholds of a segment of rows by one block, from moments of the keys (math/statistics.h) in
-// float64 for both precisions.
+// The moments of the windows of a segment of rows, found by one block, and thresholds from them
+// (math/statistics.h), in float64 for both precisions.
 #pragma once
 
 #include "../../math/statistics.h"
@@ -53,19 +53,27 @@ __device__ __forceinline__ Moments scan_block(Moments& sums, WarpSums& shared) {
 }
 
 template <class T>
-__device__ __forceinline__ void add_key(Moments& sums, const PairParams<T>& p, int64_t b,
+__device__ __forceinline__ void add_key(Moments& sums, const PairParams<T>& p, BatchIndex b,
                                         int64_t key, Point<double> shift) {
   const Point<T> at = load_point(p.key_points, b, key);
   sums.add(at.x - shift.x, at.y - shift.y);
 }
 
-// tau of the rows segment .. segment + kRowsPerThread * blockDim.x - 1 of sequence b into `out`.
-// The moments of all keys in front of the segment are summed afresh, those inside are scanned.
+// Whether the windows of all rows of a sequence are all of its keys.
 template <class T>
-__device__ __forceinline__ void threshold_segment(const PairParams<T>& p, const View<T>& out,
-                                                  int64_t b, int64_t segment, WarpSums& shared) {
+__device__ __forceinline__ bool has_whole_windows(const PairParams<T>& p) {
+  return p.whole_window || !p.causal;
+}
+
+// Calls visit(row, visible keys, moments of the row's window, what they are relative to) for the
+// rows segment .. segment + kRowsPerThread * blockDim.x - 1 of sequence b. The moments of all keys
+// in front of the segment are summed afresh, those inside are scanned.
+template <class T, class Visit>
+__device__ __forceinline__ void for_each_window(const PairParams<T>& p, BatchIndex b,
+                                                int64_t segment, WarpSums& shared,
+                                                const Visit& visit) {
   const Visibility visibility = p.visibility(b);
-  const bool whole = p.row_window || !p.causal;
+  const bool whole = has_whole_windows(p);
   Point<double> shift{0, 0};
   if (visibility.key_end > 0) {
     const Point<T> first = load_point(p.key_points, b, 0);
@@ -96,14 +104,24 @@ __device__ __forceinline__ void threshold_segment(const PairParams<T>& p, const 
     if (!whole)
       for (int64_t key = seen_until(row - 1); key < seen_until(row); ++key)
         add_key(window, p, b, key, shift);
-    T tau = 0;
-    if (visibility.visible_keys(row) > 0) {
-      const Point<T> x = load_point(p.states, b, row);
-      tau = static_cast<T>(
-          threshold(Point<double>{x.x, x.y}, window, shift, p.coefficient[b], p.eps));
-    }
-    out.at(b, row) = tau;
+    visit(row, visibility.visible_keys(row), window, shift);
   }
+}
+
+// tau of the rows of a segment into `out`, zero for those that see no key.
+template <class T>
+__device__ __forceinline__ void threshold_segment(const PairParams<T>& p, const View<T>& out,
+                                                  BatchIndex b, int64_t segment, WarpSums& shared) {
+  for_each_window(p, b, segment, shared,
+                  [&](int64_t row, int64_t visible, const Moments& window, Point<double> shift) {
+                    T tau = 0;
+                    if (visible > 0) {
+                      const Point<T> x = load_point(p.states, b, row);
+                      tau = static_cast<T>(threshold(Point<double>{x.x, x.y}, window, shift,
+                                                     p.coefficient[b], p.eps));
+                    }
+                    out.at(b, row) = tau;
+                  });
 }
 
 }  // namespace qflux::cuda

@@ -1,4 +1,4 @@
-// Staging of others into shared memory, reading them back, and sums that outlast a tile.
+// Staging of sources into shared memory, reading them back, and sums that outlast a tile.
 #pragma once
 
 #include "../../math/sums.h"

@@ -16,7 +16,7 @@ constexpr int64_t kEnoughBlocks = 264;
 // Positions are 32-bit inside a kernel, which saves registers; addresses are 64-bit everywhere.
 constexpr int64_t kMaxLength = int64_t{1} << 30;
 
-constexpr int kSharedBytes = 48 * 1024;  // static shared memory of every architecture
+constexpr int64_t kSharedBytes = 48 * 1024;  // that a kernel may have without asking, everywhere
 
 // `kOwnValues`: values are not the keys, and are taken `kColumns` at a time.
 // `kBlocksPerSm` blocks of four warps fit the registers of an SM: enough warps for a loop whose
@@ -46,14 +46,15 @@ struct Traits<double, true> {
   static constexpr int kOwners = 1, kColumns = 4, kUnroll = 1, kBlocksPerSm = 3;
 };
 
-// Others in shared memory, in records of `width` numbers.
+// Sources in shared memory, in records of `width` numbers.
 template <class T, bool kOwnValues, int width>
 struct TileTraits : Traits<T, kOwnValues> {
   static constexpr int kWidth = width;
   // Records are read in 16-byte parts, two at once where one is not made of whole parts.
   static constexpr int kAtOnce = width * sizeof(T) % 16 == 0 ? 1 : 2;
-  // Others whose sums are taken in T from zero: few enough that their rounding stays far below what
-  // a score's own rounding does, enough to make the compensated totals a few percent of the work.
+  // Sources whose sums are taken in T from zero: few enough that their rounding stays far below
+  // what a score's own rounding does, enough to make the compensated totals a few percent of the
+  // work.
   static constexpr int kChunk = width == 2 ? 256 : 128;
   static constexpr int kTile = kWarps * kChunk;  // a chunk for each warp of a split
 

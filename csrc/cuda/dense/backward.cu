@@ -6,30 +6,27 @@
 namespace qflux::cuda {
 namespace {
 
-template <class T, template <class> class Kind, bool kOwnValues>
+template <class T, class Score, bool kOwnValues>
 const char* launch_passes(const InteractBackwardParams<T>& params, void* stream) {
   const PairParams<T>& pair = params.pair;
-  const bool row_pass = (params.grad_states || params.grad_alpha) && pair.rows > 0;
+  const bool row_pass =
+      (params.grad_states || params.grad_coefficient || params.grad_threshold) && pair.rows > 0;
   const bool key_pass = (params.grad_keys || params.grad_values) && pair.keys > 0;
   const char* error = nullptr;
-  if (row_pass) error = launch_gather<RowPass<T, Kind, kOwnValues>>(params, pair.causal, stream);
+  if (row_pass) error = launch_gather<RowPass<T, Score, kOwnValues>>(params, pair.causal, stream);
   if (key_pass && error == nullptr)
-    error = launch_gather<KeyPass<T, Kind, kOwnValues>>(params, false, stream);
+    error = launch_gather<KeyPass<T, Score, kOwnValues>>(params, false, stream);
   return error;
 }
 
 template <class T>
 const char* run(const InteractBackwardParams<T>& params, void* stream) {
-  const PairParams<T>& pair = params.pair;
-  if (pair.batch == 0) return nullptr;
-  if (pair.score == Score::kInverseGate)
-    return pair.values ? launch_passes<T, GatePair, true>(params, stream)
-                       : launch_passes<T, GatePair, false>(params, stream);
-  if (pair.score == Score::kExcess)
-    return pair.values ? launch_passes<T, ExcessPair, true>(params, stream)
-                       : launch_passes<T, ExcessPair, false>(params, stream);
-  return pair.values ? launch_passes<T, ThresholdPair, true>(params, stream)
-                     : launch_passes<T, ThresholdPair, false>(params, stream);
+  if (params.pair.batch() == 0) return nullptr;
+  return visit_score(params.pair.score, [&](auto tag) {
+    using Score = typename decltype(tag)::template of<T>;
+    return params.pair.values ? launch_passes<T, Score, true>(params, stream)
+                              : launch_passes<T, Score, false>(params, stream);
+  });
 }
 
 }  // namespace

@@ -9,9 +9,9 @@ namespace qflux::cuda {
 
 // Gradients of one row's context and strength, reduction applied.
 template <class T, int kColumns>
-__device__ __forceinline__ void load_gradients(const InteractBackwardParams<T>& params, int64_t b,
-                                               int row, const Visibility& visibility, int column,
-                                               int columns, T* grad, T& grad_strength) {
+__device__ __forceinline__ void load_gradients(const InteractBackwardParams<T>& params,
+                                               BatchIndex b, int row, const Visibility& visibility,
+                                               int column, int columns, T* grad, T& grad_strength) {
   const T scale = params.pair.reduction_scale(visibility.visible_keys(row));
 #pragma unroll
   for (int c = 0; c < kColumns; ++c)
@@ -28,96 +28,65 @@ __device__ __forceinline__ T dot(const T* a, const T* b, T start) {
   return start;
 }
 
-template <class T, template <class> class Kind, bool kOwnValues>
-struct Backward {
-  using Scalar = T;
-  using Pair = Kind<T>;
-  using Params = InteractBackwardParams<T>;
+// Columns of the values that a pass of the backward takes at a time; it loops over all of them.
+template <class T, bool kOwnValues>
+struct BackwardColumns {
   static constexpr int kColumns = Traits<T, kOwnValues>::kColumns;
   static constexpr bool kLoopsColumns = kOwnValues;
-
-  const Params& params;
-  int64_t b;
-  PairOf<Pair> pair;
-
-  __device__ __forceinline__ Backward(const Params& p, int64_t sequence)
-      : params(p), b(sequence), pair(p.pair, sequence) {}
-  __device__ __forceinline__ Visibility visibility() const { return params.pair.visibility(b); }
-
-  QFLUX_INLINE static int64_t columns(const Params& p) {
-    return kOwnValues ? p.pair.depth : kColumns;
-  }
-  __device__ __forceinline__ T limit(int row) const {
-    return kHasThreshold<Pair> ? params.threshold.at(b, row) : T(0);
-  }
-  __device__ __forceinline__ T value(int key, int column) const {
-    return column < params.pair.depth ? params.pair.values.at(b, key, column) : T(0);
+  QFLUX_INLINE static int64_t columns(const InteractBackwardParams<T>& p) {
+    return kOwnValues ? p.pair.value_dim : kColumns;
   }
 };
 
-template <class T, template <class> class Kind, bool kOwnValues>
-struct RowPass : Backward<T, Kind, kOwnValues> {
-  using Base = Backward<T, Kind, kOwnValues>;
-  using Pair = Kind<T>;
+template <class T, class Score, bool kOwnValues>
+struct RowPass : OwnsRows<T, Score, InteractBackwardParams<T>>, BackwardColumns<T, kOwnValues> {
+  using Base = OwnsRows<T, Score, InteractBackwardParams<T>>;
   using Params = InteractBackwardParams<T>;
-  using Sizes = TileTraits<T, kOwnValues, kOwnValues ? 2 + Base::kColumns : 2>;
-  static constexpr int kColumnSums = 0, kSums = kLimitHasGradient<Pair> ? 3 : 2;
-  using Base::b, Base::kColumns, Base::pair, Base::params, Base::visibility;
+  using Base::Base, Base::b, Base::params, Base::visibility;
+  using BackwardColumns<T, kOwnValues>::kColumns;
+  using Sizes = TileTraits<T, kOwnValues, kOwnValues ? 2 + kColumns : 2>;
+  static constexpr int kColumnSums = 0, kSums = Score::kLimitVjp ? 3 : 2;
 
   struct Owner {
     Point<T> query;
     T limit, grad_strength, grad[kColumns];
   };
 
-  __device__ __forceinline__ RowPass(const Params& p, int64_t sequence) : Base(p, sequence) {}
-  QFLUX_INLINE static int64_t owners(const Params& p) { return p.pair.rows; }
-  QFLUX_INLINE static int64_t others(const Params& p) { return p.pair.keys; }
-
-  __device__ __forceinline__ int valid() const { return static_cast<int>(visibility().row_end); }
-  __device__ __forceinline__ Range range(int row) const {
-    return {0, static_cast<int>(visibility().visible_keys(row))};
-  }
   __device__ __forceinline__ Owner load(int row, int column) const {
-    Owner owner{query<Pair>(params.pair, b, row), this->limit(row), T(0), {}};
+    Owner owner{query<Score>(params.pair, b, row), this->limit(row), T(0), {}};
     load_gradients<T, kColumns>(params, b, row, visibility(), column, this->columns(params),
                                 owner.grad, owner.grad_strength);
     return owner;
   }
   __device__ __forceinline__ void fetch(int key, int column, T (&record)[Sizes::kWidth]) const {
-    const Point<T> point = load_point(params.pair.key_points, b, key);
-    record[0] = point.x;
-    record[1] = point.y;
-    if constexpr (kOwnValues) {
-#pragma unroll
-      for (int c = 0; c < kColumns; ++c) record[2 + c] = this->value(key, column + c);
-    }
+    this->template fetch_key<Sizes::kWidth - 2>(key, column, record);
   }
   __device__ __forceinline__ void accumulate(const Owner& row, const T (&record)[Sizes::kWidth],
                                              bool visible, T (&sums)[kSums]) const {
     const T p =
-        inner_product(row.query.x, row.query.y, record[0], record[1], static_cast<T>(Pair::kBias));
+        inner_product(row.query.x, row.query.y, record[0], record[1], static_cast<T>(Score::kBias));
     const T grad_weight = dot<kColumns>(row.grad, record + (kOwnValues ? 2 : 0), row.grad_strength);
-    const Pair scored = pair(row.limit);
-    if (!(visible & scored.kept(p))) return;
-    const T grad = scored.derivative(p, grad_weight);
+    const Score score = this->score(row.limit);
+    if (!(visible & score.kept(p))) return;
+    const T grad = score.derivative(p, grad_weight);
     sums[0] = multiply_add(grad, record[0], sums[0]);
     sums[1] = multiply_add(grad, record[1], sums[1]);
-    if constexpr (kLimitHasGradient<Pair>) sums[2] += grad;
+    if constexpr (Score::kLimitVjp) sums[2] += grad;
   }
   __device__ __forceinline__ void store(int row, int /*column*/, bool last,
                                         const T (&sums)[kSums]) const {
     if (!last) return;
     const bool inside = row < visibility().row_end;
     const Point<T> grad{inside ? sums[0] : T(0), inside ? sums[1] : T(0)};
-    if constexpr (kLimitHasGradient<Pair>)
+    if constexpr (Score::kLimitVjp)
       if (params.grad_threshold) params.grad_threshold.at(b, row) = inside ? -sums[2] : T(0);
-    if constexpr (!kHasThreshold<Pair>) {
-      if (params.grad_alpha && inside)
-        params.grad_alpha.at(b, row) +=
-            Pair::alpha_vjp(grad, load_point(params.pair.states, b, row));
+    if constexpr (!Score::kThresholded) {
+      if (params.grad_coefficient && inside)
+        params.grad_coefficient.at(b, row) +=
+            Score::coefficient_vjp(grad, load_point(params.pair.states, b, row));
     }
     if (!params.grad_states) return;
-    Point<T> pulled = Pair::query_vjp(grad, params.pair.coefficient[b]);
+    Point<T> pulled = Score::query_vjp(grad, params.pair.coefficient[b]);
     if (params.accumulate) {
       const Point<T> old = load_point(as_const(params.grad_states), b, row);
       pulled = {old.x + pulled.x, old.y + pulled.y};
@@ -126,14 +95,14 @@ struct RowPass : Backward<T, Kind, kOwnValues> {
   }
 };
 
-template <class T, template <class> class Kind, bool kOwnValues>
-struct KeyPass : Backward<T, Kind, kOwnValues> {
-  using Base = Backward<T, Kind, kOwnValues>;
-  using Pair = Kind<T>;
+template <class T, class Score, bool kOwnValues>
+struct KeyPass : OwnsKeys<T, Score, InteractBackwardParams<T>>, BackwardColumns<T, kOwnValues> {
+  using Base = OwnsKeys<T, Score, InteractBackwardParams<T>>;
   using Params = InteractBackwardParams<T>;
-  using Base::b, Base::kColumns, Base::pair, Base::params, Base::visibility;
+  using Base::Base, Base::b, Base::params, Base::visibility;
+  using BackwardColumns<T, kOwnValues>::kColumns;
   // A row's query, limit and gradient of the strength, then of the context.
-  using Sizes = TileTraits<T, kOwnValues, 4 + Base::kColumns>;
+  using Sizes = TileTraits<T, kOwnValues, 4 + kColumns>;
   static constexpr int kColumnSums = kOwnValues ? kColumns : 0, kSums = kColumnSums + 2;
 
   struct Owner {
@@ -141,15 +110,6 @@ struct KeyPass : Backward<T, Kind, kOwnValues> {
     T value[kOwnValues ? kColumns : 1];
   };
 
-  __device__ __forceinline__ KeyPass(const Params& p, int64_t sequence) : Base(p, sequence) {}
-  QFLUX_INLINE static int64_t owners(const Params& p) { return p.pair.keys; }
-  QFLUX_INLINE static int64_t others(const Params& p) { return p.pair.rows; }
-
-  __device__ __forceinline__ int valid() const { return static_cast<int>(visibility().key_end); }
-  __device__ __forceinline__ Range range(int key) const {
-    const Visibility v = visibility();
-    return {static_cast<int>(v.first_row(key)), static_cast<int>(v.row_end)};
-  }
   __device__ __forceinline__ Owner load(int key, int column) const {
     const Point<T> point = load_point(params.pair.key_points, b, key);
     Owner owner{{point.x, point.y}, {}};
@@ -160,7 +120,7 @@ struct KeyPass : Backward<T, Kind, kOwnValues> {
     return owner;
   }
   __device__ __forceinline__ void fetch(int row, int column, T (&record)[Sizes::kWidth]) const {
-    const Point<T> q = query<Pair>(params.pair, b, row);
+    const Point<T> q = query<Score>(params.pair, b, row);
     record[0] = q.x;
     record[1] = q.y;
     record[2] = this->limit(row);
@@ -170,11 +130,11 @@ struct KeyPass : Backward<T, Kind, kOwnValues> {
   __device__ __forceinline__ void accumulate(const Owner& key, const T (&record)[Sizes::kWidth],
                                              bool visible, T (&sums)[kSums]) const {
     const T p = inner_product(record[0], record[1], key.point[0], key.point[1],
-                              static_cast<T>(Pair::kBias));
-    const Pair scored = pair(record[2]);
+                              static_cast<T>(Score::kBias));
+    const Score score = this->score(record[2]);
     const T grad_weight = dot<kColumns>(record + 4, kOwnValues ? key.value : key.point, record[3]);
-    if (!(visible & scored.kept(p))) return;
-    const T grad = scored.derivative(p, grad_weight), w = scored.weight(p);
+    if (!(visible & score.kept(p))) return;
+    const T grad = score.derivative(p, grad_weight), w = score.weight(p);
     T& x = sums[kColumnSums];
     T& y = sums[kColumnSums + 1];
     x = multiply_add(grad, record[0], x);
@@ -193,7 +153,7 @@ struct KeyPass : Backward<T, Kind, kOwnValues> {
     if constexpr (kOwnValues) {
 #pragma unroll
       for (int c = 0; c < kColumns; ++c)
-        if (params.grad_values && column + c < params.pair.depth)
+        if (params.grad_values && column + c < params.pair.value_dim)
           params.grad_values.at(b, key, column + c) = inside ? sums[c] : T(0);
     }
     if (!last || !params.grad_keys) return;

@@ -15,18 +15,18 @@ const char* launch_forward(const typename Pass::Params& params, void* stream) {
 template <class T>
 const char* run(const InteractParams<T>& params, void* stream) {
   const PairParams<T>& pair = params.pair;
-  if (pair.batch == 0 || pair.rows == 0) return nullptr;
-  if (pair.score == Score::kInverseGate)
-    return pair.values ? launch_forward<Forward<T, GatePair, true, true>>(params, stream)
-                       : launch_forward<Forward<T, GatePair, false, true>>(params, stream);
-  if (const char* error = thresholds(pair, params.threshold, stream)) return error;
-  if (pair.score == Score::kExcess)
-    return pair.values ? launch_forward<Forward<T, ExcessPair, true, true>>(params, stream)
-                       : launch_forward<Forward<T, ExcessPair, false, true>>(params, stream);
-  if (pair.values) return launch_forward<Forward<T, ThresholdPair, true, true>>(params, stream);
-  return params.strength || params.degree
-             ? launch_forward<Forward<T, ThresholdPair, false, true>>(params, stream)
-             : launch_forward<Forward<T, ThresholdPair, false, false>>(params, stream);
+  if (pair.batch() == 0 || pair.rows == 0) return nullptr;
+  if (is_thresholded(pair.score))
+    if (const char* error = thresholds(pair, params.threshold, stream)) return error;
+  return visit_score(pair.score, [&](auto tag) {
+    using Score = typename decltype(tag)::template of<T>;
+    if (pair.values) return launch_forward<Forward<T, Score, true, true>>(params, stream);
+    // A gate's division outweighs the row sums, which then are not worth a kernel without them.
+    constexpr bool kAlwaysRowSums = !Score::kThresholded;
+    return kAlwaysRowSums || params.strength || params.degree
+               ? launch_forward<Forward<T, Score, false, true>>(params, stream)
+               : launch_forward<Forward<T, Score, false, kAlwaysRowSums>>(params, stream);
+  });
 }
 
 }  // namespace

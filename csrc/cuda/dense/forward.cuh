@@ -7,12 +7,12 @@ namespace qflux::cuda {
 
 // `kRowSums`: strength and degree are wanted. The second stage of a step wants neither, and they
 // are two of a pair's seven instructions.
-template <class T, template <class> class Kind, bool kOwnValues, bool kRowSums>
-struct Forward {
-  using Scalar = T;
-  using Pair = Kind<T>;
+template <class T, class Score, bool kOwnValues, bool kRowSums>
+struct Forward : OwnsRows<T, Score, InteractParams<T>> {
+  using Base = OwnsRows<T, Score, InteractParams<T>>;
   using Params = InteractParams<T>;
   using Sizes = TileTraits<T, kOwnValues, kOwnValues ? 2 + Traits<T, true>::kColumns : 2>;
+  using Base::Base, Base::b, Base::params, Base::visibility;
   static constexpr int kColumnSums = Sizes::kColumns;
   static constexpr int kSums = kColumnSums + (kRowSums ? 2 : 0);
   static constexpr bool kLoopsColumns = false;
@@ -22,48 +22,25 @@ struct Forward {
     T limit;
   };
 
-  const Params& params;
-  int64_t b;
-  PairOf<Pair> pair;
+  QFLUX_INLINE static int64_t columns(const Params& p) { return kOwnValues ? p.pair.value_dim : 2; }
 
-  __device__ __forceinline__ Forward(const Params& p, int64_t sequence)
-      : params(p), b(sequence), pair(p.pair, sequence) {}
-  __device__ __forceinline__ Visibility visibility() const { return params.pair.visibility(b); }
-
-  QFLUX_INLINE static int64_t owners(const Params& p) { return p.pair.rows; }
-  QFLUX_INLINE static int64_t others(const Params& p) { return p.pair.keys; }
-  QFLUX_INLINE static int64_t columns(const Params& p) { return kOwnValues ? p.pair.depth : 2; }
-
-  __device__ __forceinline__ int valid() const { return static_cast<int>(visibility().row_end); }
-  __device__ __forceinline__ Range range(int row) const {
-    return {0, static_cast<int>(visibility().visible_keys(row))};
-  }
   __device__ __forceinline__ Owner load(int row, int /*column*/) const {
-    const T limit = kHasThreshold<Pair> ? params.threshold.at(b, row) : T(0);
-    return {query<Pair>(params.pair, b, row), limit};
+    return {query<Score>(params.pair, b, row), this->limit(row)};
   }
   __device__ __forceinline__ void fetch(int key, int column, T (&record)[Sizes::kWidth]) const {
-    const Point<T> point = load_point(params.pair.key_points, b, key);
-    record[0] = point.x;
-    record[1] = point.y;
-    if constexpr (kOwnValues) {
-#pragma unroll
-      for (int c = 0; c < Sizes::kColumns; ++c)
-        if (column + c < params.pair.depth)
-          record[2 + c] = params.pair.values.at(b, key, column + c);
-    }
+    this->template fetch_key<Sizes::kWidth - 2>(key, column, record);
   }
   __device__ __forceinline__ void accumulate(const Owner& row, const T (&record)[Sizes::kWidth],
                                              bool visible, T (&sums)[kSums]) const {
     constexpr int kValue = kOwnValues ? 2 : 0;
     const T p =
-        inner_product(row.query.x, row.query.y, record[0], record[1], static_cast<T>(Pair::kBias));
-    const Pair scored = pair(row.limit);
-    const bool kept = scored.kept(p);
+        inner_product(row.query.x, row.query.y, record[0], record[1], static_cast<T>(Score::kBias));
+    const Score score = this->score(row.limit);
+    const bool kept = score.kept(p);
     // What is dropped is left out of the sum only if it is finite for certain: a key below a
     // threshold is, a value of its own need not be and must show.
-    if (!(visible & (kept | !kHasThreshold<Pair> | kOwnValues))) return;
-    const T w = scored.weight(p, kept);
+    if (!(visible & (kept | !Score::kThresholded | kOwnValues))) return;
+    const T w = score.weight(p, kept);
 #pragma unroll
     for (int c = 0; c < kColumnSums; ++c) sums[c] = multiply_add(w, record[kValue + c], sums[c]);
     if constexpr (kRowSums) {
@@ -75,7 +52,7 @@ struct Forward {
                                         const T (&sums)[kSums]) const {
     const int64_t visible = visibility().visible_keys(row);
     T scale = params.pair.reduction_scale(visible);
-    if constexpr (kHasThreshold<Pair>) {
+    if constexpr (Score::kThresholded) {
       // No comparison with an undefined threshold means anything.
       const T tau = params.threshold.at(b, row);
       if (tau != tau) scale = tau;
@@ -91,7 +68,7 @@ struct Forward {
       if (params.degree)
         params.degree.at(b, row) = visible > 0 ? static_cast<int32_t>(sums[kColumnSums + 1]) : 0;
     }
-    if (!kHasThreshold<Pair> && params.threshold) params.threshold.at(b, row) = T(0);
+    if (!Score::kThresholded && params.threshold) params.threshold.at(b, row) = T(0);
   }
 };
 

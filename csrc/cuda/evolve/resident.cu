@@ -10,7 +10,7 @@
 namespace qflux::cuda {
 namespace {
 
-// The sums of all owners of a pass over a tile that holds all others. Groups of owners go to the
+// The sums of all owners of a pass over a tile that holds all sources. Groups of owners go to the
 // warps in alternating order, so that a warp's groups of two rounds meet as many under a causal
 // mask as any other's.
 template <class Pass>
@@ -38,29 +38,20 @@ __device__ __forceinline__ void gather_sequence(const Pass& pass,
       const int from = lesser(greater(chunk, common_begin), end);
       const int to = greater(lesser(common.end - common.end % kAtOnce, end), from);
       T sums[kOwners][kSums] = {};
-      add_others<false>(pass, owner, met, tile, 0, from, to, sums);
+      add_sources<false>(pass, owner, met, tile, 0, from, to, sums);
 #pragma unroll 1
       for (int side = 0; side < 2; ++side)
-        add_others<true>(pass, owner, met, tile, 0, side == 0 ? chunk : to, side == 0 ? from : end,
-                         sums);
-#pragma unroll
-      for (int n = 0; n < kOwners * kSums; ++n)
-        total[n / kSums][n % kSums].add(sums[n / kSums][n % kSums]);
+        add_sources<true>(pass, owner, met, tile, 0, side == 0 ? chunk : to, side == 0 ? from : end,
+                          sums);
+      add_to_totals(sums, total);
     }
-#pragma unroll
-    for (int r = 0; r < kOwners; ++r) {
-      const int n = opaque(first) + static_cast<int>(threadIdx.x) % kWarp + r * kWarp;
-      T sums[kSums];
-#pragma unroll
-      for (int c = 0; c < kSums; ++c) sums[c] = total[r][c].get();
-      if (n < owners) pass.store(n, 0, true, sums);
-    }
+    store_owners(pass, first, owners, 0, true, true, total);
   }
 }
 
 // Runs rule(i) for all tokens of a sequence, then takes points.at(b, i) into the tile.
 template <class T, class Rule>
-__device__ __forceinline__ void settle(int64_t b, int64_t rows, const View<T>& points, T* tile,
+__device__ __forceinline__ void settle(BatchIndex b, int64_t rows, const View<T>& points, T* tile,
                                        const Rule& rule) {
 #pragma unroll 1
   for (int64_t i = threadIdx.x; i < rows + rows % 2; i += blockDim.x) {
@@ -75,38 +66,39 @@ __device__ __forceinline__ void settle(int64_t b, int64_t rows, const View<T>& p
 }
 
 template <class Rule>
-__device__ __forceinline__ void for_each_token(int64_t b, int64_t rows, const Rule& rule) {
+__device__ __forceinline__ void for_each_token(BatchIndex b, int64_t rows, const Rule& rule) {
 #pragma unroll 1
   for (int64_t i = threadIdx.x; i < rows; i += blockDim.x) rule(b, i);
 }
 
-template <class T, template <class> class Kind>
+template <class T, class Score>
 __global__ void __launch_bounds__(kResidentThreads, 1) evolve_sequences(EvolveParams<T> p) {
   QFLUX_DYNAMIC_SHARED(memory);
   WarpSums& shared = *reinterpret_cast<WarpSums*>(memory);
   T* tile = reinterpret_cast<T*>(memory + sizeof(WarpSums));
   const int64_t rows = p.pair.rows;
-  for (int64_t b = blockIdx.x; b < p.pair.batch; b += gridDim.x) {
+  for (int64_t sequence = blockIdx.x; sequence < p.pair.batch(); sequence += gridDim.x) {
+    const BatchIndex b = p.pair.index(sequence);
     settle(b, rows, p.plane(0, kTapeState), tile, CopyToTape<T>{p});
 #pragma unroll 1
     for (int64_t stages = 0; stages < 2 * p.steps; ++stages) {
       const int64_t step = stages / 2;
       const bool middle = stages % 2 == 1, last = step + 1 == p.steps;
       InteractParams<T> params = stage_params(p, step, middle);
-      params.pair.states = View<const T>{tile, 0, 2, 1};  // the copy, not the tape
+      params.pair.states = View<const T>{tile, 0, 0, 2, 1};  // the copy, not the tape
       params.pair.key_points = params.pair.states;
       __syncthreads();
-      if constexpr (kHasThreshold<Kind<T>>) {
+      if constexpr (Score::kThresholded) {
         for (int64_t segment = 0; segment < rows; segment += blockDim.x * kRowsPerThread)
           threshold_segment(params.pair, params.threshold, b, segment, shared);
         __syncthreads();
       }
       // A gate's division outweighs the row sums, which then are not worth a loop without them.
-      constexpr bool kAlwaysRowSums = !kHasThreshold<Kind<T>>;
+      constexpr bool kAlwaysRowSums = !Score::kThresholded;
       if (kAlwaysRowSums || !middle)
-        gather_sequence(Forward<T, Kind, false, true>(params, b), tile);
+        gather_sequence(Forward<T, Score, false, true>(params, b), tile);
       else
-        gather_sequence(Forward<T, Kind, false, kAlwaysRowSums>(params, b), tile);
+        gather_sequence(Forward<T, Score, false, kAlwaysRowSums>(params, b), tile);
       __syncthreads();
       if (!middle)
         settle(b, rows, p.plane(step, kTapeMiddle), tile, EndOfFirstStage<T>{p, step});
@@ -117,8 +109,8 @@ __global__ void __launch_bounds__(kResidentThreads, 1) evolve_sequences(EvolvePa
 }
 
 template <class Pass, class T>
-__device__ __forceinline__ void gather_from_tape(const InteractBackwardParams<T>& params, int64_t b,
-                                                 T* tile) {
+__device__ __forceinline__ void gather_from_tape(const InteractBackwardParams<T>& params,
+                                                 BatchIndex b, T* tile) {
   constexpr int kWidth = Pass::Sizes::kWidth;
   const Pass pass(params, b);
   stage<kWidth>(tile, pass.valid(), blockDim.x,
@@ -128,7 +120,7 @@ __device__ __forceinline__ void gather_from_tape(const InteractBackwardParams<T>
   __syncthreads();
 }
 
-template <class T, template <class> class Kind>
+template <class T, class Score>
 __global__ void __launch_bounds__(kResidentThreads, 1)
     evolve_sequences_backward(EvolveBackwardParams<T> p) {
   QFLUX_DYNAMIC_SHARED(memory);
@@ -136,7 +128,8 @@ __global__ void __launch_bounds__(kResidentThreads, 1)
   const StepGradients<T> g{p};
   const EvolveParams<T>& forward = p.forward;
   const int64_t rows = forward.pair.rows;
-  for (int64_t b = blockIdx.x; b < forward.pair.batch; b += gridDim.x) {
+  for (int64_t sequence = blockIdx.x; sequence < forward.pair.batch(); sequence += gridDim.x) {
+    const BatchIndex b = forward.pair.index(sequence);
 #pragma unroll 1
     for (int64_t stages = 2 * forward.steps; stages > 0; --stages) {
       const int64_t step = (stages - 1) / 2;
@@ -147,8 +140,8 @@ __global__ void __launch_bounds__(kResidentThreads, 1)
         for_each_token(b, rows, EndOfFirstStageVjp<T>{g, step});
       const InteractBackwardParams<T> params = stage_backward_params(g, step, middle);
       __syncthreads();
-      gather_from_tape<RowPass<T, Kind, false>>(params, b, tile);
-      gather_from_tape<KeyPass<T, Kind, false>>(params, b, tile);
+      gather_from_tape<RowPass<T, Score, false>>(params, b, tile);
+      gather_from_tape<KeyPass<T, Score, false>>(params, b, tile);
     }
     for_each_token(b, rows, CopyGradient<T>{g});
   }
@@ -164,36 +157,41 @@ int64_t shared_bytes(const EvolveParams<T>& p) {
 }
 template <class T>
 int64_t shared_bytes(const EvolveBackwardParams<T>& p) {
-  return tile_bytes<KeyPass<T, GatePair, false>::Sizes::kWidth>(p.forward.pair);
+  return tile_bytes<KeyPass<T, InverseGate<T>, false>::Sizes::kWidth>(p.forward.pair);
 }
 
 template <class T>
 Grid grid_of(const PairParams<T>& pair, int64_t bytes) {
-  return {pair.batch, resident_warps(pair.rows) * kWarp, bytes};
+  return {pair.batch(), resident_warps(pair.rows) * kWarp, bytes};
 }
 
-constexpr const char* kTooLong = "a sequence does not fit the shared memory of a block";
+constexpr const char* kDoesNotFit = "a sequence does not fit a block";
 
 template <class T>
 const char* run(const EvolveParams<T>& params, void* stream) {
   const PairParams<T>& pair = params.pair;
-  if (pair.batch == 0 || pair.rows == 0) return nullptr;
-  if (!fits_block(params)) return kTooLong;
+  if (pair.batch() == 0 || pair.rows == 0) return nullptr;
+  if (!fits_block(params)) return kDoesNotFit;
   const Grid grid = grid_of(pair, shared_bytes(params));
-  return pair.score == Score::kInverseGate
-             ? launch(evolve_sequences<T, GatePair>, grid, stream, params)
-             : launch(evolve_sequences<T, ThresholdPair>, grid, stream, params);
+  return visit_score(pair.score, [&](auto tag) {
+    using Score = typename decltype(tag)::template of<T>;
+    return launch(evolve_sequences<T, Score>, grid, stream, params);
+  });
 }
 
 template <class T>
 const char* run(const EvolveBackwardParams<T>& params, void* stream) {
   const PairParams<T>& pair = params.forward.pair;
-  if (pair.batch == 0 || pair.rows == 0) return nullptr;
-  if (!fits_block(params)) return kTooLong;
+  if (pair.batch() == 0 || pair.rows == 0) return nullptr;
+  if (!fits_block(params)) return kDoesNotFit;
   const Grid grid = grid_of(pair, shared_bytes(params));
-  return pair.score == Score::kInverseGate
-             ? launch(evolve_sequences_backward<T, GatePair>, grid, stream, params)
-             : launch(evolve_sequences_backward<T, ThresholdPair>, grid, stream, params);
+  return visit_score(pair.score, [&](auto tag) -> const char* {
+    using Score = typename decltype(tag)::template of<T>;
+    if constexpr (Score::kLimitVjp)
+      return kDoesNotFit;
+    else
+      return launch(evolve_sequences_backward<T, Score>, grid, stream, params);
+  });
 }
 
 }  // namespace
@@ -204,7 +202,8 @@ bool fits_block(const EvolveParams<T>& params) {
 }
 template <class T>
 bool fits_block(const EvolveBackwardParams<T>& params) {
-  return params.forward.pair.rows <= kMaxLength && shared_bytes(params) <= max_shared_bytes();
+  return !has_limit_vjp(params.forward.pair.score) && params.forward.pair.rows <= kMaxLength &&
+         shared_bytes(params) <= max_shared_bytes();
 }
 template bool fits_block(const EvolveParams<float>&);
 template bool fits_block(const EvolveParams<double>&);

@@ -5,7 +5,8 @@
 
 namespace qflux::cuda {
 
-// Whether a sequence of these fits a block of the current device.
+// Whether a sequence of these fits a block of the current device: its length, and backward also its
+// score, whose limit must have no gradient, for that needs sums over the block's rows and keys.
 template <class T>
 bool fits_block(const EvolveParams<T>& params);
 template <class T>

@@ -14,11 +14,14 @@ namespace {
 constexpr int kTokenThreads = 256;
 
 template <class Rule>
-__global__ void __launch_bounds__(kTokenThreads) apply(Rule rule, int64_t tokens, int64_t rows) {
+__global__ void __launch_bounds__(kTokenThreads)
+    apply(Rule rule, int64_t tokens, int64_t rows, int64_t inner) {
   const int64_t stride = static_cast<int64_t>(gridDim.x) * kTokenThreads;
   for (int64_t n = static_cast<int64_t>(blockIdx.x) * kTokenThreads + threadIdx.x; n < tokens;
-       n += stride)
-    rule(n / rows, n % rows);
+       n += stride) {
+    const int64_t sequence = n / rows;
+    rule(BatchIndex{sequence / inner, sequence % inner}, n % rows);
+  }
 }
 
 class Device {
@@ -39,12 +42,16 @@ class Device {
                              : cuda::interact_backward(params, stream);
     });
   }
-  template <class Rule>
-  void for_each_token(int64_t batch, int64_t rows, const Rule& rule) {
-    const int64_t tokens = batch * rows;
+  template <class T>
+  void threshold_backward(const ThresholdBackwardParams<T>& params) {
+    queue_.then([&](void* stream) { return cuda::threshold_backward(params, stream); });
+  }
+  template <class T, class Rule>
+  void for_each_token(const PairParams<T>& pair, const Rule& rule) {
+    const int64_t tokens = pair.batch() * pair.rows;
     if (tokens == 0) return;
     const int64_t blocks = (tokens + kTokenThreads - 1) / kTokenThreads;
-    queue_.launch(apply<Rule>, {blocks, kTokenThreads}, rule, tokens, rows);
+    queue_.launch(apply<Rule>, {blocks, kTokenThreads}, rule, tokens, pair.rows, pair.inner);
   }
 
   const char* error() const { return queue_.error(); }
@@ -77,7 +84,7 @@ const char* run(const Params& params, void* stream, Launches launches, SweepScra
   const auto& pair = pair_of(params);
   if (scratch.memory) launches = Launches::kMany;
   if (launches == Launches::kAuto) {
-    const bool short_and_many = pair.rows <= kResidentLength && pair.batch >= kResidentBatch;
+    const bool short_and_many = pair.rows <= kResidentLength && pair.batch() >= kResidentBatch;
     launches = short_and_many && fits_block(params) ? Launches::kOne : Launches::kMany;
   }
   if (launches == Launches::kOne) return evolve_resident(params, stream);

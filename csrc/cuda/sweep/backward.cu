@@ -15,15 +15,12 @@ struct SweptParams : InteractBackwardParams<T> {
 
 // Which rows of a rectangle have geometry, and what keys want of them.
 template <class T, bool kOwn>
-struct FarRows : RowPass<T, ThresholdPair, kOwn> {
-  using Base = RowPass<T, ThresholdPair, kOwn>;
-  using Keys = KeyPass<T, ThresholdPair, kOwn>;
+struct FarRows : RowPass<T, HardThreshold<T>, kOwn> {
+  using Base = RowPass<T, HardThreshold<T>, kOwn>;
+  using Keys = KeyPass<T, HardThreshold<T>, kOwn>;
   using Slots = SweepTraits<T, kOwn>;
-  using Base::b, Base::params, Base::kSums, Base::kColumns;
+  using Base::Base, Base::b, Base::params, Base::kSums, Base::kColumns;
   static constexpr bool kOwnValues = kOwn;
-
-  __device__ __forceinline__ FarRows(const InteractBackwardParams<T>& p, int64_t sequence)
-      : Base(p, sequence) {}
 
   __device__ __forceinline__ bool has_geometry(int row, int column) const {
     const typename Base::Owner owner = Base::load(row, column);
@@ -51,7 +48,8 @@ struct FarRows : RowPass<T, ThresholdPair, kOwn> {
     const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
     const int first = super.first + warp * kRankBlock;
     const T* records =
-        sweep.records + (b * params.pair.rows + super.where.row_begin + first) * Slots::kRecord;
+        sweep.records +
+        (super.sequence * params.pair.rows + super.where.row_begin + first) * Slots::kRecord;
     double sum = 0;
     for (int n = 0; n < kRankBlock; n += kWarp) {
       const int count = super.where.rows() - first - n;
@@ -70,9 +68,9 @@ struct FarRows : RowPass<T, ThresholdPair, kOwn> {
     to[kSuperBlocks * Slots::kSlots + lane] = all;
   }
   // `slots`: moments of the certain keys, `tested`: sums over the others.
-  __device__ __forceinline__ void add(const Sweep<T>& sweep, int row, int /*column*/,
-                                      const typename Base::Owner& owner, const double* slots,
-                                      const double (&tested)[kSums]) const {
+  __device__ __forceinline__ void add(const Sweep<T>& sweep, int64_t sequence, int row,
+                                      int /*column*/, const typename Base::Owner& owner,
+                                      const double* slots, const double (&tested)[kSums]) const {
     double x = tested[0], y = tested[1];
     if (slots != nullptr) {
 #pragma unroll
@@ -82,7 +80,7 @@ struct FarRows : RowPass<T, ThresholdPair, kOwn> {
         y = multiply_add(grad, slots[3 * c + 2], y);
       }
     }
-    double* query = sweep.query + 2 * (b * params.pair.rows + row);
+    double* query = sweep.query + 2 * (sequence * params.pair.rows + row);
     query[0] += x;
     query[1] += y;
   }
@@ -91,10 +89,10 @@ struct FarRows : RowPass<T, ThresholdPair, kOwn> {
 // Adds what a key gets from rows that all keep it: as a key, and as a value.
 template <class T, bool kOwn, int kSums>
 __device__ __forceinline__ void add_certain(
-    const typename KeyPass<T, ThresholdPair, kOwn>::Owner& key, const double* slots,
+    const typename KeyPass<T, HardThreshold<T>, kOwn>::Owner& key, const double* slots,
     double (&sums)[kSums]) {
   constexpr int kColumns = SweepTraits<T, kOwn>::kColumns, kPoint = kOwn ? kColumns : 0;
-  constexpr double kBias = ThresholdPair<T>::kBias;
+  constexpr double kBias = HardThreshold<T>::kBias;
 #pragma unroll
   for (int c = 0; c <= kColumns; ++c) {
     const double* m = slots + 3 * c;
@@ -116,7 +114,7 @@ template <class T, bool kOwn>
 __global__ void __launch_bounds__(kKeyThreads, 2)
     meet_rows(InteractBackwardParams<T> params, Sweep<T> sweep, Level level, int tiles,
               int column) {
-  using Keys = KeyPass<T, ThresholdPair, kOwn>;
+  using Keys = KeyPass<T, HardThreshold<T>, kOwn>;
   using Slots = SweepTraits<T, kOwn>;
   constexpr int kSums = Keys::kSums, kColumnSums = Keys::kColumnSums;
   struct Shared {
@@ -129,8 +127,9 @@ __global__ void __launch_bounds__(kKeyThreads, 2)
   const int64_t per_sequence = static_cast<int64_t>(level.rectangles) * tiles;
   const int64_t stride = static_cast<int64_t>(gridDim.x) * kKeyWarps;
   for (int64_t work = static_cast<int64_t>(blockIdx.x) * kKeyWarps + warp;
-       work < p.batch * per_sequence; work += stride) {
-    const int64_t b = work / per_sequence;
+       work < p.batch() * per_sequence; work += stride) {
+    const int64_t sequence = work / per_sequence;
+    const BatchIndex b = p.index(sequence);
     const int index = static_cast<int>(work % per_sequence / tiles);
     const Rectangle where = rectangle(p.visibility(b), level, index);
     const int key = where.key_begin + static_cast<int>(work % tiles) * kWarp + lane;
@@ -140,10 +139,10 @@ __global__ void __launch_bounds__(kKeyThreads, 2)
     typename Keys::Owner own{};
     WhiteKey white{};
     if (inside) {
-      const Whitening& whiten = sweep.whitenings[b * level.rectangles + index];
+      const Whitening& whiten = sweep.whitenings[sequence * level.rectangles + index];
       own = pass.load(key, column);
       white = white_key(whiten, Point<T>{own.point[0], own.point[1]},
-                        sweep.wild[b * p.keys + key] != 0);
+                        sweep.tame[sequence * p.keys + key] != 0);
     }
     __syncwarp();
     shared.owner[threadIdx.x] = own;
@@ -153,7 +152,7 @@ __global__ void __launch_bounds__(kKeyThreads, 2)
     double total[kSums] = {};
 #pragma unroll 1
     for (int super = 0; super * kSuperRows < where.rows(); ++super) {
-      const int64_t view = sweep.view(level, b, index, super);
+      const int64_t view = sweep.view(level, sequence, index, super);
       const Certainty certainty =
           inside ? classify(sweep.views[view + kSuperBlocks], white) : Certainty::kNone;
       if (certainty == Certainty::kAll)
@@ -177,7 +176,8 @@ __global__ void __launch_bounds__(kKeyThreads, 2)
           const int begin = first + (__ffs(blocks) - 1) * kRankBlock + lane;
 #pragma unroll 1
           for (int rank = begin; rank < lesser(begin + kRankBlock, where.rows()); rank += kWarp) {
-            const T* from = sweep.records + (b * p.rows + where.row_begin + rank) * Slots::kRecord;
+            const T* from =
+                sweep.records + (sequence * p.rows + where.row_begin + rank) * Slots::kRecord;
             T record[Keys::Sizes::kWidth];
 #pragma unroll
             for (int c = 0; c < Slots::kRecord; ++c) record[c] = from[c];
@@ -192,11 +192,11 @@ __global__ void __launch_bounds__(kKeyThreads, 2)
       }
     }
     if (!inside) continue;
-    const int64_t at = b * p.keys + key;
+    const int64_t at = sequence * p.keys + key;
     if constexpr (kOwn) {
 #pragma unroll
       for (int c = 0; c < kColumnSums; ++c)
-        if (column + c < p.depth) sweep.values[at * p.depth + column + c] += total[c];
+        if (column + c < p.value_dim) sweep.values[at * p.value_dim + column + c] += total[c];
     }
     sweep.key[2 * at] += total[kColumnSums];
     sweep.key[2 * at + 1] += total[kColumnSums + 1];
@@ -205,21 +205,21 @@ __global__ void __launch_bounds__(kKeyThreads, 2)
 
 // Rows against the keys of their own base block; the gradients of both.
 template <class T, bool kOwn>
-struct NearRows : RowPass<T, ThresholdPair, kOwn> {
-  using Base = RowPass<T, ThresholdPair, kOwn>;
+struct NearRows : RowPass<T, HardThreshold<T>, kOwn> {
+  using Base = RowPass<T, HardThreshold<T>, kOwn>;
   using Params = SweptParams<T>;
   using Base::b, Base::params, Base::kSums;
   const Sweep<T>& sweep;
 
-  __device__ __forceinline__ NearRows(const Params& p, int64_t sequence)
+  __device__ __forceinline__ NearRows(const Params& p, BatchIndex sequence)
       : Base(p, sequence), sweep(p.sweep) {}
-  QFLUX_INLINE static int64_t others(const Params& p) { return p.pair.causal ? p.sweep.base : 0; }
+  QFLUX_INLINE static int64_t sources(const Params& p) { return p.pair.causal ? p.sweep.base : 0; }
   __device__ __forceinline__ Range range(int row) const {
     return near_keys(sweep.base, Base::visibility(), row);
   }
   __device__ __forceinline__ void store(int row, int column, bool last,
                                         const T (&sums)[kSums]) const {
-    const double* far = sweep.query + 2 * (b * params.pair.rows + row);
+    const double* far = sweep.query + 2 * (params.pair.flat(b) * params.pair.rows + row);
     Base::store(row, column, last,
                 {static_cast<T>(sums[0] + far[0]), static_cast<T>(sums[1] + far[1])});
   }
@@ -227,15 +227,15 @@ struct NearRows : RowPass<T, ThresholdPair, kOwn> {
 
 // Keys against the rows of their own base block; the gradients of both.
 template <class T, bool kOwn>
-struct NearKeys : KeyPass<T, ThresholdPair, kOwn> {
-  using Base = KeyPass<T, ThresholdPair, kOwn>;
+struct NearKeys : KeyPass<T, HardThreshold<T>, kOwn> {
+  using Base = KeyPass<T, HardThreshold<T>, kOwn>;
   using Params = SweptParams<T>;
   using Base::b, Base::params, Base::kColumnSums, Base::kSums;
   const Sweep<T>& sweep;
 
-  __device__ __forceinline__ NearKeys(const Params& p, int64_t sequence)
+  __device__ __forceinline__ NearKeys(const Params& p, BatchIndex sequence)
       : Base(p, sequence), sweep(p.sweep) {}
-  QFLUX_INLINE static int64_t others(const Params& p) { return p.pair.causal ? p.sweep.base : 0; }
+  QFLUX_INLINE static int64_t sources(const Params& p) { return p.pair.causal ? p.sweep.base : 0; }
   __device__ __forceinline__ Range range(int key) const {
     const Visibility v = Base::visibility();
     if (!v.causal) return {0, 0};
@@ -246,12 +246,14 @@ struct NearKeys : KeyPass<T, ThresholdPair, kOwn> {
   }
   __device__ __forceinline__ void store(int key, int column, bool last,
                                         const T (&sums)[kSums]) const {
-    const int64_t at = b * params.pair.keys + key, depth = params.pair.depth;
+    const int64_t at = params.pair.flat(b) * params.pair.keys + key;
+    const int64_t value_dim = params.pair.value_dim;
     T both[kSums];
 #pragma unroll
     for (int c = 0; c < kColumnSums; ++c)
-      both[c] = column + c < depth ? static_cast<T>(sums[c] + sweep.values[at * depth + column + c])
-                                   : T(0);
+      both[c] = column + c < value_dim
+                    ? static_cast<T>(sums[c] + sweep.values[at * value_dim + column + c])
+                    : T(0);
     both[kColumnSums] = static_cast<T>(sums[kColumnSums] + sweep.key[2 * at]);
     both[kColumnSums + 1] = static_cast<T>(sums[kColumnSums + 1] + sweep.key[2 * at + 1]);
     Base::store(key, column, last, both);
@@ -267,12 +269,12 @@ void sweep(SweptParams<T>& params, Queue& queue) {
   const bool key_pass = params.grad_keys || params.grad_values;
   sweep_levels(pair, params.threshold, params.sweep, queue, [&](const Level& level) {
     const Grid of_rows{super_blocks(pair, level), kSuperThreads};
-    const int depth = static_cast<int>(Far::columns(plain));
+    const int value_dim = static_cast<int>(Far::columns(plain));
     const int64_t keys = level.size && level.size < pair.keys ? level.size : pair.keys;
     const int tiles = static_cast<int>(ceil_div(keys, kWarp));
-    const Grid of_keys{ceil_div(pair.batch * level.rectangles * int64_t(tiles), kKeyWarps),
+    const Grid of_keys{ceil_div(pair.batch() * level.rectangles * int64_t(tiles), kKeyWarps),
                        kKeyThreads};
-    for (int column = 0; column < depth; column += Far::kColumns) {
+    for (int column = 0; column < value_dim; column += Far::kColumns) {
       queue.launch(view_blocks<Far>, of_rows, plain, params.sweep, level, column);
       if (row_pass) queue.launch(meet_keys<Far>, of_rows, plain, params.sweep, level, column);
       if (key_pass)
@@ -294,7 +296,7 @@ template <class T>
 const char* interact_backward_by(int64_t base, const InteractBackwardParams<T>& params,
                                  void* scratch, void* stream) {
   const PairParams<T>& pair = params.pair;
-  if (pair.batch == 0) return nullptr;
+  if (pair.batch() == 0) return nullptr;
   if (scratch == nullptr || sweep_bytes_by(base, pair, true) == 0)
     return interact_backward(params, stream);
   Divider memory(scratch);

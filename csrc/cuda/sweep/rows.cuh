@@ -18,7 +18,8 @@ __device__ __forceinline__ Range near_keys(int64_t base, const Visibility& v, in
 // What a thread block works on: a super-block of rows of one rectangle.
 template <class T>
 struct SuperBlock {
-  int64_t b, view;  // its own view stands behind those of its blocks
+  int64_t sequence, view;  // its own view stands behind those of its blocks
+  BatchIndex b;
   Rectangle where;
   int first;  // rank of its first row
 
@@ -27,8 +28,9 @@ struct SuperBlock {
     const int64_t rest = work / level.supers;
     const int super = static_cast<int>(work % level.supers);
     const int index = static_cast<int>(rest % level.rectangles);
-    b = rest / level.rectangles;
-    view = sweep.view(level, b, index, super);
+    sequence = rest / level.rectangles;
+    b = p.index(sequence);
+    view = sweep.view(level, sequence, index, super);
     where = rectangle(p.visibility(b), level, index);
     first = super * kSuperRows;
   }
@@ -37,7 +39,7 @@ struct SuperBlock {
 
 template <class T>
 QFLUX_INLINE int64_t super_blocks(const PairParams<T>& p, const Level& level) {
-  return p.batch * level.rectangles * level.supers;
+  return p.batch() * level.rectangles * level.supers;
 }
 
 // Views of all blocks and super-blocks of a level. `Pass` says which rows are without geometry,
@@ -62,11 +64,11 @@ __global__ void __launch_bounds__(kSuperThreads, 1)
     for (int r = 0; r < kLaneRows; ++r) {
       const int rank = super.first + warp * kRankBlock + r * kWarp + lane;
       if (rank >= super.where.rows()) continue;
-      const int64_t at = super.b * p.rows + super.where.row_begin + rank;
+      const int64_t at = super.sequence * p.rows + super.where.row_begin + rank;
       const int row = row_of(sweep.order[at]);
       RowView view{0, -kInfinity, kInfinity};
       if (pass.has_geometry(row, column)) {
-        const Point<T> q = query<typename Pass::Pair>(p, super.b, row);
+        const Point<T> q = query<typename Pass::Score>(p, super.b, row);
         view = view_row(frame, q.x, q.y, pass.limit(row));
       }
       const bool sees = view.low > -kInfinity && view.high < kInfinity;
@@ -101,9 +103,9 @@ __global__ void __launch_bounds__(kSuperThreads, 1)
 }
 
 template <class T>
-__device__ __forceinline__ WhiteKey white_key(const Whitening& whiten, Point<T> key, bool wild) {
+__device__ __forceinline__ WhiteKey white_key(const Whitening& whiten, Point<T> key, bool tame) {
   WhiteKey z = whiten(key.x, key.y);
-  if (wild) z.slack = HUGE_VAL - HUGE_VAL;  // NaN
+  if (!tame) z.slack = HUGE_VAL - HUGE_VAL;  // NaN
   return z;
 }
 
@@ -146,7 +148,7 @@ __global__ void __launch_bounds__(kSuperThreads, 1)
     const Pass pass(params, super.b);
     const int first = super.first + warp * kRankBlock + lane;
     const bool no_rows = first - lane >= where.rows();
-    const Ranked* order = sweep.order + super.b * p.rows + where.row_begin;
+    const Ranked* order = sweep.order + super.sequence * p.rows + where.row_begin;
     typename Pass::Owner owner[kLaneRows] = {};
 #pragma unroll
     for (int r = 0; r < kLaneRows; ++r)
@@ -159,11 +161,11 @@ __global__ void __launch_bounds__(kSuperThreads, 1)
     for (int start = where.key_begin; start < where.key_end; start += kTile) {
       const int key = start + static_cast<int>(threadIdx.x);
       Certainty certainty = Certainty::kNone;
-      bool wild = false;
+      bool tame = true;
       if (key < where.key_end) {
-        wild = sweep.wild[super.b * p.keys + key] != 0;
+        tame = sweep.tame[super.sequence * p.keys + key] != 0;
         const Point<T> at = load_point(p.key_points, super.b, key);
-        certainty = classify(views[kSuperBlocks], white_key(whiten, at, wild));
+        certainty = classify(views[kSuperBlocks], white_key(whiten, at, tame));
         if (certainty == Certainty::kAll) {
           T record[kWidth] = {};
           pass.fetch(key, column, record);
@@ -182,7 +184,7 @@ __global__ void __launch_bounds__(kSuperThreads, 1)
         place += n < warp ? counts.at[n] : 0;
         listed += counts.at[n];
       }
-      if (certainty == Certainty::kTest) list.at[place] = wild ? ~key : key;
+      if (certainty == Certainty::kTest) list.at[place] = tame ? key : ~key;
       __syncthreads();
       if (listed < kTile && start + kTile < where.key_end) continue;
 
@@ -202,8 +204,8 @@ __global__ void __launch_bounds__(kSuperThreads, 1)
           Certainty own = Certainty::kNone;
           if (group + lane < count && !no_rows) {
             const T* at = tile.at + (group + lane) * kWidth;
-            const bool listed_wild = list.at[chunk + group + lane] < 0;
-            own = classify(views[warp], white_key(whiten, Point<T>{at[0], at[1]}, listed_wild));
+            const bool listed_tame = list.at[chunk + group + lane] >= 0;
+            own = classify(views[warp], white_key(whiten, Point<T>{at[0], at[1]}, listed_tame));
           }
           own_sum = add(__ballot_sync(kWholeWarp, own == Certainty::kAll), group, own_sum);
           unsigned pairs = __ballot_sync(kWholeWarp, own == Certainty::kTest);
@@ -239,7 +241,7 @@ __global__ void __launch_bounds__(kSuperThreads, 1)
 #pragma unroll
     for (int r = 0; r < kLaneRows; ++r)
       if (first + r * kWarp < where.rows())
-        pass.add(sweep, row_of(order[first + r * kWarp]), column, owner[r],
+        pass.add(sweep, super.sequence, row_of(order[first + r * kWarp]), column, owner[r],
                  certain ? slots.at + warp * kWarp : nullptr, total[r]);
     __syncthreads();
   }

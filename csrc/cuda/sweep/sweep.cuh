@@ -4,6 +4,7 @@
 
 #include <cmath>
 
+#include "../../math/rectangles.h"
 #include "../../math/statistics.h"
 #include "../../math/sweep.h"
 #include "../common/pairs.cuh"
@@ -38,26 +39,10 @@ struct Level {
   int rectangles, supers;  // of a sequence; of a rectangle
 };
 
-struct Rectangle {
-  int row_begin, row_end, key_begin, key_end;
-
-  __device__ __forceinline__ int rows() const { return row_end - row_begin; }
-  __device__ __forceinline__ int keys() const { return key_end - key_begin; }
-  __device__ __forceinline__ bool empty() const { return rows() <= 0 || keys() <= 0; }
-};
-
-// The first row at or behind a position, counted so that key and row of a pair on the diagonal have
-// the same.
-__device__ __forceinline__ int row_at(const Visibility& v, int64_t position) {
-  const int64_t row = position - v.shift;
-  return static_cast<int>(row < 0 ? 0 : row < v.row_end ? row : v.row_end);
-}
+using Rectangle = qflux::Rectangle<int>;
 
 __device__ __forceinline__ Rectangle rectangle(const Visibility& v, const Level& level, int index) {
-  if (level.size == 0) return {0, static_cast<int>(v.row_end), 0, static_cast<int>(v.key_end)};
-  const int64_t middle = (2 * int64_t(index) + 1) * level.size;
-  return {row_at(v, middle), row_at(v, middle + level.size), static_cast<int>(middle - level.size),
-          static_cast<int>(middle < v.key_end ? middle : v.key_end)};
+  return level.size == 0 ? whole_rectangle<int>(v) : qflux::rectangle<int>(v, level.size, index);
 }
 
 // A directed row: the code of its direction above, its index below.
@@ -73,20 +58,20 @@ struct Sweep {
   // Sums over the rectangles, all of them in `zeroed`.
   double* zeroed;
   int64_t zeroed_count;
-  double *context, *strength, *degree;  // forward: [batch][rows][depth], [batch][rows]
-  double *query, *key, *values;         // backward: [batch][rows or keys][2], [batch][keys][depth]
-  Ranked *order, *other_order;          // [batch][rows], sorted in segments
-  uint8_t* wild;                        // [batch][keys]: keys without geometry
-  Moments* moments;                     // [batch][chunks]
-  Frame* frames;                        // [batch][rectangles]
-  Whitening* whitenings;                // beside each frame
-  RowsView* views;                      // [batch][rectangles][supers][kSuperBlocks + 1]
-  double* sums;                         // beside each view: [kSlots], backward
-  T* records;                           // [batch][rows][kRecord] by rank, backward
+  double *context, *strength, *degree;  // forward: [batch][rows][value_dim], [batch][rows]
+  double *query, *key, *values;  // backward: [batch][rows or keys][2], [batch][keys][value_dim]
+  Ranked *order, *other_order;   // [batch][rows], sorted in segments
+  uint8_t* tame;                 // [batch][keys]: whether a key has geometry
+  Moments* moments;              // [batch][chunks]
+  Frame* frames;                 // [batch][rectangles]
+  Whitening* whitenings;         // beside each frame
+  RowsView* views;               // [batch][rectangles][supers][kSuperBlocks + 1]
+  double* sums;                  // beside each view: [kSlots], backward
+  T* records;                    // [batch][rows][kRecord] by rank, backward
 
-  __device__ __forceinline__ int64_t view(const Level& level, int64_t b, int rectangle,
+  __device__ __forceinline__ int64_t view(const Level& level, int64_t sequence, int rectangle,
                                           int super) const {
-    return ((b * level.rectangles + rectangle) * level.supers + super) * (kSuperBlocks + 1);
+    return ((sequence * level.rectangles + rectangle) * level.supers + super) * (kSuperBlocks + 1);
   }
 };
 
@@ -95,9 +80,7 @@ inline int64_t ceil_div(int64_t n, int64_t by) { return (n + by - 1) / by; }
 template <class T>
 Level level_of(const PairParams<T>& pair, int64_t size) {
   if (size == 0) return {0, 1, static_cast<int>(ceil_div(pair.rows, kSuperRows))};
-  // Causal rows end where the keys end.
-  const int64_t rectangles = ceil_div(pair.keys - size, 2 * size);
-  return {size, static_cast<int>(rectangles),
+  return {size, static_cast<int>(rectangle_count(pair.keys, size)),
           static_cast<int>(ceil_div(size < pair.rows ? size : pair.rows, kSuperRows))};
 }
 
@@ -105,7 +88,7 @@ Level level_of(const PairParams<T>& pair, int64_t size) {
 template <class T, class Body>
 void for_each_level(const PairParams<T>& pair, int64_t base, const Body& body) {
   if (!pair.causal) return body(level_of(pair, 0));
-  for (int64_t size = base; size < pair.keys; size *= 2) body(level_of(pair, size));
+  each_level(base, pair.keys, [&](int64_t size) { body(level_of(pair, size)); });
 }
 
 // Divides memory of unknown place, or only measures it.
@@ -128,13 +111,13 @@ class Divider {
 template <class T>
 Sweep<T> divide(const PairParams<T>& pair, int64_t base, bool backward, Divider& memory) {
   Sweep<T> s{};
-  const int64_t rows = pair.batch * pair.rows, keys = pair.batch * pair.keys;
-  const int64_t depth = pair.values ? pair.depth : 2;
+  const int64_t rows = pair.batch() * pair.rows, keys = pair.batch() * pair.keys;
+  const int64_t value_dim = pair.values ? pair.value_dim : 2;
   const bool values = static_cast<bool>(pair.values);
   s.base = base;
   s.chunks = ceil_div(pair.keys, base);
   s.zeroed_count =
-      backward ? 2 * rows + 2 * keys + (values ? keys * depth : 0) : rows * (depth + 2);
+      backward ? 2 * rows + 2 * keys + (values ? keys * value_dim : 0) : rows * (value_dim + 2);
   s.zeroed = memory.take<double>(s.zeroed_count);
   if (backward) {
     s.query = s.zeroed;
@@ -142,22 +125,22 @@ Sweep<T> divide(const PairParams<T>& pair, int64_t base, bool backward, Divider&
     s.values = s.key + 2 * keys;
   } else {
     s.context = s.zeroed;
-    s.strength = s.context + rows * depth;
+    s.strength = s.context + rows * value_dim;
     s.degree = s.strength + rows;
   }
   s.order = memory.take<Ranked>(rows);
   s.other_order = memory.take<Ranked>(rows);
-  s.wild = memory.take<uint8_t>(keys);
-  s.moments = memory.take<Moments>(pair.batch * s.chunks);
+  s.tame = memory.take<uint8_t>(keys);
+  s.moments = memory.take<Moments>(pair.batch() * s.chunks);
   int64_t rectangles = 0, supers = 0;
   for_each_level(pair, base, [&](const Level& level) {
     const int64_t here = int64_t(level.rectangles) * level.supers;
     rectangles = level.rectangles > rectangles ? level.rectangles : rectangles;
     supers = here > supers ? here : supers;
   });
-  const int64_t views = pair.batch * supers * (kSuperBlocks + 1);
-  s.frames = memory.take<Frame>(pair.batch * rectangles);
-  s.whitenings = memory.take<Whitening>(pair.batch * rectangles);
+  const int64_t views = pair.batch() * supers * (kSuperBlocks + 1);
+  s.frames = memory.take<Frame>(pair.batch() * rectangles);
+  s.whitenings = memory.take<Whitening>(pair.batch() * rectangles);
   s.views = memory.take<RowsView>(views);
   if (backward) {
     using Own = SweepTraits<T, true>;
@@ -205,7 +188,7 @@ __device__ __forceinline__ double add_slots(unsigned bits, const T* records, dou
   return sum;
 }
 
-// Of sweep_order.cu. Sums of `sweep` at zero, keys looked through, and rows put in order one by
+// Of order.cu. Sums of `sweep` at zero, keys looked through, and rows put in order one by
 // one.
 template <class T>
 void prepare(const PairParams<T>& pair, const View<const T>& limits, const Sweep<T>& sweep,

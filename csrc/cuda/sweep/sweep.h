@@ -1,4 +1,4 @@
-// The threshold score by sweep: sub-quadratic, the same kept pairs as met one by one.
+// The hard threshold by sweep: sub-quadratic, the same kept pairs as met one by one.
 //
 // Keys near a row, in its own base block, are met by the dense kernels. The keys before it divide
 // into dyadic rectangles of rows and keys, one level after the other, in which math/sweep.h says

@@ -1,14 +1,13 @@
-// The threshold score of one long sequence in about O(S log S): see math/sweep.h for the geometry.
+// An affine score of one long sequence in about O(S log S): see math/sweep.h for the geometry.
 #pragma once
 
-#include "../isa/dense.h"
-#include "../isa/sweep.h"
+#include "../isa/dispatch.h"
 
 namespace qflux::cpu {
 
 // Sums of each row before the reduction, zero on entry.
 struct SweptRows {
-  double* context;   // [rows][depth]
+  double* context;   // [rows][value_dim]
   double* strength;  // [rows]
   int32_t* degree;   // [rows]
   int64_t* work;     // as in InteractParams
@@ -17,16 +16,15 @@ struct SweptRows {
 struct SweptGradients {
   double* query;   // [rows][2]
   double* key;     // [keys][2]: with values that are the keys, as keys and as values
-  double* values;  // [keys][depth]
-  double* limit;   // [rows], with `query`: of the thresholds, Score::kExcess only
+  double* values;  // [keys][value_dim]
+  double* limit;   // [rows], with `query`: of the thresholds, scores with kLimitVjp only
 };
 
 // Both return false, having written nothing, where the geometry does not pay (short sequences) or
 // does not apply: states, values or gradients that are not finite or too large to square.
 template <class T>
-bool sweep_forward(const Kernels<T>&, const SweepLoops<T>&, const Sequence<T>&, const SweptRows&);
+bool sweep_forward(const Loops<T>&, const Sequence<T>&, const SweptRows&);
 template <class T>
-bool sweep_backward(const Kernels<T>&, const SweepLoops<T>&, const Sequence<T>&,
-                    const SweptGradients&);
+bool sweep_backward(const Loops<T>&, const Sequence<T>&, const SweptGradients&);
 
 }  // namespace qflux::cpu

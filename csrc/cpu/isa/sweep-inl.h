@@ -1,17 +1,19 @@
-// The hot loops of the sweep, compiled once for each instruction set.
-#include "sweep.h"
+// The hot loops of the sweep.
+#pragma once
 
 #include "../../math/sums.h"
 #include "simd.h"
+#include "sweep.h"
 
 namespace qflux::cpu {
 namespace {
+namespace sweep {
 
 template <class T>
 bool all_tame(const T* values, int64_t count) {
-  int32_t wild = 0;
-  for (int64_t i = 0; i < count; ++i) wild |= !is_tame(values[i]);
-  return wild == 0;
+  int32_t tame = 1;
+  for (int64_t i = 0; i < count; ++i) tame &= is_tame(values[i]);
+  return tame != 0;
 }
 
 template <class T>
@@ -97,14 +99,6 @@ template <class T>
 constexpr SweepLoops<T> kLoops = {all_tame<T>, view_rows<T>, view_keys<T>,
                                   add_spans,   add_bins,     add_vectors};
 
+}  // namespace sweep
 }  // namespace
-
-#if defined(__AVX512F__)
-const SweepInstructionSet kSweepAvx512 = {kLoops<float>, kLoops<double>};
-#elif defined(__AVX2__)
-const SweepInstructionSet kSweepAvx2 = {kLoops<float>, kLoops<double>};
-#else
-const SweepInstructionSet kSweepBaseline = {kLoops<float>, kLoops<double>};
-#endif
-
 }  // namespace qflux::cpu

@@ -1,20 +1,17 @@
 // Which rows meet which keys, and how: causal sequences as dyadic blocks, each pair of a row block
 // and a key block by geometry where that is cheaper than by pairs, and pair by pair otherwise.
-//
-// Every division of work depends on the data and the sizes only, never on the number of threads,
-// so that results are bitwise repeatable.
-#include "sweep.h"
+#include "driver.h"
 
-#include <torch/csrc/stable/ops.h>
-
-#include <algorithm>
 #include <cmath>
 #include <limits>
-#include <memory>
 #include <numeric>
 #include <vector>
 
+#include "../../math/rectangles.h"
 #include "../../math/score.h"
+#include "directions.h"
+#include "grouping.h"
+#include "row_set.h"
 
 namespace qflux::cpu {
 namespace {
@@ -22,165 +19,21 @@ namespace {
 // Keys in front of a row in its own base block are met by the dense loop: the smallest block whose
 // pairs cost more than its geometry.
 constexpr int64_t kBase = 2048;
-// Costs in units of one pair of the dense loop, measured: a key's arcs, moments and list entries; a
-// row's angle and sorting; a list entry, beside the pairs it stands for.
-constexpr double kKeyCost = 900, kRowCost = 600, kEntryCost = 40;
-// Rows of one pair of blocks are split by h into at most so many groups.
-constexpr int kMostGroups = 16;
-// Keys gathered for one call of the pair loop.
-constexpr int64_t kListTile = 1024;
-// A share of a long loop that one thread takes at a time.
-constexpr int64_t kShare = 1024;
-constexpr int64_t kMostShares = 16;
 constexpr double kNone = std::numeric_limits<double>::quiet_NaN();
-constexpr double kInfinity = std::numeric_limits<double>::infinity();
-
-int64_t ceil_div(int64_t n, int64_t by) { return (n + by - 1) / by; }
-
-// Runs body(item) for each; inside another such loop, one after the other.
-template <class Body>
-void each(int64_t count, const Body& body) {
-  if (count == 1) return body(0);
-  torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t n = begin; n < end; ++n) body(n);
-  });
-}
-
-struct Shares {
-  int64_t total, count;
-  explicit Shares(int64_t n) : total(n), count(std::clamp<int64_t>(n / kShare, 1, kMostShares)) {}
-  int64_t begin(int64_t share) const { return total * share / count; }
-};
-
-// Memory that a loop writes before it reads it.
-template <class T>
-std::unique_ptr<T[]> room(int64_t count) {
-  return std::unique_ptr<T[]>(new T[static_cast<size_t>(count)]);
-}
-
-struct Rectangle {
-  int64_t row_begin, row_end, key_begin, key_end;
-  int64_t rows() const { return row_end - row_begin; }
-  int64_t keys() const { return key_end - key_begin; }
-};
-
-// Rows in an order of their own, in the planes and records that the pair loops want.
-template <class T>
-struct RowSet {
-  std::vector<int32_t> row;  // of the sequence
-  int64_t stride;
-  std::unique_ptr<T[]> planes, records;
-
-  RowSet(const Sequence<T>& s, std::vector<int32_t> rows, bool backward)
-      : row(std::move(rows)), stride(ceil_div(row.size(), kPadding) * kPadding) {
-    const int64_t count = row.size(), depth = s.depth;
-    const bool wants_records = backward && s.values;
-    const int64_t plane_count = backward ? depth + 4 : 3;
-    planes = room<T>(plane_count * stride);
-    records = room<T>(wants_records ? count * depth : 0);
-    const Shares shares(count);
-    each(shares.count, [&](int64_t share) {
-      const auto gather = [&](const T* from, int64_t plane) {
-        T* to = planes.get() + plane * stride;
-        for (int64_t n = shares.begin(share); n < shares.begin(share + 1); ++n)
-          to[n] = from[row[n]];
-      };
-      gather(s.query_x, 0);
-      gather(s.query_y, 1);
-      gather(s.limit, 2);
-      if (backward) {
-        for (int64_t c = 0; c < depth; ++c) gather(s.grad + c * s.row_stride, 3 + c);
-        gather(s.grad_strength, 3 + depth);
-      }
-      if (wants_records)
-        for (int64_t n = shares.begin(share); n < shares.begin(share + 1); ++n)
-          std::copy_n(s.grad_records + row[n] * depth, depth, records.get() + n * depth);
-    });
-    for (int64_t plane = 0; plane < plane_count; ++plane)
-      std::fill(planes.get() + plane * stride + count, planes.get() + (plane + 1) * stride, T(0));
-  }
-
-  int64_t count() const { return row.size(); }
-  const T* plane(int64_t which) const { return planes.get() + which * stride; }
-
-  // The sequence with rows first .. last - 1 of this set as its rows 0 .. last - first - 1.
-  Sequence<T> as_rows(Sequence<T> s, int64_t first, int64_t last) const {
-    s.visibility = {last - first, 0, 0, false};
-    s.query_x = plane(0) + first;
-    s.query_y = plane(1) + first;
-    s.limit = plane(2) + first;
-    s.row_stride = stride;
-    if (s.grad) {
-      s.grad = plane(3) + first;
-      s.grad_strength = plane(3 + s.depth) + first;
-    }
-    if (s.grad_records) s.grad_records = records.get() + first * s.depth;
-    return s;
-  }
-};
-
-// Keys `from` on of a sequence become its keys 0 on.
-template <class T>
-Sequence<T> from_key(Sequence<T> s, int64_t from) {
-  s.key_x += from;
-  s.key_y += from;
-  if (s.values) s.values += from * s.value_stride;
-  if (s.value_planes) s.value_planes += from;
-  return s;
-}
-
-// A few keys out of many, gathered.
-template <class T>
-struct KeyTile {
-  std::unique_ptr<T[]> points, records, planes;
-
-  KeyTile(const Sequence<T>& s, bool backward)
-      : points(room<T>(2 * kListTile)),
-        records(room<T>(s.values ? kListTile * s.depth : 0)),
-        planes(room<T>(s.values && backward ? kListTile * s.depth : 0)) {}
-
-  // `s` with `keys`, at most kListTile of them, as its keys.
-  Sequence<T> gather(Sequence<T> s, const int32_t* keys, int64_t count) {
-    T *x = points.get(), *y = points.get() + kListTile;
-    for (int64_t n = 0; n < count; ++n) x[n] = s.key_x[keys[n]], y[n] = s.key_y[keys[n]];
-    const int64_t padded = ceil_div(count, kPadding) * kPadding;
-    std::fill(x + count, x + padded, T(0));
-    std::fill(y + count, y + padded, T(0));
-    if (s.values) {
-      for (int64_t n = 0; n < count; ++n)
-        std::copy_n(s.values + keys[n] * s.value_stride, s.depth, records.get() + n * s.depth);
-      s.values = records.get();
-      s.value_stride = s.depth;
-    }
-    if (s.value_planes) {
-      for (int64_t c = 0; c < s.depth; ++c) {
-        T* plane = planes.get() + c * kListTile;
-        for (int64_t n = 0; n < count; ++n) plane[n] = s.value_planes[c * s.key_stride + keys[n]];
-        std::fill(plane + count, plane + padded, T(0));
-      }
-      s.value_planes = planes.get();
-    }
-    s.key_x = x;
-    s.key_y = y;
-    s.key_stride = kListTile;
-    s.visibility.key_end = count;
-    return s;
-  }
-};
 
 template <class T>
 class Sweep {
  public:
-  Sweep(const Kernels<T>& kernels, const SweepLoops<T>& loops, const Sequence<T>& sequence,
-        const SweptRows* rows, const SweptGradients* gradients)
-      : kernels_(kernels),
-        loops_(loops),
+  Sweep(const Loops<T>& loops, const Sequence<T>& sequence, const SweptRows* rows,
+        const SweptGradients* gradients)
+      : dense_(loops.dense),
+        loops_(loops.sweep),
         s_(sequence),
         rows_(rows),
         gradients_(gradients),
-        depth_(sequence.depth),
+        value_dim_(sequence.value_dim),
         // The moments of a key, or of a row for the keys' gradients, in whole vectors.
-        width_(sequence.values ? ceil_div(3 * (sequence.depth + 1), 8) * 8 : 8) {}
+        width_(sequence.values ? ceil_div(3 * (sequence.value_dim + 1), 8) * 8 : 8) {}
 
   bool run() {
     const Visibility& visible = s_.visibility;
@@ -190,22 +43,19 @@ class Sweep {
     if (extent < kBase || !all_tame()) return false;
     prefix_moments();
     if (!visible.causal) {
-      meet({0, visible.row_end, 0, visible.key_end});
+      meet(whole_rectangle(visible));
       return true;
     }
     triangles(ceil_div(positions, kBase));
     const int64_t threads = torch::stable::get_num_threads();
-    for (int64_t size = kBase; size < positions; size *= 2) {
-      const int64_t pairs = ceil_div(positions - size, 2 * size);
-      const auto body = [&](int64_t pair) {
-        const int64_t middle = (2 * pair + 1) * size;
-        meet({row_at(middle), row_at(std::min(middle + size, positions)), middle - size, middle});
-      };
-      if (pairs >= threads)
-        each(pairs, body);
+    each_level(kBase, positions, [&](int64_t size) {
+      const int64_t count = rectangle_count(positions, size);
+      const auto body = [&](int64_t index) { meet(rectangle(visible, size, index)); };
+      if (count >= threads)
+        each(count, body);
       else
-        for (int64_t pair = 0; pair < pairs; ++pair) body(pair);
-    }
+        for (int64_t index = 0; index < count; ++index) body(index);
+    });
     return true;
   }
 
@@ -216,10 +66,12 @@ class Sweep {
   bool backward() const { return gradients_ != nullptr; }
   // A weight is q . k + this.
   double bias_of(T limit) const {
-    return ThresholdPair<double>::kBias - (s_.score == Score::kExcess ? double(limit) : 0.0);
-  }
-  int64_t row_at(int64_t position) const {
-    return std::max<int64_t>(position - s_.visibility.shift, 0);
+    double bias = 0;
+    visit_score(s_.score, [&](auto tag) {
+      using Score = typename decltype(tag)::template of<double>;
+      if constexpr (Score::kAffine) bias = Score::kBias + Score::offset(limit);
+    });
+    return bias;
   }
 
   // Of sequences that hold other numbers, every pair is left to the dense loops.
@@ -230,9 +82,9 @@ class Sweep {
                 loops_.all_tame(s_.key_y, keys);
     if (s_.values)
       for (int64_t j = 0; j < keys && fine; ++j)
-        fine = loops_.all_tame(s_.values + j * s_.value_stride, depth_);
+        fine = loops_.all_tame(s_.values + j * s_.value_stride, value_dim_);
     if (backward()) {
-      for (int64_t c = 0; c < depth_ && fine; ++c)
+      for (int64_t c = 0; c < value_dim_ && fine; ++c)
         fine = loops_.all_tame(s_.grad + c * s_.row_stride, rows);
       fine = fine && loops_.all_tame(s_.grad_strength, rows);
     }
@@ -268,9 +120,9 @@ class Sweep {
     const int64_t key = block * kBase, end = std::min(key + kBase, visible.row_end + visible.shift);
     const int64_t first = key + offset, last = std::min(first + kBlock, end);
     Sequence<T> s = from_key(s_, key);
-    s.visibility = {row_at(end), end - key, visible.shift - key, true};
+    s.visibility = {row_at(visible, end), end - key, visible.shift - key, true};
     int32_t rows[kBlock];
-    const int64_t row = row_at(first), count = row_at(last) - row;
+    const int64_t row = row_at(visible, first), count = row_at(visible, last) - row;
     if (count > 0) {
       std::iota(rows, rows + count, static_cast<int32_t>(row));
       count_work(0, count * (row + visible.shift - key) + count * (count + 1) / 2);
@@ -284,20 +136,20 @@ class Sweep {
   // The sums, or gradients, of at most kBlock rows.
   struct RowBlock {
     const Sweep& sweep;
-    std::unique_ptr<double[]> context;  // [kBlock][depth]
+    std::unique_ptr<double[]> context;  // [kBlock][value_dim]
     double strength[kBlock], point[kBlock][2], limit[kBlock];
     int32_t degree[kBlock];
     std::unique_ptr<T[]> met_context;
 
     explicit RowBlock(const Sweep& of)
         : sweep(of),
-          context(room<double>(kBlock * of.depth_)),
-          met_context(room<T>(kBlock * of.depth_)) {
+          context(room<double>(kBlock * of.value_dim_)),
+          met_context(room<T>(kBlock * of.value_dim_)) {
       clear();
     }
 
     void clear() {
-      std::fill_n(context.get(), kBlock * sweep.depth_, 0.0);
+      std::fill_n(context.get(), kBlock * sweep.value_dim_, 0.0);
       std::fill_n(strength, kBlock, 0.0);
       std::fill_n(&point[0][0], 2 * kBlock, 0.0);
       std::fill_n(limit, kBlock, 0.0);
@@ -306,25 +158,25 @@ class Sweep {
 
     // Adds what rows first .. last - 1 of `s` get from its keys, pair by pair.
     void meet(const Sequence<T>& s, int64_t first, int64_t last) {
-      const int64_t count = last - first, depth = sweep.depth_;
+      const int64_t count = last - first, value_dim = sweep.value_dim_;
       if (sweep.backward()) {
         if (!sweep.gradients_->query) return;
         T met[2 * kBlock], met_limit[kBlock] = {};
-        sweep.kernels_.backward_rows(s, first, last, {met, nullptr, met_limit});
+        sweep.dense_.backward_rows(s, first, last, {met, nullptr, met_limit});
         for (int64_t n = 0; n < count; ++n)
           point[n][0] += met[2 * n], point[n][1] += met[2 * n + 1], limit[n] += met_limit[n];
         return;
       }
       T met_strength[kBlock];
       int32_t met_degree[kBlock];
-      sweep.kernels_.forward(s, first, last, {met_context.get(), met_strength, met_degree});
-      for (int64_t n = 0; n < count * depth; ++n) context[n] += met_context[n];
+      sweep.dense_.forward(s, first, last, {met_context.get(), met_strength, met_degree});
+      for (int64_t n = 0; n < count * value_dim; ++n) context[n] += met_context[n];
       for (int64_t n = 0; n < count; ++n)
         strength[n] += met_strength[n], degree[n] += met_degree[n];
     }
 
     void add_to(const int32_t* rows, int64_t count) {
-      const int64_t depth = sweep.depth_;
+      const int64_t value_dim = sweep.value_dim_;
       for (int64_t n = 0; n < count; ++n) {
         const int64_t row = rows[n];
         if (sweep.backward()) {
@@ -334,8 +186,8 @@ class Sweep {
           if (sweep.gradients_->limit) sweep.gradients_->limit[row] += limit[n];
           continue;
         }
-        for (int64_t c = 0; c < depth; ++c)
-          sweep.rows_->context[row * depth + c] += context[n * depth + c];
+        for (int64_t c = 0; c < value_dim; ++c)
+          sweep.rows_->context[row * value_dim + c] += context[n * value_dim + c];
         sweep.rows_->strength[row] += strength[n];
         sweep.rows_->degree[row] += degree[n];
       }
@@ -347,20 +199,20 @@ class Sweep {
   // `offset` of the sequence.
   void meet_keys(const Sequence<T>& s, int64_t first, int64_t last, int64_t offset) {
     T point[2 * kBlock];
-    const auto values = room<T>(s.values ? kBlock * depth_ : 0);
-    kernels_.backward_keys(s, first, last, {point, values.get()});
+    const auto values = room<T>(s.values ? kBlock * value_dim_ : 0);
+    dense_.backward_keys(s, first, last, {point, values.get()});
     for (int64_t n = 0; n < last - first; ++n) {
       const int64_t key = offset + first + n;
       gradients_->key[2 * key] += point[2 * n];
       gradients_->key[2 * key + 1] += point[2 * n + 1];
       if (s.values)
-        for (int64_t c = 0; c < depth_; ++c)
-          gradients_->values[key * depth_ + c] += values[n * depth_ + c];
+        for (int64_t c = 0; c < value_dim_; ++c)
+          gradients_->values[key * value_dim_ + c] += values[n * value_dim_ + c];
     }
   }
 
   // Every pair of some rows with the keys of a rectangle.
-  void meet_densely(const std::vector<int32_t>& list, const Rectangle& where) {
+  void meet_densely(const std::vector<int32_t>& list, const Rectangle<>& where) {
     if (list.empty() || where.keys() == 0) return;
     count_work(0, int64_t(list.size()) * where.keys());
     const RowSet<T> set(s_, list, backward());
@@ -383,7 +235,7 @@ class Sweep {
   }
 
   // Adds what every row of a rectangle gets from every key of it.
-  void meet(const Rectangle& where) {
+  void meet(const Rectangle<>& where) {
     const int64_t rows = where.rows(), keys = where.keys();
     if (rows <= 0 || keys <= 0) return;
     const std::vector<int32_t> hopeful = rows_in_reach(where);
@@ -393,11 +245,11 @@ class Sweep {
     if (!(frame.least > 0)) return meet_densely(hopeful, where);
 
     const auto angle = room<double>(rows), low = room<double>(rows), high = room<double>(rows);
-    const Shares shares(rows);
-    each(shares.count, [&](int64_t share) {
-      const int64_t n = shares.begin(share), row = where.row_begin + n;
+    const Chunks chunks(rows);
+    each(chunks.count, [&](int64_t chunk) {
+      const int64_t n = chunks.begin(chunk), row = where.row_begin + n;
       loops_.view_rows(frame, s_.query_x + row, s_.query_y + row, s_.limit + row,
-                       shares.begin(share + 1) - n, &angle[n], &low[n], &high[n]);
+                       chunks.end(chunk) - n, &angle[n], &low[n], &high[n]);
     });
     // The rest is in no group.
     int64_t next = 0;
@@ -406,19 +258,19 @@ class Sweep {
       ++next;
     }
     for (; next < rows; ++next) low[next] = high[next] = kNone;
-    std::vector<Group> groups = group_rows(low.get(), high.get(), rows, keys);
+    std::vector<RowGroup> groups = group_rows(low.get(), high.get(), rows, keys);
     for (int64_t n = 0; n < rows; ++n) {
       const double middle = (low[n] + high[n]) / 2;
       if (!std::isfinite(middle)) continue;
       const auto after =
           std::upper_bound(groups.begin(), groups.end(), middle,
-                           [](double h, const Group& group) { return h < group.from; });
-      Group& group = *(after - 1);
+                           [](double h, const RowGroup& group) { return h < group.from; });
+      RowGroup& group = *(after - 1);
       group.rows.push_back(static_cast<int32_t>(n));
       group.h = {std::min(group.h.low, low[n]), std::max(group.h.high, high[n])};
     }
     std::vector<int32_t> densely;
-    for (const Group& group : groups)
+    for (const RowGroup& group : groups)
       if (group.dense || !meet_by_arcs(frame, group.h, group.rows, angle.get(), where))
         for (const int32_t n : group.rows)
           densely.push_back(static_cast<int32_t>(where.row_begin) + n);
@@ -432,7 +284,7 @@ class Sweep {
   }
 
   // The rows of a rectangle whose threshold is not beyond what any of its keys can score.
-  std::vector<int32_t> rows_in_reach(const Rectangle& where) const {
+  std::vector<int32_t> rows_in_reach(const Rectangle<>& where) const {
     double farthest = 0;
     for (int64_t j = where.key_begin; j < where.key_end; ++j)
       farthest = std::max(farthest, absolute(double(s_.key_x[j])) + absolute(double(s_.key_y[j])));
@@ -440,14 +292,14 @@ class Sweep {
     for (int64_t i = where.row_begin; i < where.row_end; ++i) {
       const double reach =
           (absolute(double(s_.query_x[i])) + absolute(double(s_.query_y[i]))) * farthest;
-      const double most = ThresholdPair<double>::kBias + reach;
+      const double most = HardThreshold<double>::kBias + reach;
       if (!(most + kScoreUnit<T> * most < s_.limit[i])) rows.push_back(static_cast<int32_t>(i));
     }
     return rows;
   }
 
   // The ellipse of the statistics that the rows' thresholds came from, at the middle row.
-  Frame frame_of(const Rectangle& where) const {
+  Frame frame_of(const Rectangle<>& where) const {
     const Visibility& visible = s_.visibility;
     const int64_t middle = (where.row_begin + where.row_end) / 2;
     const int64_t seen = s_.row_window ? visible.key_end : visible.visible_keys(middle);
@@ -463,184 +315,12 @@ class Sweep {
                       square / sampled, kScoreUnit<T>);
   }
 
-  // Rows whose h lie from `from` on, up to the next group: by arcs or densely.
-  struct Group {
-    double from;
-    bool dense;
-    std::vector<int32_t> rows{};  // of a rectangle, from its first
-    Interval h{kInfinity, -kInfinity};
-  };
-
-  // How to split rows by h so that arcs and bands together cost least: the best sequence of groups
-  // between quantiles of a sample, ascending from minus infinity.
-  std::vector<Group> group_rows(const double* low, const double* high, int64_t rows,
-                                int64_t keys) const {
-    const int64_t step = std::max<int64_t>(rows / std::clamp<int64_t>(rows / 16, 128, 2048), 1);
-    std::vector<double> sample;
-    double slack = 0, least = kInfinity, most = -kInfinity;
-    for (int64_t n = 0; n < rows; ++n) {
-      const double middle = (low[n] + high[n]) / 2;
-      if (!std::isfinite(middle)) continue;
-      least = std::min(least, middle);
-      most = std::max(most, middle);
-      if (n % step == 0) {
-        sample.push_back(middle);
-        slack += high[n] - low[n];
-      }
-    }
-    if (sample.size() < 2) return {{-kInfinity, true}};
-    slack /= sample.size();
-    std::sort(sample.begin(), sample.end());
-    const int64_t last = sample.size() - 1;
-    // Cuts: fine at the ends, where outliers are, coarse between.
-    std::vector<int64_t> cuts{0};
-    for (int64_t n = 1; n < last / 16; n *= 2) cuts.push_back(n);
-    for (int64_t n = 1; n < 16; ++n) cuts.push_back(last * n / 16);
-    for (int64_t n = 1; n < last / 16; n *= 2) cuts.push_back(last - n);
-    cuts.push_back(last);
-    std::sort(cuts.begin(), cuts.end());
-    cuts.erase(std::unique(cuts.begin(), cuts.end()), cuts.end());
-
-    // Edges of h: the extremes of all rows, and the cuts between.
-    std::vector<double> edge{least};
-    std::vector<double> rank{0};
-    for (const int64_t cut : cuts)
-      if (sample[cut] > edge.back() && sample[cut] < most) {
-        edge.push_back(sample[cut]);
-        rank.push_back(double(cut) / last * rows);
-      }
-    edge.push_back(most);
-    rank.push_back(double(rows));
-    const int count = static_cast<int>(edge.size());
-    std::vector<double> best(count, kInfinity);
-    std::vector<int> from(count, 0), groups(count, 0);
-    std::vector<bool> dense(count, false);
-    best[0] = 0;
-    for (int end = 1; end < count; ++end)
-      for (int begin = 0; begin < end; ++begin) {
-        // The first and last sampled rows stand for the unsampled ones beyond them.
-        const double members = std::max(rank[end] - rank[begin], double(step));
-        // The density of the keys' whitened offsets is nowhere much above 0.4.
-        const double band = std::min(1.0, 0.4 * (edge[end] - edge[begin] + slack));
-        const double by_arcs = keys * kKeyCost + members * kRowCost +
-                               members * keys * band * (1 + kEntryCost / double(kRankBlock));
-        const double by_pairs = members * keys;
-        const bool pairs = by_pairs <= by_arcs || groups[begin] >= kMostGroups;
-        const double cost = best[begin] + std::min(by_pairs, pairs ? by_pairs : by_arcs);
-        if (cost < best[end]) {
-          best[end] = cost;
-          from[end] = begin;
-          dense[end] = pairs;
-          groups[end] = groups[begin] + !pairs;
-        }
-      }
-    std::vector<Group> chosen;
-    for (int end = count - 1; end > 0; end = from[end])
-      chosen.push_back({from[end] == 0 ? -kInfinity : edge[from[end]], dense[end]});
-    std::reverse(chosen.begin(), chosen.end());
-    return chosen;
-  }
-
-  // Rows of one group, sorted by direction, and how directions map to their ranks.
-  struct Directions {
-    std::vector<int32_t> order;  // [rows]: the group's rows by rank
-    std::vector<int32_t> offset, first;
-    CellMap map() const {
-      return {offset.data(), first.data(), static_cast<int32_t>(order.size())};
-    }
-  };
-
-  static Directions sort_by_direction(const std::vector<int32_t>& list, const double* angle) {
-    const int64_t rows = list.size();
-    Directions sorted;
-    sorted.offset.assign(CellMap::kParts + 1, 0);
-    const int64_t step = std::max<int64_t>(rows / 4096, 1);
-    for (int64_t n = 0; n < rows; n += step)
-      ++sorted.offset[static_cast<int32_t>(angle[list[n]] * (CellMap::kParts / kTurn)) + 1];
-    // A cell for every eight rows, and one more in each part.
-    for (int32_t part = 0; part < CellMap::kParts; ++part)
-      sorted.offset[part + 1] =
-          static_cast<int32_t>(sorted.offset[part] + 1 + sorted.offset[part + 1] * step / 8);
-    const int32_t cells = sorted.offset[CellMap::kParts];
-    const CellMap map{sorted.offset.data(), nullptr, static_cast<int32_t>(rows)};
-
-    const Shares shares(rows);
-    const auto cell = room<int32_t>(rows);
-    std::vector<int32_t> place(shares.count * cells, 0);
-    each(shares.count, [&](int64_t share) {
-      for (int64_t n = shares.begin(share); n < shares.begin(share + 1); ++n)
-        ++place[share * cells + (cell[n] = map.cell(angle[list[n]]))];
-    });
-    sorted.first.resize(cells + 1);
-    int32_t next = 0;
-    for (int32_t c = 0; c < cells; ++c) {
-      sorted.first[c] = next;
-      for (int64_t share = 0; share < shares.count; ++share) {
-        const int32_t here = place[share * cells + c];
-        place[share * cells + c] = next;
-        next += here;
-      }
-    }
-    sorted.first[cells] = next;
-    sorted.order.resize(rows);
-    each(shares.count, [&](int64_t share) {
-      for (int64_t n = shares.begin(share); n < shares.begin(share + 1); ++n)
-        sorted.order[place[share * cells + cell[n]]++] = list[n];
-    });
-    return sorted;
-  }
-
-  // What each key is to the blocks of a group's rows, and the number of tests that leaves.
-  struct Classes {
-    Shares shares;  // of the keys
-    int32_t blocks;
-    std::unique_ptr<Span[]> spans;  // [keys]
-    // [share][blocks + 1]: keys of a share that the rows of a block have to test
-    std::vector<int32_t> tested;
-
-    int64_t entries(int32_t block) const {
-      int64_t sum = 0;
-      for (int64_t share = 0; share < shares.count; ++share)
-        sum += tested[share * (blocks + 1) + block];
-      return sum;
-    }
-  };
-
-  Classes classify(const Frame& frame, Interval h, const CellMap& map,
-                   const Rectangle& where) const {
-    Classes classes{Shares(where.keys()), map.blocks(), room<Span>(where.keys()), {}};
-    Shares& shares = classes.shares;
-    const int32_t blocks = classes.blocks;
-    const int64_t bin_size = 2 * width_ * (blocks + 1);
-    shares.count = std::clamp<int64_t>((int64_t(1) << 23) / bin_size, 1, shares.count);
-    classes.tested.assign(shares.count * (blocks + 1), 0);
-    each(shares.count, [&](int64_t share) {
-      const int64_t begin = shares.begin(share), end = shares.begin(share + 1);
-      Span* spans = classes.spans.get();
-      loops_.view_keys(frame, map, h, s_.key_x + where.key_begin + begin,
-                       s_.key_y + where.key_begin + begin, end - begin, spans + begin);
-      int32_t* change = &classes.tested[share * (blocks + 1)];
-      for (int64_t j = begin; j < end; ++j) {
-        const Band band = band_of(spans[j], blocks);
-        for (const BlockRange& range : {band.before, band.after}) {
-          if (range.count == 0) continue;
-          const int32_t stop = range.start + range.count;
-          ++change[range.start];
-          --change[std::min(stop, blocks)];
-          if (stop > blocks) ++change[0], --change[stop - blocks];
-        }
-      }
-      for (int32_t b = 1; b <= blocks; ++b) change[b] += change[b - 1];
-    });
-    return classes;
-  }
-
   // One group of rows against the keys of a rectangle; false, having added nothing, where so many
   // pairs would have to be tested that the dense loop is as fast.
   bool meet_by_arcs(const Frame& frame, Interval h, const std::vector<int32_t>& list,
-                    const double* angle, const Rectangle& where) {
+                    const double* angle, const Rectangle<>& where) {
     Directions sorted = sort_by_direction(list, angle);
-    const Classes classes = classify(frame, h, sorted.map(), where);
+    const Classes classes = classify(loops_, s_, frame, h, sorted.map(), where, 2 * width_);
     const int64_t keys = where.keys(), rows = list.size();
     double entries = 0;
     for (int32_t b = 0; b < classes.blocks; ++b) entries += double(classes.entries(b));
@@ -674,8 +354,8 @@ class Sweep {
       }
       const T* value = s_.values + j * s_.value_stride;
       double* at = vectors;
-      for (int64_t c = 0; c <= depth_; ++c, at += 3) {
-        const double v = c < depth_ ? double(value[c]) : 1.0;
+      for (int64_t c = 0; c <= value_dim_; ++c, at += 3) {
+        const double v = c < value_dim_ ? double(value[c]) : 1.0;
         at[0] = v;
         at[1] = v * x;
         at[2] = v * y;
@@ -685,17 +365,17 @@ class Sweep {
   }
 
   // For each block of rows the moments of the keys that all of them keep for certain.
-  std::unique_ptr<double[]> inner_moments(const Classes& classes, const Rectangle& where) const {
-    const Shares& shares = classes.shares;
+  std::unique_ptr<double[]> inner_moments(const Classes& classes, const Rectangle<>& where) const {
+    const Chunks& chunks = classes.chunks;
     const int32_t blocks = classes.blocks;
     constexpr int64_t kTile = 64;
     const int64_t size = 2 * width_;
-    std::vector<double> bins(shares.count * (blocks + 1) * size, 0.0);
-    each(shares.count, [&](int64_t share) {
+    std::vector<double> bins(chunks.count * (blocks + 1) * size, 0.0);
+    each(chunks.count, [&](int64_t chunk) {
       const auto vectors = room<double>(kTile * width_);
-      double* own = &bins[share * (blocks + 1) * size];
-      for (int64_t j = shares.begin(share); j < shares.begin(share + 1); j += kTile) {
-        const int64_t end = std::min(j + kTile, shares.begin(share + 1));
+      double* own = &bins[chunk * (blocks + 1) * size];
+      for (int64_t j = chunks.begin(chunk); j < chunks.end(chunk); j += kTile) {
+        const int64_t end = std::min(j + kTile, chunks.end(chunk));
         key_vectors(where.key_begin + j, where.key_begin + end, vectors.get());
         loops_.add_spans(vectors.get(), width_, &classes.spans[j], end - j, blocks, own);
       }
@@ -703,8 +383,8 @@ class Sweep {
     auto moments = room<double>(blocks * width_);
     std::vector<double> running(size, 0.0);
     for (int32_t b = 0; b < blocks; ++b) {
-      for (int64_t share = 0; share < shares.count; ++share)
-        loops_.add_bins(running.data(), &bins[(share * (blocks + 1) + b) * size], width_);
+      for (int64_t chunk = 0; chunk < chunks.count; ++chunk)
+        loops_.add_bins(running.data(), &bins[(chunk * (blocks + 1) + b) * size], width_);
       for (int64_t c = 0; c < width_; ++c)
         moments[b * width_ + c] = running[c] + running[width_ + c];
     }
@@ -724,7 +404,7 @@ class Sweep {
           y = grad(0) * m[4] + grad(1) * m[5] + grad(2) * m[2];
           upstream = grad(0) * m[1] + grad(1) * m[2] + grad(2) * m[0];
         } else {
-          for (int64_t c = 0; c <= depth_; ++c) {
+          for (int64_t c = 0; c <= value_dim_; ++c) {
             x += grad(c) * m[3 * c + 1];
             y += grad(c) * m[3 * c + 2];
             upstream += grad(c) * m[3 * c];
@@ -746,9 +426,9 @@ class Sweep {
       const auto sum = [&](int64_t c) {
         return bias * m[3 * c] + qx * m[3 * c + 1] + qy * m[3 * c + 2];
       };
-      for (int64_t c = 0; c < depth_; ++c) results.context[n * depth_ + c] += sum(c);
-      results.strength[n] += sum(depth_);
-      results.degree[n] += static_cast<int32_t>(m[3 * depth_]);
+      for (int64_t c = 0; c < value_dim_; ++c) results.context[n * value_dim_ + c] += sum(c);
+      results.strength[n] += sum(value_dim_);
+      results.degree[n] += static_cast<int32_t>(m[3 * value_dim_]);
     }
   }
 
@@ -773,7 +453,7 @@ class Sweep {
         continue;
       }
       double* at = vectors;
-      for (int64_t c = 0; c <= depth_; ++c, at += 3) {
+      for (int64_t c = 0; c <= value_dim_; ++c, at += 3) {
         at[0] = grad(c) * bias;
         at[1] = grad(c) * qx;
         at[2] = grad(c) * qy;
@@ -783,8 +463,9 @@ class Sweep {
   }
 
   // The gradients that keys get from the rows that keep them for certain.
-  void keys_from_inner_rows(const RowSet<T>& set, const Classes& classes, const Rectangle& where) {
-    const Shares& shares = classes.shares;
+  void keys_from_inner_rows(const RowSet<T>& set, const Classes& classes,
+                            const Rectangle<>& where) {
+    const Chunks& chunks = classes.chunks;
     const int32_t blocks = classes.blocks;
     const int64_t size = 2 * width_;
     // Running sums over blocks, each in two doubles.
@@ -799,9 +480,9 @@ class Sweep {
     for (int32_t b = 1; b <= blocks; ++b)
       loops_.add_bins(&sums[b * size], &sums[(b - 1) * size], width_);
 
-    each(shares.count, [&](int64_t share) {
+    each(chunks.count, [&](int64_t chunk) {
       const auto total = room<double>(width_);
-      for (int64_t j = shares.begin(share); j < shares.begin(share + 1); ++j) {
+      for (int64_t j = chunks.begin(chunk); j < chunks.end(chunk); ++j) {
         const Span& span = classes.spans[j];
         if (span.inner_count == 0) continue;
         const int32_t stop = span.inner + span.inner_count;
@@ -827,12 +508,13 @@ class Sweep {
       y = m[1] * kx + m[2] * ky + m[4];
     } else {
       const T* value = s_.values + key * s_.value_stride;
-      for (int64_t c = 0; c <= depth_; ++c) {
-        const double v = c < depth_ ? double(value[c]) : 1.0;
+      for (int64_t c = 0; c <= value_dim_; ++c) {
+        const double v = c < value_dim_ ? double(value[c]) : 1.0;
         x += v * m[3 * c + 1];
         y += v * m[3 * c + 2];
-        if (c < depth_)
-          gradients_->values[key * depth_ + c] += m[3 * c] + kx * m[3 * c + 1] + ky * m[3 * c + 2];
+        if (c < value_dim_)
+          gradients_->values[key * value_dim_ + c] +=
+              m[3 * c] + kx * m[3 * c + 1] + ky * m[3 * c + 2];
       }
     }
     gradients_->key[2 * key] += x;
@@ -841,26 +523,26 @@ class Sweep {
 
   // Blocks begin .. end - 1: certain keys from their moments, the others from lists, pair by pair.
   void meet_bands(const RowSet<T>& set, const Classes& classes, int32_t begin, int32_t end,
-                  int64_t entries, const double* moments, const Rectangle& where) {
-    const Shares& shares = classes.shares;
+                  int64_t entries, const double* moments, const Rectangle<>& where) {
+    const Chunks& chunks = classes.chunks;
     const int32_t blocks = classes.blocks;
-    const int64_t count = end - begin, parts = shares.count;
+    const int64_t count = end - begin, parts = chunks.count;
     count_work(1, entries * kRankBlock);
-    // starts[block][share]: where the share's keys begin in the list of a block.
+    // starts[block][chunk]: where the chunk's keys begin in the list of a block.
     std::vector<int64_t> starts(count * parts + 1, 0);
     for (int64_t b = 0; b < count; ++b)
-      for (int64_t share = 0; share < parts; ++share)
-        starts[b * parts + share + 1] =
-            starts[b * parts + share] + classes.tested[share * (blocks + 1) + begin + b];
+      for (int64_t chunk = 0; chunk < parts; ++chunk)
+        starts[b * parts + chunk + 1] =
+            starts[b * parts + chunk] + classes.tested[chunk * (blocks + 1) + begin + b];
     const auto list = room<int32_t>(entries);
-    each(parts, [&](int64_t share) {
+    each(parts, [&](int64_t chunk) {
       std::vector<int64_t> next(count);
-      for (int64_t b = 0; b < count; ++b) next[b] = starts[b * parts + share];
+      for (int64_t b = 0; b < count; ++b) next[b] = starts[b * parts + chunk];
       const auto append = [&](int32_t from, int32_t to, int32_t key) {
         for (int32_t b = std::max(from, begin); b < std::min(to, end); ++b)
           list[next[b - begin]++] = key;
       };
-      for (int64_t j = shares.begin(share); j < shares.begin(share + 1); ++j) {
+      for (int64_t j = chunks.begin(chunk); j < chunks.end(chunk); ++j) {
         const Band band = band_of(classes.spans[j], blocks);
         for (const BlockRange& range : {band.before, band.after}) {
           const int32_t stop = range.start + range.count;
@@ -871,8 +553,8 @@ class Sweep {
     });
 
     const bool key_pass = backward() && gradients_->key;
-    const int64_t columns = 2 + (s_.values ? depth_ : 0);
-    const auto shared = room<T>(key_pass ? entries * columns : 0);
+    const int64_t columns = 2 + (s_.values ? value_dim_ : 0);
+    const auto chunkd = room<T>(key_pass ? entries * columns : 0);
     const Sequence<T> keys = from_key(s_, where.key_begin);
     each(count, [&](int64_t b) {
       const int64_t first = (begin + b) * kRankBlock;
@@ -887,20 +569,21 @@ class Sweep {
         results.meet(s, 0, last - first);
         if (key_pass)
           for (int64_t j = 0; j < size; j += kBlock)
-            record_keys(s, j, std::min(j + kBlock, size), &shared[(n + j) * columns]);
+            record_keys(s, j, std::min(j + kBlock, size), &chunkd[(n + j) * columns]);
       }
       results.add_to(&set.row[first], last - first);
     });
     if (!key_pass) return;
-    // Each share adds up for its own keys, block by block.
-    each(parts, [&](int64_t share) {
+    // Each chunk adds up for its own keys, block by block.
+    each(parts, [&](int64_t chunk) {
       for (int64_t b = 0; b < count; ++b)
-        for (int64_t n = starts[b * parts + share]; n < starts[b * parts + share + 1]; ++n) {
+        for (int64_t n = starts[b * parts + chunk]; n < starts[b * parts + chunk + 1]; ++n) {
           const int64_t key = where.key_begin + list[n];
-          const T* from = &shared[n * columns];
+          const T* from = &chunkd[n * columns];
           gradients_->key[2 * key] += from[0];
           gradients_->key[2 * key + 1] += from[1];
-          for (int64_t c = 2; c < columns; ++c) gradients_->values[key * depth_ + c - 2] += from[c];
+          for (int64_t c = 2; c < columns; ++c)
+            gradients_->values[key * value_dim_ + c - 2] += from[c];
         }
     });
   }
@@ -908,46 +591,40 @@ class Sweep {
   // The gradients of keys first .. last - 1 of `s`, at most kBlock: point, then values.
   void record_keys(const Sequence<T>& s, int64_t first, int64_t last, T* out) const {
     T point[2 * kBlock];
-    const int64_t columns = 2 + (s.values ? depth_ : 0);
-    const auto values = room<T>(s.values ? kBlock * depth_ : 0);
-    kernels_.backward_keys(s, first, last, {point, values.get()});
+    const int64_t columns = 2 + (s.values ? value_dim_ : 0);
+    const auto values = room<T>(s.values ? kBlock * value_dim_ : 0);
+    dense_.backward_keys(s, first, last, {point, values.get()});
     for (int64_t n = 0; n < last - first; ++n) {
       out[n * columns] = point[2 * n];
       out[n * columns + 1] = point[2 * n + 1];
-      if (s.values) std::copy_n(&values[n * depth_], depth_, out + n * columns + 2);
+      if (s.values) std::copy_n(&values[n * value_dim_], value_dim_, out + n * columns + 2);
     }
   }
 
-  const Kernels<T>& kernels_;
+  const DenseLoops<T>& dense_;
   const SweepLoops<T>& loops_;
   const Sequence<T>& s_;
   const SweptRows* rows_;
   const SweptGradients* gradients_;
-  const int64_t depth_, width_;
+  const int64_t value_dim_, width_;
   std::vector<Moments> prefix_;
 };
 
 }  // namespace
 
 template <class T>
-bool sweep_forward(const Kernels<T>& kernels, const SweepLoops<T>& loops, const Sequence<T>& s,
-                   const SweptRows& out) {
-  return Sweep<T>(kernels, loops, s, &out, nullptr).run();
+bool sweep_forward(const Loops<T>& loops, const Sequence<T>& s, const SweptRows& out) {
+  return Sweep<T>(loops, s, &out, nullptr).run();
 }
 
 template <class T>
-bool sweep_backward(const Kernels<T>& kernels, const SweepLoops<T>& loops, const Sequence<T>& s,
-                    const SweptGradients& out) {
-  return Sweep<T>(kernels, loops, s, nullptr, &out).run();
+bool sweep_backward(const Loops<T>& loops, const Sequence<T>& s, const SweptGradients& out) {
+  return Sweep<T>(loops, s, nullptr, &out).run();
 }
 
-template bool sweep_forward(const Kernels<float>&, const SweepLoops<float>&, const Sequence<float>&,
-                            const SweptRows&);
-template bool sweep_forward(const Kernels<double>&, const SweepLoops<double>&,
-                            const Sequence<double>&, const SweptRows&);
-template bool sweep_backward(const Kernels<float>&, const SweepLoops<float>&,
-                             const Sequence<float>&, const SweptGradients&);
-template bool sweep_backward(const Kernels<double>&, const SweepLoops<double>&,
-                             const Sequence<double>&, const SweptGradients&);
+template bool sweep_forward(const Loops<float>&, const Sequence<float>&, const SweptRows&);
+template bool sweep_forward(const Loops<double>&, const Sequence<double>&, const SweptRows&);
+template bool sweep_backward(const Loops<float>&, const Sequence<float>&, const SweptGradients&);
+template bool sweep_backward(const Loops<double>&, const Sequence<double>&, const SweptGradients&);
 
 }  // namespace qflux::cpu

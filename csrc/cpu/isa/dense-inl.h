@@ -1,20 +1,17 @@
 // Every pair of a sequence, forward and backward. Each lane of a vector owns a row (or, in the key
 // pass, a key), keeps its sums in registers and meets the others one by one, broadcast: no sum is
 // ever taken across lanes, and what a lane adds up depends on nothing but its owner.
-#include "dense.h"
-
-#include <memory>
-#include <type_traits>
+#pragma once
 
 #include "../../math/score.h"
 #include "../../math/statistics.h"
 #include "../../math/sums.h"
+#include "dense.h"
 #include "simd.h"
 
 namespace qflux::cpu {
 namespace {
-
-#define QFLUX_INLINE_LAMBDA __attribute__((always_inline))
+namespace dense {
 
 // Two vectors of owners share each broadcast and hide the latency of the sums; more would not fit
 // the sixteen registers of AVX2.
@@ -114,8 +111,8 @@ Group<T> key_group(const Sequence<T>& s, int64_t key, int64_t last) {
 // registers even where the compiler would not unroll a loop.
 template <class Body>
 QFLUX_INLINE void each_vector(const Body& body) {
-  body(std::integral_constant<int, 0>());
-  body(std::integral_constant<int, 1>());
+  body(Constant<0>());
+  body(Constant<1>());
   static_assert(kVectors == 2, "one call for each vector");
 }
 
@@ -152,27 +149,6 @@ QFLUX_INLINE void each_row(const Group<T>& group, int64_t tile, int64_t tile_end
     each_vector([&](auto r) QFLUX_INLINE_LAMBDA { body(r, i, nullptr); });
 }
 
-template <class Pair, class T>
-struct MakePair;
-template <class T>
-struct MakePair<ThresholdPair<Vector<T>>, T> {
-  static QFLUX_INLINE ThresholdPair<Vector<T>> make(const Sequence<T>&, Vector<T> limit) {
-    return {limit};
-  }
-};
-template <class T>
-struct MakePair<ExcessPair<Vector<T>>, T> {
-  static QFLUX_INLINE ExcessPair<Vector<T>> make(const Sequence<T>&, Vector<T> limit) {
-    return {{limit}};
-  }
-};
-template <class T>
-struct MakePair<GatePair<Vector<T>>, T> {
-  static QFLUX_INLINE GatePair<Vector<T>> make(const Sequence<T>& s, Vector<T>) {
-    return {Vector<T>(s.eps), Vector<T>(s.min_gate)};
-  }
-};
-
 // acc + w * x on the visible lanes: what a lane may not see must not reach it even as 0 * NaN.
 template <class T>
 QFLUX_INLINE Vector<T> add_visible(const Mask<T>* visible, Vector<T> w, Vector<T> x,
@@ -195,8 +171,8 @@ QFLUX_INLINE Mask<T> kept_and_visible(Mask<T> kept, const Mask<T>* visible) {
 
 // A dropped pair of the threshold is finite and may be left out of a sum instead of entering it as
 // zero, which saves the select; a dropped pair of the gate may be infinite and has to show.
-template <class Pair>
-constexpr bool kLeavesOutDropped = kHasThreshold<Pair>;
+template <class Score>
+constexpr bool kLeavesOutDropped = Score::kThresholded;
 
 template <class T>
 void add_counts(const typename Vector<T>::Bits& counter, int32_t* counts) {
@@ -222,19 +198,19 @@ void take_limit(const Group<T>& group, int64_t block_first, const Total<T>* tota
 }
 
 // Fast path: values are the keys.
-template <class Pair, bool kDegree, class T>
+template <class Score, bool kDegree, class T>
 void forward_keys(const Sequence<T>& s, int64_t first, int64_t last, const ForwardBlock<T>& out) {
   using V = Vector<T>;
   constexpr int kWidth = V::kWidth;
-  const V bias(static_cast<T>(Pair::kBias));
+  const V bias(static_cast<T>(Score::kBias)), eps(s.eps), min_gate(s.min_gate);
   for (int64_t row = first; row < last; row += Group<T>::kOwners) {
     const Group<T> group = row_group(s, row, last);
     V qx[kVectors], qy[kVectors];
-    Pair pair[kVectors];
+    Score pair[kVectors];
     each_vector([&](auto r) QFLUX_INLINE_LAMBDA {
       qx[r] = load(s.query_x + group.start(r));
       qy[r] = load(s.query_y + group.start(r));
-      pair[r] = MakePair<Pair, T>::make(s, load(s.limit + group.start(r)));
+      pair[r] = Score::make(load(s.limit + group.start(r)), eps, min_gate);
     });
     Total<T> totals[3][kVectors];
     int32_t degrees[kVectors * kWidth] = {};
@@ -250,7 +226,7 @@ void forward_keys(const Sequence<T>& s, int64_t first, int64_t last, const Forwa
                  const V kx(s.key_x[j]), ky(s.key_y[j]);
                  const V p = inner_product(qx[r], qy[r], kx, ky, bias);
                  const Mask<T> kept = kept_and_visible(pair[r].kept(p), visible);
-                 if constexpr (kLeavesOutDropped<Pair>) {
+                 if constexpr (kLeavesOutDropped<Score>) {
                    const V w = pair[r].weight(p);
                    cx[r] = add_kept(visible, kept, w, kx, cx[r]);
                    cy[r] = add_kept(visible, kept, w, ky, cy[r]);
@@ -280,15 +256,15 @@ void forward_keys(const Sequence<T>& s, int64_t first, int64_t last, const Forwa
 }
 
 // The fast path's gradients of the queries.
-template <class Pair, class T>
+template <class Score, class T>
 void backward_rows_keys(const Sequence<T>& s, int64_t first, int64_t last,
                         const BackwardBlock<T>& out) {
   using V = Vector<T>;
-  const V bias(static_cast<T>(Pair::kBias));
+  const V bias(static_cast<T>(Score::kBias)), eps(s.eps), min_gate(s.min_gate);
   for (int64_t row = first; row < last; row += Group<T>::kOwners) {
     const Group<T> group = row_group(s, row, last);
     V qx[kVectors], qy[kVectors], gx[kVectors], gy[kVectors], gs[kVectors];
-    Pair pair[kVectors];
+    Score pair[kVectors];
     each_vector([&](auto r) QFLUX_INLINE_LAMBDA {
       const int64_t start = group.start(r);
       qx[r] = load(s.query_x + start);
@@ -296,7 +272,7 @@ void backward_rows_keys(const Sequence<T>& s, int64_t first, int64_t last,
       gx[r] = load(s.grad + start);
       gy[r] = load(s.grad + s.row_stride + start);
       gs[r] = load(s.grad_strength + start);
-      pair[r] = MakePair<Pair, T>::make(s, load(s.limit + start));
+      pair[r] = Score::make(load(s.limit + start), eps, min_gate);
     });
     Total<T> totals[3][kVectors];
     for (int64_t tile = 0; tile < group.highest(); tile += kTile) {
@@ -310,26 +286,26 @@ void backward_rows_keys(const Sequence<T>& s, int64_t first, int64_t last,
                  const V d = pair[r].derivative(p, inner_product(gx[r], gy[r], kx, ky, gs[r]));
                  ax[r] = add_kept(visible, kept, d, kx, ax[r]);
                  ay[r] = add_kept(visible, kept, d, ky, ay[r]);
-                 if constexpr (kLimitHasGradient<Pair>) al[r] = add_where(kept, d, al[r]);
+                 if constexpr (Score::kLimitVjp) al[r] = add_where(kept, d, al[r]);
                });
       each_vector([&](auto r) QFLUX_INLINE_LAMBDA {
         totals[0][r].add(ax[r]);
         totals[1][r].add(ay[r]);
-        if constexpr (kLimitHasGradient<Pair>) totals[2][r].add(al[r]);
+        if constexpr (Score::kLimitVjp) totals[2][r].add(al[r]);
       });
     }
     take(group, first, totals[0], 0, 2, out.point);
     take(group, first, totals[1], 1, 2, out.point);
-    if constexpr (kLimitHasGradient<Pair>) take_limit(group, first, totals[2], out.limit);
+    if constexpr (Score::kLimitVjp) take_limit(group, first, totals[2], out.limit);
   }
 }
 
 // The fast path's gradients of the keys, as keys and as values at once.
-template <class Pair, class T>
+template <class Score, class T>
 void backward_keys_keys(const Sequence<T>& s, int64_t first, int64_t last,
                         const BackwardBlock<T>& out) {
   using V = Vector<T>;
-  const V bias(static_cast<T>(Pair::kBias));
+  const V bias(static_cast<T>(Score::kBias)), eps(s.eps), min_gate(s.min_gate);
   const T *grad_x = s.grad, *grad_y = s.grad + s.row_stride;
   for (int64_t key = first; key < last; key += Group<T>::kOwners) {
     const Group<T> group = key_group(s, key, last);
@@ -345,7 +321,7 @@ void backward_keys_keys(const Sequence<T>& s, int64_t first, int64_t last,
       each_row(group, tile, tile + kTile,
                [&](auto r, int64_t i, const Mask<T>* visible) QFLUX_INLINE_LAMBDA {
                  const V qx(s.query_x[i]), qy(s.query_y[i]), gx(grad_x[i]), gy(grad_y[i]);
-                 const Pair pair = MakePair<Pair, T>::make(s, V(s.limit[i]));
+                 const Score pair = Score::make(V(s.limit[i]), eps, min_gate);
                  const V p = inner_product(qx, qy, kx[r], ky[r], bias);
                  const Mask<T> kept = kept_and_visible(pair.kept(p), visible);
                  const V u = inner_product(gx, gy, kx[r], ky[r], V(s.grad_strength[i]));
@@ -372,10 +348,10 @@ using Staged = T[kTile][kVectors][Vector<T>::kWidth];
 // totals[column][r] += sum over a tile of weight * (the other's column), for columns of `records`.
 template <class T, class Each>
 void add_columns(const Each& each, int64_t tile, const Staged<T>& weight, const T* records,
-                 int64_t stride, int64_t depth, Total<T>* totals) {
+                 int64_t stride, int64_t value_dim, Total<T>* totals) {
   using V = Vector<T>;
   const auto chunk = [&](int64_t column, auto width) QFLUX_INLINE_LAMBDA {
-    constexpr int kWide = decltype(width)::value;
+    constexpr int kWide = decltype(width)::kValue;
     V acc[kVectors][kWide];
     each_vector([&](auto r) QFLUX_INLINE_LAMBDA {
       for (int c = 0; c < kWide; ++c) acc[r][c] = V(T(0));
@@ -391,19 +367,18 @@ void add_columns(const Each& each, int64_t tile, const Staged<T>& weight, const 
     });
   };
   int64_t column = 0;
-  for (; column + kColumns <= depth; column += kColumns)
-    chunk(column, std::integral_constant<int, kColumns>());
-  for (; column < depth; ++column) chunk(column, std::integral_constant<int, 1>());
+  for (; column + kColumns <= value_dim; column += kColumns) chunk(column, Constant<kColumns>());
+  for (; column < value_dim; ++column) chunk(column, Constant<1>());
 }
 
 // product = start(r, j) + sum over columns of (owner's column) * (the other's column).
 template <class T, class Each, class Start>
 void dot_columns(const Each& each, int64_t tile, const Group<T>& group, const T* planes,
-                 int64_t plane_stride, const T* records, int64_t stride, int64_t depth,
+                 int64_t plane_stride, const T* records, int64_t stride, int64_t value_dim,
                  const Start& start, Staged<T>& product) {
   using V = Vector<T>;
   const auto chunk = [&](int64_t column, auto width) QFLUX_INLINE_LAMBDA {
-    constexpr int kWide = decltype(width)::value;
+    constexpr int kWide = decltype(width)::kValue;
     V own[kVectors][kWide];
     each_vector([&](auto r) QFLUX_INLINE_LAMBDA {
       for (int c = 0; c < kWide; ++c)
@@ -418,41 +393,35 @@ void dot_columns(const Each& each, int64_t tile, const Group<T>& group, const T*
     });
   };
   int64_t column = 0;
-  for (; column + kColumns <= depth; column += kColumns)
-    chunk(column, std::integral_constant<int, kColumns>());
-  for (; column < depth; ++column) chunk(column, std::integral_constant<int, 1>());
+  for (; column + kColumns <= value_dim; column += kColumns) chunk(column, Constant<kColumns>());
+  for (; column < value_dim; ++column) chunk(column, Constant<1>());
 }
 
 template <class T>
-std::unique_ptr<Total<T>[]> new_totals(int64_t depth) {
-  return std::unique_ptr<Total<T>[]>(new Total<T>[static_cast<size_t>(kVectors * depth)]);
-}
-
-template <class T>
-void take_columns(const Group<T>& group, int64_t block_first, Total<T>* totals, int64_t depth,
+void take_columns(const Group<T>& group, int64_t block_first, Total<T>* totals, int64_t value_dim,
                   T* out) {
-  for (int64_t c = 0; c < depth; ++c) {
-    take(group, block_first, totals + c * kVectors, c, depth, out);
+  for (int64_t c = 0; c < value_dim; ++c) {
+    take(group, block_first, totals + c * kVectors, c, value_dim, out);
     each_vector([&](auto r) QFLUX_INLINE_LAMBDA { totals[c * kVectors + r] = Total<T>{}; });
   }
 }
 
 // General path: values of their own.
-template <class Pair, class T>
+template <class Score, class T>
 void forward_values(const Sequence<T>& s, int64_t first, int64_t last, const ForwardBlock<T>& out) {
   using V = Vector<T>;
   constexpr int kWidth = V::kWidth;
   alignas(64) Staged<T> weight;
-  const auto contexts = new_totals<T>(s.depth);
-  const V bias(static_cast<T>(Pair::kBias));
+  const Array<Total<T>> contexts(kVectors * s.value_dim);
+  const V bias(static_cast<T>(Score::kBias)), eps(s.eps), min_gate(s.min_gate);
   for (int64_t row = first; row < last; row += Group<T>::kOwners) {
     const Group<T> group = row_group(s, row, last);
     V qx[kVectors], qy[kVectors];
-    Pair pair[kVectors];
+    Score pair[kVectors];
     each_vector([&](auto r) QFLUX_INLINE_LAMBDA {
       qx[r] = load(s.query_x + group.start(r));
       qy[r] = load(s.query_y + group.start(r));
-      pair[r] = MakePair<Pair, T>::make(s, load(s.limit + group.start(r)));
+      pair[r] = Score::make(load(s.limit + group.start(r)), eps, min_gate);
     });
     Total<T> strengths[kVectors];
     int32_t degrees[kVectors * kWidth] = {};
@@ -477,9 +446,9 @@ void forward_values(const Sequence<T>& s, int64_t first, int64_t last, const For
         strengths[r].add(strength[r]);
         add_counts<T>(degree[r], degrees + r * kWidth);
       });
-      add_columns<T>(each, tile, weight, s.values, s.value_stride, s.depth, contexts.get());
+      add_columns<T>(each, tile, weight, s.values, s.value_stride, s.value_dim, contexts.get());
     }
-    take_columns(group, first, contexts.get(), s.depth, out.context);
+    take_columns(group, first, contexts.get(), s.value_dim, out.context);
     take(group, first, strengths, 0, 1, out.strength);
     if (out.degree)
       for (int64_t i = group.first; i < group.last; ++i)
@@ -487,28 +456,28 @@ void forward_values(const Sequence<T>& s, int64_t first, int64_t last, const For
   }
 }
 
-template <class Pair, class T>
+template <class Score, class T>
 void backward_rows_values(const Sequence<T>& s, int64_t first, int64_t last,
                           const BackwardBlock<T>& out) {
   using V = Vector<T>;
   alignas(64) Staged<T> upstream;
-  const V bias(static_cast<T>(Pair::kBias));
+  const V bias(static_cast<T>(Score::kBias)), eps(s.eps), min_gate(s.min_gate);
   for (int64_t row = first; row < last; row += Group<T>::kOwners) {
     const Group<T> group = row_group(s, row, last);
     V qx[kVectors], qy[kVectors], gs[kVectors];
-    Pair pair[kVectors];
+    Score pair[kVectors];
     each_vector([&](auto r) QFLUX_INLINE_LAMBDA {
       qx[r] = load(s.query_x + group.start(r));
       qy[r] = load(s.query_y + group.start(r));
       gs[r] = load(s.grad_strength + group.start(r));
-      pair[r] = MakePair<Pair, T>::make(s, load(s.limit + group.start(r)));
+      pair[r] = Score::make(load(s.limit + group.start(r)), eps, min_gate);
     });
     Total<T> totals[3][kVectors];
     for (int64_t tile = 0; tile < group.highest(); tile += kTile) {
       const auto each = [&](const auto& body)
                             QFLUX_INLINE_LAMBDA { each_key(group, tile, tile + kTile, body); };
       dot_columns<T>(
-          each, tile, group, s.grad, s.row_stride, s.values, s.value_stride, s.depth,
+          each, tile, group, s.grad, s.row_stride, s.values, s.value_stride, s.value_dim,
           [&](int r, int64_t) QFLUX_INLINE_LAMBDA { return gs[r]; }, upstream);
       V ax[kVectors], ay[kVectors], al[kVectors];
       each_vector([&](auto r) QFLUX_INLINE_LAMBDA { ax[r] = ay[r] = al[r] = V(T(0)); });
@@ -519,27 +488,27 @@ void backward_rows_values(const Sequence<T>& s, int64_t first, int64_t last,
         const V d = pair[r].derivative(p, load(upstream[j - tile][r]));
         ax[r] = select(kept, multiply_add(d, kx, ax[r]), ax[r]);
         ay[r] = select(kept, multiply_add(d, ky, ay[r]), ay[r]);
-        if constexpr (kLimitHasGradient<Pair>) al[r] = add_where(kept, d, al[r]);
+        if constexpr (Score::kLimitVjp) al[r] = add_where(kept, d, al[r]);
       });
       each_vector([&](auto r) QFLUX_INLINE_LAMBDA {
         totals[0][r].add(ax[r]);
         totals[1][r].add(ay[r]);
-        if constexpr (kLimitHasGradient<Pair>) totals[2][r].add(al[r]);
+        if constexpr (Score::kLimitVjp) totals[2][r].add(al[r]);
       });
     }
     take(group, first, totals[0], 0, 2, out.point);
     take(group, first, totals[1], 1, 2, out.point);
-    if constexpr (kLimitHasGradient<Pair>) take_limit(group, first, totals[2], out.limit);
+    if constexpr (Score::kLimitVjp) take_limit(group, first, totals[2], out.limit);
   }
 }
 
-template <class Pair, class T>
+template <class Score, class T>
 void backward_keys_values(const Sequence<T>& s, int64_t first, int64_t last,
                           const BackwardBlock<T>& out) {
   using V = Vector<T>;
   alignas(64) Staged<T> upstream, weight;
-  const auto values = new_totals<T>(s.depth);
-  const V bias(static_cast<T>(Pair::kBias));
+  const Array<Total<T>> values(kVectors * s.value_dim);
+  const V bias(static_cast<T>(Score::kBias)), eps(s.eps), min_gate(s.min_gate);
   for (int64_t key = first; key < last; key += Group<T>::kOwners) {
     const Group<T> group = key_group(s, key, last);
     V kx[kVectors], ky[kVectors];
@@ -552,13 +521,13 @@ void backward_keys_values(const Sequence<T>& s, int64_t first, int64_t last,
       const auto each = [&](const auto& body)
                             QFLUX_INLINE_LAMBDA { each_row(group, tile, tile + kTile, body); };
       dot_columns<T>(
-          each, tile, group, s.value_planes, s.key_stride, s.grad_records, s.depth, s.depth,
+          each, tile, group, s.value_planes, s.key_stride, s.grad_records, s.value_dim, s.value_dim,
           [&](int, int64_t i) QFLUX_INLINE_LAMBDA { return V(s.grad_strength[i]); }, upstream);
       V ax[kVectors], ay[kVectors];
       each_vector([&](auto r) QFLUX_INLINE_LAMBDA { ax[r] = ay[r] = V(T(0)); });
       each([&](auto r, int64_t i, const Mask<T>* visible) QFLUX_INLINE_LAMBDA {
         const V qx(s.query_x[i]), qy(s.query_y[i]);
-        const Pair pair = MakePair<Pair, T>::make(s, V(s.limit[i]));
+        const Score pair = Score::make(V(s.limit[i]), eps, min_gate);
         const V p = inner_product(qx, qy, kx[r], ky[r], bias);
         const Mask<T> kept = kept_and_visible(pair.kept(p), visible);
         const V d = pair.derivative(p, load(upstream[i - tile][r]));
@@ -570,60 +539,38 @@ void backward_keys_values(const Sequence<T>& s, int64_t first, int64_t last,
         totals[0][r].add(ax[r]);
         totals[1][r].add(ay[r]);
       });
-      add_columns<T>(each, tile, weight, s.grad_records, s.depth, s.depth, values.get());
+      add_columns<T>(each, tile, weight, s.grad_records, s.value_dim, s.value_dim, values.get());
     }
     take(group, first, totals[0], 0, 2, out.point);
     take(group, first, totals[1], 1, 2, out.point);
-    take_columns(group, first, values.get(), s.depth, out.values);
-  }
-}
-
-template <class T, template <class> class Pair>
-struct OfScore {
-  using P = Pair<Vector<T>>;
-
-  static void forward(const Sequence<T>& s, int64_t first, int64_t last,
-                      const ForwardBlock<T>& out) {
-    if (s.values) return forward_values<P>(s, first, last, out);
-    return out.degree ? forward_keys<P, true>(s, first, last, out)
-                      : forward_keys<P, false>(s, first, last, out);
-  }
-  static void backward_rows(const Sequence<T>& s, int64_t first, int64_t last,
-                            const BackwardBlock<T>& out) {
-    return s.values ? backward_rows_values<P>(s, first, last, out)
-                    : backward_rows_keys<P>(s, first, last, out);
-  }
-  static void backward_keys(const Sequence<T>& s, int64_t first, int64_t last,
-                            const BackwardBlock<T>& out) {
-    return s.values ? backward_keys_values<P>(s, first, last, out)
-                    : backward_keys_keys<P>(s, first, last, out);
-  }
-};
-
-// The pairs of a score, by name: pass(OfScore<...>).
-template <class T, class Pass>
-void with_pairs(Score score, const Pass& pass) {
-  switch (score) {
-    case Score::kThreshold:
-      return pass(OfScore<T, ThresholdPair>());
-    case Score::kExcess:
-      return pass(OfScore<T, ExcessPair>());
-    case Score::kInverseGate:
-      return pass(OfScore<T, GatePair>());
+    take_columns(group, first, values.get(), s.value_dim, out.values);
   }
 }
 
 template <class T>
 void forward(const Sequence<T>& s, int64_t first, int64_t last, const ForwardBlock<T>& out) {
-  with_pairs<T>(s.score, [&](auto pairs) { pairs.forward(s, first, last, out); });
+  visit_score(s.score, [&](auto tag) {
+    using Score = typename decltype(tag)::template of<Vector<T>>;
+    if (s.values) return forward_values<Score>(s, first, last, out);
+    return out.degree ? forward_keys<Score, true>(s, first, last, out)
+                      : forward_keys<Score, false>(s, first, last, out);
+  });
 }
 template <class T>
 void backward_rows(const Sequence<T>& s, int64_t first, int64_t last, const BackwardBlock<T>& out) {
-  with_pairs<T>(s.score, [&](auto pairs) { pairs.backward_rows(s, first, last, out); });
+  visit_score(s.score, [&](auto tag) {
+    using Score = typename decltype(tag)::template of<Vector<T>>;
+    return s.values ? backward_rows_values<Score>(s, first, last, out)
+                    : backward_rows_keys<Score>(s, first, last, out);
+  });
 }
 template <class T>
 void backward_keys(const Sequence<T>& s, int64_t first, int64_t last, const BackwardBlock<T>& out) {
-  with_pairs<T>(s.score, [&](auto pairs) { pairs.backward_keys(s, first, last, out); });
+  visit_score(s.score, [&](auto tag) {
+    using Score = typename decltype(tag)::template of<Vector<T>>;
+    return s.values ? backward_keys_values<Score>(s, first, last, out)
+                    : backward_keys_keys<Score>(s, first, last, out);
+  });
 }
 
 template <class T>
@@ -635,16 +582,8 @@ void thresholds(const Moments* windows, const T* x, const T* y, int64_t count, P
 }
 
 template <class T>
-constexpr Kernels<T> kKernels = {forward<T>, backward_rows<T>, backward_keys<T>, thresholds<T>};
+constexpr DenseLoops<T> kLoops = {forward<T>, backward_rows<T>, backward_keys<T>, thresholds<T>};
 
+}  // namespace dense
 }  // namespace
-
-#if defined(__AVX512F__)
-const InstructionSet kAvx512 = {"AVX-512", kKernels<float>, kKernels<double>};
-#elif defined(__AVX2__)
-const InstructionSet kAvx2 = {"AVX2", kKernels<float>, kKernels<double>};
-#else
-const InstructionSet kBaseline = {"baseline", kKernels<float>, kKernels<double>};
-#endif
-
 }  // namespace qflux::cpu

@@ -1,12 +1,12 @@
 // The passes of project_norm over tokens: lanes hold outputs, the features are broadcast.
-#include "../projection.h"
+#pragma once
 
-#include <memory>
-
+#include "projection.h"
 #include "simd.h"
 
 namespace qflux::cpu {
 namespace {
+namespace projection {
 
 constexpr int kVectors = 4;  // independent chains of the forward
 constexpr int kTokens = 4;   // tokens that share a read of the matrix and the sums in the backward
@@ -129,10 +129,8 @@ void backward_group(const ProjectionParams<T>& p, const ProjectionPlanes<T>& pla
 template <class T>
 void backward(const ProjectionParams<T>& p, const ProjectionPlanes<T>& planes, int64_t first,
               int64_t last, T* grad_features, CompensatedSum<double>* totals) {
-  const size_t size = totals ? static_cast<size_t>(p.sum_columns() * planes.stride) : 0;
-  const size_t entries = totals ? static_cast<size_t>(p.triangle_size()) : 0;
-  const std::unique_ptr<T[]> sums(totals ? new T[size]() : nullptr);
-  const std::unique_ptr<double[]> triangle_sums(totals ? new double[entries]() : nullptr);
+  const Array<T> sums(totals ? p.sum_columns() * planes.stride : 0);
+  const Array<double> triangle_sums(totals ? p.triangle_size() : 0);
   for (int64_t tile = first; tile < last; tile += kTile) {
     const int64_t end = tile + kTile < last ? tile + kTile : last;
     int64_t t = tile;
@@ -156,14 +154,6 @@ void backward(const ProjectionParams<T>& p, const ProjectionPlanes<T>& planes, i
 template <class T>
 constexpr ProjectionLoops<T> kLoops = {forward<T>, backward<T>};
 
+}  // namespace projection
 }  // namespace
-
-#if defined(__AVX512F__)
-const ProjectionSet kProjectionAvx512 = {kLoops<float>, kLoops<double>};
-#elif defined(__AVX2__)
-const ProjectionSet kProjectionAvx2 = {kLoops<float>, kLoops<double>};
-#else
-const ProjectionSet kProjectionBaseline = {kLoops<float>, kLoops<double>};
-#endif
-
 }  // namespace qflux::cpu

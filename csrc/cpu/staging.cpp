@@ -1,0 +1,219 @@
+#include "staging.h"
+
+#include "isa/dispatch.h"
+
+namespace qflux::cpu {
+namespace {
+
+// Tokens are staged by tiles of so many.
+constexpr int64_t kTile = kMomentsTile;
+// Staging a token costs about as much as so many pairs.
+constexpr int64_t kTokenCost = 16;
+
+int64_t tiles(int64_t tokens) { return ceil_div(tokens, kTile); }
+
+// Runs body(b, tile) for all tiles of so many tokens.
+template <class T, class Body>
+void for_each_tile(const PairParams<T>& p, int64_t tokens, const Body& body) {
+  for_each_block(p.batch(), tiles(tokens), false, grain_for(kTile * kTokenCost),
+                 [&](int64_t n, int64_t tile) { body(p.index(n), tile); });
+}
+
+}  // namespace
+
+template <class T>
+Staging<T>::Staging(const PairParams<T>& p, bool backward)
+    : value_dim(p.values ? p.value_dim : 2),
+      p_(p),
+      row_stride_(round_up(p.rows, kPadding)),
+      key_stride_(round_up(p.keys, kPadding)),
+      row_planes_(3 + (backward ? value_dim + 1 : 0)),
+      key_planes_(2 + (backward && p.values ? value_dim : 0)),
+      copies_values_(p.values && p.values.component != 1),
+      copies_grads_(backward && p.values),
+      rows_(room<T>(p.batch() * row_planes_ * row_stride_)),
+      keys_(room<T>(p.batch() * key_planes_ * key_stride_)),
+      values_(room<T>(copies_values_ ? p.batch() * p.keys * value_dim : 0)),
+      grads_(room<T>(copies_grads_ ? p.batch() * p.rows * value_dim : 0)) {}
+
+template <class T>
+Staging<T>::Staging(const PairParams<T>& p) : Staging(p, false) {
+  const bool statistics = is_thresholded(p.score) && p.keys > 0;
+  stage_keys();
+  const std::unique_ptr<Moments[]> before = statistics ? tile_moments() : nullptr;
+  for_each_tile(p, p.rows, [&](BatchIndex b, int64_t tile) {
+    const Range range = tile_range(tile, kTile, p.rows);
+    stage_queries(b, range);
+    T* limit = row_plane(b, 2);
+    if (statistics)
+      find_thresholds(before.get() + p.flat(b) * (tiles(p.keys) + 1), b, range);
+    else
+      std::fill(limit + range.first, limit + range.last, T(0));
+  });
+}
+
+template <class T>
+Staging<T>::Staging(const InteractBackwardParams<T>& params) : Staging(params.pair, true) {
+  stage_keys();
+  for_each_tile(p_, p_.rows, [&](BatchIndex b, int64_t tile) {
+    const Range range = tile_range(tile, kTile, p_.rows);
+    stage_queries(b, range);
+    stage_gradients(params, b, range);
+  });
+}
+
+template <class T>
+Sequence<T> Staging<T>::sequence(BatchIndex b) const {
+  Sequence<T> s{};
+  s.visibility = p_.visibility(b);
+  s.value_dim = value_dim;
+  s.score = p_.score;
+  s.eps = static_cast<T>(p_.eps);
+  s.min_gate = p_.min_gate[b];
+  s.whole_window = p_.whole_window;
+  s.query_x = row_plane(b, 0);
+  s.query_y = row_plane(b, 1);
+  s.limit = row_plane(b, 2);
+  s.key_x = key_plane(b, 0);
+  s.key_y = key_plane(b, 1);
+  if (p_.values) {
+    s.values = copies_values_ ? value_record(b, 0) : p_.values.sequence(b);
+    s.value_stride = copies_values_ ? value_dim : p_.values.token;
+  }
+  if (row_planes_ > 3) {
+    s.grad = row_plane(b, 3);
+    s.grad_strength = row_plane(b, 3 + value_dim);
+  }
+  if (copies_grads_) {
+    s.grad_records = grad_record(b, 0);
+    s.value_planes = key_plane(b, 2);
+  }
+  s.row_stride = row_stride_;
+  s.key_stride = key_stride_;
+  return s;
+}
+
+template <class T>
+void Staging<T>::stage_keys() const {
+  for_each_tile(p_, p_.keys, [&](BatchIndex b, int64_t tile) {
+    stage_keys(b, tile_range(tile, kTile, p_.keys));
+  });
+}
+
+template <class T>
+void Staging<T>::stage_keys(BatchIndex b, Range range) const {
+  const auto [first, last] = range;
+  T *x = key_plane(b, 0), *y = key_plane(b, 1);
+  for (int64_t j = first; j < last; ++j) {
+    const Point<T> key = load_point(p_.key_points, b, j);
+    x[j] = key.x;
+    y[j] = key.y;
+  }
+  for (int64_t c = 2; c < key_planes_; ++c) {
+    T* plane = key_plane(b, c);
+    for (int64_t j = first; j < last; ++j) plane[j] = p_.values.at(b, j, c - 2);
+  }
+  if (copies_values_)
+    for (int64_t j = first; j < last; ++j)
+      for (int64_t c = 0; c < value_dim; ++c) value_record(b, j)[c] = p_.values.at(b, j, c);
+  if (last == p_.keys)
+    for (int64_t c = 0; c < key_planes_; ++c)
+      std::fill(key_plane(b, c) + last, key_plane(b, c) + key_stride_, T(0));
+}
+
+template <class T>
+void Staging<T>::stage_queries(BatchIndex b, Range range) const {
+  T *x = row_plane(b, 0), *y = row_plane(b, 1);
+  visit_score(p_.score, [&](auto tag) {
+    using Score = typename decltype(tag)::template of<T>;
+    for (int64_t i = range.first; i < range.last; ++i) {
+      const Point<T> q = Score::query(load_point(p_.states, b, i), p_.coefficient[b]);
+      x[i] = q.x;
+      y[i] = q.y;
+    }
+  });
+  if (range.last == p_.rows)
+    for (int64_t c = 0; c < row_planes_; ++c)
+      std::fill(row_plane(b, c) + range.last, row_plane(b, c) + row_stride_, T(0));
+}
+
+template <class T>
+void Staging<T>::stage_gradients(const InteractBackwardParams<T>& backward, BatchIndex b,
+                                 Range range) const {
+  const Visibility visibility = p_.visibility(b);
+  T *limit = row_plane(b, 2), *strength = row_plane(b, 3 + value_dim);
+  for (int64_t i = range.first; i < range.last; ++i) {
+    const T scale = p_.reduction_scale(visibility.visible_keys(i));
+    limit[i] = backward.threshold.at(b, i);
+    for (int64_t c = 0; c < value_dim; ++c) {
+      const T grad = scale * backward.grad_context.at(b, i, c);
+      row_plane(b, 3 + c)[i] = grad;
+      if (copies_grads_) grad_record(b, i)[c] = grad;
+    }
+    strength[i] = backward.grad_strength ? scale * backward.grad_strength.at(b, i) : T(0);
+  }
+}
+
+// Sums over the keys of a range relative to the sequence's first key.
+template <class T>
+Moments Staging<T>::moments(BatchIndex b, Range range) const {
+  const T *x = key_plane(b, 0), *y = key_plane(b, 1);
+  const double shift_x = x[0], shift_y = y[0];
+  Moments sums;
+  for (int64_t j = range.first; j < range.last; ++j) sums.add(x[j] - shift_x, y[j] - shift_y);
+  return sums;
+}
+
+// [batch][tiles + 1]: moments of the keys in front of a tile.
+template <class T>
+std::unique_ptr<Moments[]> Staging<T>::tile_moments() const {
+  const int64_t stride = tiles(p_.keys) + 1;
+  auto before = room<Moments>(p_.batch() * stride);
+  for_each_tile(p_, p_.keys, [&](BatchIndex b, int64_t tile) {
+    const Range range = tile_range(tile, kTile, p_.visibility(b).key_end);
+    if (range.first < range.last) before[p_.flat(b) * stride + tile + 1] = moments(b, range);
+  });
+  for (int64_t n = 0; n < p_.batch(); ++n)
+    for (int64_t tile = 1; tile < stride; ++tile)
+      before[n * stride + tile].add(before[n * stride + tile - 1]);
+  return before;
+}
+
+// tau of the rows of a range, whose keys' moments in front of each tile stand in `before`.
+template <class T>
+void Staging<T>::find_thresholds(const Moments* before, BatchIndex b, Range range) const {
+  const auto [first, last] = range;
+  const Visibility visibility = p_.visibility(b);
+  const T *x = key_plane(b, 0), *y = key_plane(b, 1);
+  const double shift_x = x[0], shift_y = y[0];
+  const bool whole = p_.whole_window || !p_.causal;
+  const int64_t start = whole ? visibility.key_end : visibility.visible_keys(first);
+  int64_t n = start / kTile * kTile;
+  Moments inside = moments(b, {n, start}), windows[kTile];
+  T state_x[kTile], state_y[kTile];
+  n = start;
+  for (int64_t i = first; i < last; ++i) {
+    const int64_t end = whole ? start : visibility.visible_keys(i);
+    for (; n < end; ++n) {
+      if (n % kTile == 0) inside = Moments{};
+      inside.add(x[n] - shift_x, y[n] - shift_y);
+    }
+    // A window that ends with a tile still counts as that tile's.
+    Moments window = before[n % kTile == 0 && n > start ? n / kTile - 1 : n / kTile];
+    window.add(inside);
+    windows[i - first] = window;
+    const Point<T> state = load_point(p_.states, b, i);
+    state_x[i - first] = state.x;
+    state_y[i - first] = state.y;
+  }
+  T* tau = row_plane(b, 2) + first;
+  loops<T>().dense.thresholds(windows, state_x, state_y, last - first, {shift_x, shift_y},
+                              p_.coefficient[b], p_.eps, tau);
+  for (int64_t i = first; i < last; ++i)
+    if (visibility.visible_keys(i) == 0) tau[i - first] = T(0);
+}
+
+template class Staging<float>;
+template class Staging<double>;
+
+}  // namespace qflux::cpu

@@ -1,0 +1,272 @@
+"""The dispatcher ops `qflux_kernels::*`: each argument and result with its name, type and batch.
+
+Everything that Python says of an op comes from this table: the schemas of the Triton family, the
+records in which arguments and results are named, the rules of vmap, and the constants that Python
+and C++ share. `csrc/library.cpp` and `csrc/ops` state the same schemas for the compiled family;
+`tests/kernels/test_schema.py` compares them with the table.
+
+States are `(*batch, S, 2)`, keys `(*batch, K, 2)` and values `(*batch, K, D)`, with any number of
+batch dimensions and any strides, float32 or float64. A number that may differ between sequences or
+tokens is a pair: a tensor, or where there is none the float beside it.
+"""
+
+from __future__ import annotations
+
+from collections import namedtuple
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+
+class ScoreKind(NamedTuple):
+    """A score as the kernels know it, with the traits of `csrc/math/score.h`."""
+
+    name: str
+    thresholded: bool  # its limit is tau, the row's adaptive threshold
+    limit_vjp: bool  # the limit has a gradient
+    affine: bool  # a kept weight is the inner product less a number of the row, as a sweep needs
+
+
+# In the order of `ScoreKind` in csrc/math/score.h.
+SCORE_KINDS = (
+    ScoreKind("hard_threshold", thresholded=True, limit_vjp=False, affine=True),
+    ScoreKind("inverse_gate", thresholded=False, limit_vjp=False, affine=False),
+    ScoreKind("soft_threshold", thresholded=True, limit_vjp=True, affine=True),
+)
+SCORES = tuple(kind.name for kind in SCORE_KINDS)
+# What a token leaves on the tape at each step of `evolve`: planes of numbers, points have two.
+TAPE = {
+    "states": 2,
+    "middle": 2,  # x + k1
+    "context": 2,
+    "middle_context": 2,
+    "strength": 1,
+    "threshold": 1,
+    "middle_threshold": 1,
+}
+TAPE_PLANES = sum(TAPE.values())
+# The most features that the kernels of `project_norm` take.
+MAX_FEATURES = 8
+
+
+class Field(NamedTuple):
+    """An argument or a result of an op."""
+
+    name: str
+    type: str  # as in a schema: "Tensor", "Tensor?", "float", "int" or "bool"
+    batch: int | None = None  # the first batch dimension; None: it has none
+
+
+@dataclass(frozen=True)
+class Op:
+    """An op, its fields in schema order."""
+
+    name: str
+    arguments: tuple[Field, ...]
+    results: tuple[Field, ...]
+
+    @cached_property
+    def Arguments(self) -> type:  # noqa: N802 (a class)
+        """The arguments by name: a named tuple."""
+        return record(f"{self.name}_arguments", self.arguments)
+
+    @cached_property
+    def Results(self) -> type:  # noqa: N802 (a class)
+        """The results by name: a named tuple."""
+        return record(f"{self.name}_results", self.results)
+
+    @cached_property
+    def schema(self) -> str:
+        """Arguments and results as `torch.library.define` reads them."""
+        arguments = ", ".join(f"{field.type} {field.name}" for field in self.arguments)
+        if len(self.results) == 1:
+            return f"({arguments}) -> {self.results[0].type}"
+        return f"({arguments}) -> ({', '.join(f'{f.type} {f.name}' for f in self.results)})"
+
+
+def record(name: str, fields: tuple[Field, ...]) -> type:
+    """A named tuple of the fields."""
+    return namedtuple(name, [field.name for field in fields])
+
+
+def numbers(fields: tuple[Field, ...]) -> tuple[Field, ...]:
+    """The fields that are no tensors."""
+    return tuple(field for field in fields if not field.type.startswith("Tensor"))
+
+
+POINTS = (
+    Field("states", "Tensor", 0),
+    Field("keys", "Tensor?", 0),  # None: the states
+    Field("values", "Tensor?", 0),  # None: the keys
+)
+PAIR = (
+    Field("coefficient", "Tensor?", 0),  # sigma or alpha
+    Field("coefficient_value", "float"),
+    Field("min_gate", "Tensor?", 0),
+    Field("min_gate_value", "float"),
+    Field("lengths", "Tensor?", 0),  # int64; None: full sequences
+    Field("score", "int"),  # an index into SCORES
+    Field("eps", "float"),
+    Field("whole_window", "bool"),  # statistics over the whole sequence, or what the row sees
+    Field("causal", "bool"),
+    Field("mean", "bool"),  # the reduction
+    Field("algorithm", "int"),  # an index into options.ALGORITHMS
+)
+TOKENS = (
+    Field("dt", "Tensor?", 1),  # (steps or 1, *batch, S)
+    Field("dt_value", "float"),
+    Field("skip", "Tensor?", 1),
+    Field("skip_value", "float"),
+)
+STEP = (
+    Field("steps", "int"),
+    Field("has_radius", "bool"),
+    Field("radius_min", "float"),
+    Field("radius_max", "float"),
+    Field("radius_rate", "float"),
+    Field("radius_reversion", "float"),
+    Field("radius_target", "float"),
+)
+
+INTERACT = Op(
+    "interact",
+    (*POINTS, *PAIR),
+    (
+        Field("context", "Tensor", 0),
+        Field("strength", "Tensor", 0),
+        Field("degree", "Tensor", 0),
+        Field("threshold", "Tensor", 0),  # tau, for the backward; zero without an adaptive one
+    ),
+)
+# The gradient of an argument that is None, and a gradient that nobody needs, is empty: (0,).
+INTERACT_BACKWARD = Op(
+    "interact_backward",
+    (
+        Field("grad_context", "Tensor", 0),
+        Field("grad_strength", "Tensor", 0),
+        Field("threshold", "Tensor", 0),
+        *POINTS,
+        *PAIR,
+        Field("need_rows", "bool"),
+        Field("need_keys", "bool"),
+    ),
+    (
+        Field("grad_states", "Tensor", 0),
+        Field("grad_keys", "Tensor", 0),
+        Field("grad_values", "Tensor", 0),
+        Field("grad_coefficient", "Tensor", 0),
+        Field("grad_threshold", "Tensor", 0),  # of scores with limit_vjp
+    ),
+)
+# What reaches states, keys and sigma through the threshold.
+THRESHOLD_BACKWARD = Op(
+    "threshold_backward",
+    (
+        Field("grad_threshold", "Tensor", 0),
+        Field("states", "Tensor", 0),
+        Field("keys", "Tensor?", 0),
+        Field("coefficient", "Tensor?", 0),
+        Field("coefficient_value", "float"),
+        Field("lengths", "Tensor?", 0),
+        Field("eps", "float"),
+        Field("whole_window", "bool"),
+        Field("causal", "bool"),
+    ),
+    (
+        Field("grad_states", "Tensor", 0),
+        Field("grad_keys", "Tensor", 0),
+        Field("grad_coefficient", "Tensor", 0),
+    ),
+)
+EVOLVE = Op(
+    "evolve",
+    (Field("states", "Tensor", 0), *TOKENS, *PAIR, *STEP, Field("save", "bool")),
+    (
+        Field("result", "Tensor", 0),
+        Field("strength", "Tensor", 0),
+        Field("degree", "Tensor", 0),
+        Field("tape", "Tensor", 2),  # (steps, or 0 if not saved, TAPE_PLANES, *batch, S)
+    ),
+)
+EVOLVE_BACKWARD = Op(
+    "evolve_backward",
+    (
+        Field("grad_states", "Tensor", 0),
+        Field("grad_strength", "Tensor", 0),
+        Field("tape", "Tensor", 2),
+        *TOKENS,
+        *PAIR,
+        *STEP,
+    ),
+    (
+        Field("grad_input", "Tensor", 0),
+        Field("grad_dt", "Tensor", 1),
+        Field("grad_skip", "Tensor", 1),
+        Field("grad_coefficient", "Tensor", 0),
+    ),
+)
+_LINEAR = (
+    Field("features", "Tensor"),  # (tokens, F)
+    Field("weight", "Tensor"),
+    Field("bias", "Tensor?"),
+    Field("norm_weight", "Tensor?"),
+)
+PROJECT_NORM = Op(
+    "project_norm",
+    (*_LINEAR, Field("norm_bias", "Tensor?"), Field("eps", "float")),
+    (Field("out", "Tensor"),),
+)
+PROJECT_NORM_BACKWARD = Op(
+    "project_norm_backward",
+    (
+        Field("grad", "Tensor"),
+        *_LINEAR,
+        Field("eps", "float"),
+        Field("need_features", "bool"),
+        Field("need_parameters", "bool"),
+    ),
+    (
+        Field("grad_features", "Tensor"),
+        Field("grad_weight", "Tensor"),
+        Field("grad_bias", "Tensor"),
+        Field("grad_norm_weight", "Tensor"),
+        Field("grad_norm_bias", "Tensor"),
+    ),
+)
+# How many pairs a sweep meets one by one: [densely, in bands]. CPU only.
+SWEEP_WORK = Op(
+    "sweep_work",
+    (
+        Field("states", "Tensor", 0),
+        Field("keys", "Tensor?", 0),
+        Field("sigma", "float"),
+        Field("eps", "float"),
+        Field("whole_window", "bool"),
+        Field("causal", "bool"),
+    ),
+    (Field("work", "Tensor"),),
+)
+
+
+def _text(name: str) -> Op:
+    """A text as uint8: a str in a schema leaks in the stable ABI before torch 2.14."""
+    return Op(name, (), (Field("text", "Tensor"),))
+
+
+# The ops of every family, and all that the compiled object has.
+FAMILY_OPS = (INTERACT, INTERACT_BACKWARD, THRESHOLD_BACKWARD, EVOLVE, EVOLVE_BACKWARD)
+COMPILED_OPS = (
+    *FAMILY_OPS,
+    PROJECT_NORM,
+    PROJECT_NORM_BACKWARD,
+    SWEEP_WORK,
+    _text("instruction_set"),
+    _text("cuda_architectures"),
+    _text("constants"),
+)
+# The prefix of a family's names.
+COMPILED, TRITON = "", "triton_"
+
+# The scalars of a call, by name.
+PairOptions = record("PairOptions", numbers(PAIR))
+StepOptions = record("StepOptions", (*numbers(TOKENS), *STEP))
