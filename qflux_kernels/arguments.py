@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypedDict, cast
 
 import torch
 from torch._C._functorch import is_functorch_wrapped_tensor
 
 from .checks import check_choice, check_flag, check_integer, check_real
-from .options import REDUCTIONS, InverseGate, Radius, Score, Threshold
+from .options import REDUCTIONS, Radius, Score, Threshold
 
 COMPUTE_DTYPES = {
     torch.float16: torch.float32,
@@ -43,6 +43,8 @@ def _expand(name: str, tensor: torch.Tensor, shape: torch.Size) -> torch.Tensor:
     excess = tensor.dim() - len(shape)
     if excess > 0 and all(size == 1 for size in tensor.shape[:excess]):
         tensor = tensor.reshape(tensor.shape[excess:])
+    if tensor.shape == shape:
+        return tensor
     try:
         return tensor.expand(shape)
     except RuntimeError:
@@ -58,19 +60,20 @@ def _per_sequence(
     if not isinstance(value, torch.Tensor):
         return float(value)
     _check_device(name, value, states)
-    return _expand(name, value, batch).to(COMPUTE_DTYPES[states.dtype])
+    return _expand(name, value.to(COMPUTE_DTYPES[states.dtype]), batch)
 
 
 def _canonical_score(score: object, states: torch.Tensor, batch: torch.Size) -> Score:
-    if isinstance(score, Threshold):
-        return replace(score, sigma=_per_sequence("sigma", score.sigma, states, batch))
-    if isinstance(score, InverseGate):
-        return InverseGate(
-            _per_sequence("alpha", score.alpha, states, batch),
-            score.eps,
-            _per_sequence("min_gate", score.min_gate, states, batch),
-        )
-    raise TypeError(f"score must be a Threshold or an InverseGate, got {type(score).__name__}")
+    if not isinstance(score, Score):
+        known = " or ".join(kind.__name__ for kind in Score.__subclasses__())
+        raise TypeError(f"score must be a {known}, got {type(score).__name__}")
+    changed = {}
+    for name in score.per_sequence:
+        value = getattr(score, name)
+        canonical = _per_sequence(name, value, states, batch)
+        if canonical is not value:
+            changed[name] = canonical
+    return replace(cast("Any", score), **changed) if changed else score
 
 
 def _values_are_known(tensor: torch.Tensor) -> bool:
@@ -98,7 +101,7 @@ def _canonical_lengths(
         low, high = int(lengths.min()), int(lengths.max())
         if low < 0 or high > length:
             raise ValueError(f"lengths must lie in [0, {length}], got values in [{low}, {high}]")
-    return _expand("lengths", lengths, batch).to(torch.int64)
+    return _expand("lengths", lengths.to(torch.int64), batch)
 
 
 def _common_dtype(tensors: dict[str, torch.Tensor], device_type: str) -> torch.dtype:
@@ -143,14 +146,32 @@ def widen(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to(COMPUTE_DTYPES[tensor.dtype])
 
 
+class InteractOptions(TypedDict, total=False):
+    """The keywords of `interact`, less those that choose who serves it."""
+
+    causal: bool
+    score: Score
+    reduction: str
+    lengths: torch.Tensor | None
+
+
+class EvolveOptions(InteractOptions, total=False):
+    """The same of `evolve`."""
+
+    radius: Radius | None
+    skip: float | torch.Tensor | None
+    steps: int
+
+
 def interact_arguments(
     states: Any,
-    keys: Any,
-    values: Any,
-    causal: Any,
-    score: Any,
-    reduction: Any,
-    lengths: Any,
+    keys: Any = None,
+    values: Any = None,
+    *,
+    causal: Any = True,
+    score: Any = Threshold(),  # noqa: B008 (frozen)
+    reduction: Any = "sum",
+    lengths: Any = None,
 ) -> InteractArguments:
     """Check the arguments of `interact` and bring them to one batch shape."""
     _check_points("states", states, 2)
@@ -179,8 +200,9 @@ def interact_arguments(
     except RuntimeError:
         shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in given.items())
         raise ValueError(f"batch dimensions must broadcast together, got {shapes}") from None
+    # Half precision is cast before a batch shares it.
     points = {
-        name: tensor.expand(batch + tensor.shape[-2:]).to(result_dtype)
+        name: _expand(name, tensor.to(result_dtype), batch + tensor.shape[-2:])
         for name, tensor in given.items()
     }
     states = points["states"]
@@ -205,7 +227,7 @@ class EvolveArguments:
 
     states: torch.Tensor  # (*batch, S, 2)
     dt: float | torch.Tensor
-    skip: float | torch.Tensor  # 0.0: no skip
+    skip: float | torch.Tensor | None
     causal: bool
     score: Score
     radius: Radius | None
@@ -229,6 +251,8 @@ def _per_step(name: str, value: Any, states: torch.Tensor, steps: int) -> float 
     _check_device(name, value, states)
     target = states.shape[:-1]
     value = value.to(COMPUTE_DTYPES[states.dtype])
+    if value.shape == target:
+        return value.unsqueeze(0)
 
     def broadcasts(shape: torch.Size) -> bool:
         return len(shape) <= len(target) and all(
@@ -251,25 +275,21 @@ def _per_step(name: str, value: Any, states: torch.Tensor, steps: int) -> float 
 def evolve_arguments(
     states: Any,
     dt: Any,
-    causal: Any,
-    score: Any,
-    radius: Any,
-    skip: Any,
-    reduction: Any,
-    steps: Any,
-    lengths: Any,
+    *,
+    radius: Any = Radius(),  # noqa: B008 (frozen)
+    skip: Any = None,
+    steps: Any = 1,
+    **options: Any,
 ) -> EvolveArguments:
     """Check the arguments of `evolve` and bring them to one shape."""
     if radius is not None and not isinstance(radius, Radius):
         raise TypeError(f"radius must be a Radius or None, got {type(radius).__name__}")
     check_integer("steps", steps, 1)
-    base = interact_arguments(states, None, None, causal, score, reduction, lengths)
-    if isinstance(score, Threshold) and score.shrinkage != "hard":
-        raise ValueError(f"evolve takes score.shrinkage='hard' only, got {score.shrinkage!r}")
+    base = interact_arguments(states, **options)
     return EvolveArguments(
         states=base.states,
         dt=_per_step("dt", dt, base.states, steps),
-        skip=0.0 if skip is None else _per_step("skip", skip, base.states, steps),
+        skip=None if skip is None else _per_step("skip", skip, base.states, steps),
         causal=base.causal,
         score=base.score,
         radius=radius,

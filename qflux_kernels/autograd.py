@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 from collections import namedtuple
 from collections.abc import Callable
+from typing import Any, ClassVar
 
 import torch
 
@@ -31,7 +32,38 @@ from .schema import (
 )
 
 
-class Gradient(torch.autograd.Function):
+class OpFunction(torch.autograd.Function):
+    """A Function that runs `op`; its parameters that are tensors have the op's names."""
+
+    op: ClassVar[Op]
+    Inputs: ClassVar[Callable[..., Any]]  # the parameters as a named tuple, None where not given
+
+    def __init_subclass__(cls) -> None:
+        # `apply` looks at the signature in every call: it is computed once, here.
+        signature = inspect.signature(cls.forward)
+        cls.forward.__signature__ = signature  # pyright: ignore[reportFunctionMemberAccess]
+        names = list(signature.parameters)
+        cls.Inputs = namedtuple(f"{cls.__name__}Inputs", names, defaults=(None,) * len(names))
+
+    @classmethod
+    def vmap(cls, info, in_dims, *inputs):
+        """One run for all, the mapped dimension in front of the batch dimensions."""
+        dims, given = cls.Inputs(*in_dims), cls.Inputs(*inputs)
+        moved = {}
+        for field in cls.op.arguments:
+            tensor = getattr(given, field.name, None)
+            if field.batch is not None and tensor is not None:
+                mapped = getattr(dims, field.name)
+                moved[field.name] = with_mapped(tensor, mapped, info.batch_size, field.batch)
+        results = cls.apply(*given._replace(**moved))
+        # An op returns an empty vector for the gradient of what it was not given.
+        return results, tuple(
+            None if result.shape == (0,) else field.batch
+            for result, field in zip(results, cls.op.results, strict=True)
+        )
+
+
+class Gradient(OpFunction):
     """A gradient that a kernel computes, and so one that has no derivative of its own."""
 
     @staticmethod
@@ -45,227 +77,153 @@ class Gradient(torch.autograd.Function):
             "them: backend='reference', or reference.project_norm for project_norm"
         )
 
-
-def inputs_of(function: type[torch.autograd.Function]) -> type:
-    """The parameters of a Function as a named tuple, None where not given.
-
-    `Function.apply` looks at the signature in every call: it is computed once, here.
-    """
-    signature = inspect.signature(function.forward)
-    function.forward.__signature__ = signature
-    names = list(signature.parameters)
-    return namedtuple(f"{function.__name__}Inputs", names, defaults=(None,) * len(names))
+    @classmethod
+    def run(cls, *arguments):
+        """How the backward of another Function runs this one."""
+        # Dynamo traces no Function inside a backward, and refuses second derivatives itself.
+        return (cls.forward if torch.compiler.is_compiling() else cls.apply)(*arguments)
 
 
-def run_gradient(function: type[Gradient], *arguments):
-    """How a backward runs the Function of its gradient."""
-    # Dynamo traces no Function inside a backward, and refuses second derivatives itself.
-    run = function.forward if torch.compiler.is_compiling() else function.apply
-    return run(*arguments)
+def with_mapped(tensor: torch.Tensor, mapped: int | None, size: int, at: int) -> torch.Tensor:
+    """The tensor with the mapped dimension of vmap at `at`; what is not mapped is repeated."""
+    if mapped is not None:
+        return tensor.movedim(mapped, at)
+    return tensor.unsqueeze(at).expand(*tensor.shape[:at], size, *tensor.shape[at:])
 
 
-def _run(op: Op, family: str, *records: tuple, **arguments) -> tuple[torch.Tensor, ...]:
-    """The results of an op, from arguments by name and records of them."""
-    for name, value in arguments.items():
-        if isinstance(value, torch.Tensor):
-            arguments[name] = widen(value)
-    for record in records:
-        for name, value in zip(record._fields, record, strict=True):
-            arguments[name] = value
-    return getattr(torch.ops.qflux_kernels, family + op.name).default(**arguments)
+def _run(op: Op, family: str, options: dict[str, Any], **tensors: torch.Tensor | None):
+    return getattr(torch.ops.qflux_kernels, family + op.name).default(**tensors, **options)
 
 
-def _vmap(function: type, inputs_type: type, op: Op, info, in_dims: tuple, inputs: tuple) -> tuple:
-    """Run `function` once, with the mapped dimension in front of the batch dimensions."""
-    dims, given = inputs_type(*in_dims), inputs_type(*inputs)
-    moved = {}
-    for field in op.arguments:
-        tensor = getattr(given, field.name, None)
-        if isinstance(tensor, torch.Tensor):
-            at, mapped = field.batch, getattr(dims, field.name)
-            if mapped is None:
-                shape = (*tensor.shape[:at], info.batch_size, *tensor.shape[at:])
-                moved[field.name] = tensor.unsqueeze(at).expand(shape)
-            else:
-                moved[field.name] = tensor.movedim(mapped, at)
-    results = function.apply(*given._replace(**moved))
-    # An op returns an empty vector for the gradient of what it was not given.
-    return results, tuple(
-        None if result.shape == (0,) else field.batch
-        for result, field in zip(results, op.results, strict=True)
-    )
+def _wide(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    return None if tensor is None else widen(tensor)
 
 
 class _InteractBackward(Gradient):
+    op = INTERACT_BACKWARD
+
     @staticmethod
     def forward(
         grad_context, grad_strength, threshold, states, keys, values, coefficient, min_gate,
         lengths, need_rows, need_keys, pair, family,
     ):  # fmt: skip
         return _run(
-            INTERACT_BACKWARD, family, pair, grad_context=grad_context,
-            grad_strength=grad_strength, threshold=threshold, states=states, keys=keys,
-            values=values, coefficient=coefficient, min_gate=min_gate, lengths=lengths,
-            need_rows=need_rows, need_keys=need_keys,
+            INTERACT_BACKWARD, family, pair._asdict(), grad_context=grad_context,
+            grad_strength=grad_strength, threshold=threshold, states=widen(states),
+            keys=_wide(keys), values=_wide(values), coefficient=coefficient, min_gate=min_gate,
+            lengths=lengths, need_rows=need_rows, need_keys=need_keys,
         )  # fmt: skip
-
-    @staticmethod
-    def vmap(info, in_dims, *inputs):
-        return _vmap(
-            _InteractBackward, _InteractBackwardInputs, INTERACT_BACKWARD, info, in_dims, inputs
-        )
 
 
 class _ThresholdBackward(Gradient):
+    op = THRESHOLD_BACKWARD
+
     @staticmethod
     def forward(grad_threshold, states, keys, coefficient, lengths, pair, family):
         return _run(
-            THRESHOLD_BACKWARD, family, grad_threshold=grad_threshold, states=states, keys=keys,
-            coefficient=coefficient, coefficient_value=pair.coefficient_value, lengths=lengths,
-            eps=pair.eps, whole_window=pair.whole_window, causal=pair.causal,
+            THRESHOLD_BACKWARD, family, {}, grad_threshold=grad_threshold, states=widen(states),
+            keys=_wide(keys), coefficient=coefficient, coefficient_value=pair.coefficient_value,
+            lengths=lengths, eps=pair.eps, whole_window=pair.whole_window, causal=pair.causal,
         )  # fmt: skip
 
-    @staticmethod
-    def vmap(info, in_dims, *inputs):
-        return _vmap(
-            _ThresholdBackward, _ThresholdBackwardInputs, THRESHOLD_BACKWARD, info, in_dims, inputs
-        )
 
+class _Interact(OpFunction):
+    op = INTERACT
 
-class _Interact(torch.autograd.Function):
     @staticmethod
     def forward(states, keys, values, coefficient, min_gate, lengths, pair, family):
         return _run(
-            INTERACT, family, pair, states=states, keys=keys, values=values,
-            coefficient=coefficient, min_gate=min_gate, lengths=lengths,
+            INTERACT, family, pair._asdict(), states=widen(states), keys=_wide(keys),
+            values=_wide(values), coefficient=coefficient, min_gate=min_gate, lengths=lengths,
         )  # fmt: skip
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        given, found = _InteractInputs(*inputs), _InteractResults(*output)
-        ctx.mark_non_differentiable(found.degree, found.threshold)
-        ctx.save_for_backward(
-            given.states, given.keys, given.values, given.coefficient, given.min_gate,
-            given.lengths, found.threshold,
-        )  # fmt: skip
-        ctx.pair, ctx.family = given.pair, given.family
+        states, keys, values, coefficient, min_gate, lengths, ctx.pair, ctx.family = inputs
+        _, _, degree, threshold = output
+        ctx.mark_non_differentiable(degree, threshold)
+        ctx.save_for_backward(states, keys, values, coefficient, min_gate, lengths, threshold)
 
     @staticmethod
     def backward(ctx, grad_context, grad_strength, _degree, _threshold):
         states, keys, values, coefficient, min_gate, lengths, threshold = ctx.saved_tensors
-        needs = _InteractInputs(*ctx.needs_input_grad)
+        needs = _Interact.Inputs(*ctx.needs_input_grad)
         limit_vjp = SCORE_KINDS[ctx.pair.score].limit_vjp
         # The gradient of the limit comes with the rows and goes to the keys too.
         need_rows = needs.states or needs.coefficient or (limit_vjp and needs.keys)
         need_keys = needs.keys or needs.values or (needs.states and keys is None)
-        grads = _InteractGrads(
-            *run_gradient(
-                _InteractBackward, grad_context, grad_strength, threshold, states, keys, values,
-                coefficient, min_gate, lengths, need_rows, need_keys, ctx.pair, ctx.family,
-            )
-        )  # fmt: skip
-        of_states, of_keys, of_coefficient = (
-            grads.grad_states, grads.grad_keys, grads.grad_coefficient,
+        of_states, of_keys, of_values, of_coefficient, of_threshold = _InteractBackward.run(
+            grad_context, grad_strength, threshold, states, keys, values, coefficient, min_gate,
+            lengths, need_rows, need_keys, ctx.pair, ctx.family,
         )  # fmt: skip
         if limit_vjp and need_rows:
-            by_limit = _ThresholdGrads(
-                *run_gradient(
-                    _ThresholdBackward, grads.grad_threshold, states, keys, coefficient, lengths,
-                    ctx.pair, ctx.family,
-                )
-            )  # fmt: skip
-            of_states = of_states + by_limit.grad_states
-            if keys is not None:
-                of_keys = of_keys + by_limit.grad_keys
-            if coefficient is not None:
-                of_coefficient = of_coefficient + by_limit.grad_coefficient
-        return tuple(
-            _InteractInputs(
-                states=_narrowed(of_states, states, needs.states),
-                keys=_narrowed(of_keys, keys, needs.keys),
-                values=_narrowed(grads.grad_values, values, needs.values),
-                coefficient=_narrowed(of_coefficient, coefficient, needs.coefficient),
+            by_states, by_keys, by_coefficient = _ThresholdBackward.run(
+                of_threshold, states, keys, coefficient, lengths, ctx.pair, ctx.family
             )
+            # What was not given has an empty gradient here as there.
+            of_states, of_keys = of_states + by_states, of_keys + by_keys
+            of_coefficient = of_coefficient + by_coefficient
+        return _Interact.Inputs(
+            states=_narrowed(of_states, states, needs.states),
+            keys=_narrowed(of_keys, keys, needs.keys),
+            values=_narrowed(of_values, values, needs.values),
+            coefficient=_narrowed(of_coefficient, coefficient, needs.coefficient),
         )
-
-    @staticmethod
-    def vmap(info, in_dims, *inputs):
-        return _vmap(_Interact, _InteractInputs, INTERACT, info, in_dims, inputs)
 
 
 class _EvolveBackward(Gradient):
+    op = EVOLVE_BACKWARD
+
     @staticmethod
     def forward(
         grad_states, grad_strength, tape, dt, skip, coefficient, min_gate, lengths, _states, pair,
         step, family,
     ):  # fmt: skip
         # The states are on the tape; they come along so that second derivatives are refused.
+        # A tape that vmap repeats has other strides than the kernels left.
         return _run(
-            EVOLVE_BACKWARD, family, pair, step, grad_states=grad_states,
-            grad_strength=grad_strength, tape=tape, dt=dt, skip=skip, coefficient=coefficient,
-            min_gate=min_gate, lengths=lengths,
+            EVOLVE_BACKWARD, family, pair._asdict() | step._asdict(), grad_states=grad_states,
+            grad_strength=grad_strength, tape=tape.contiguous(), dt=dt, skip=skip,
+            coefficient=coefficient, min_gate=min_gate, lengths=lengths,
         )  # fmt: skip
 
-    @staticmethod
-    def vmap(info, in_dims, *inputs):
-        return _vmap(_EvolveBackward, _EvolveBackwardInputs, EVOLVE_BACKWARD, info, in_dims, inputs)
 
+class _Evolve(OpFunction):
+    op = EVOLVE
 
-class _Evolve(torch.autograd.Function):
     @staticmethod
     def forward(states, dt, skip, coefficient, min_gate, lengths, save, pair, step, family):
         return _run(
-            EVOLVE, family, pair, step, states=states, dt=dt, skip=skip, coefficient=coefficient,
-            min_gate=min_gate, lengths=lengths, save=save,
+            EVOLVE, family, pair._asdict() | step._asdict(), states=widen(states), dt=dt,
+            skip=skip, coefficient=coefficient, min_gate=min_gate, lengths=lengths, save=save,
         )  # fmt: skip
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        given, found = _EvolveInputs(*inputs), _EvolveResults(*output)
-        ctx.mark_non_differentiable(found.degree, found.tape)
-        ctx.save_for_backward(
-            given.states, given.dt, given.skip, given.coefficient, given.min_gate, given.lengths,
-            found.tape,
-        )  # fmt: skip
-        ctx.pair, ctx.step, ctx.family = given.pair, given.step, given.family
+        states, dt, skip, coefficient, min_gate, lengths, _, ctx.pair, ctx.step, ctx.family = inputs
+        _, _, degree, tape = output
+        ctx.mark_non_differentiable(degree, tape)
+        ctx.save_for_backward(states, dt, skip, coefficient, min_gate, lengths, tape)
 
     @staticmethod
     def backward(ctx, grad_states, grad_strength, _degree, _tape):
         states, dt, skip, coefficient, min_gate, lengths, tape = ctx.saved_tensors
-        needs = _EvolveInputs(*ctx.needs_input_grad)
-        grads = _EvolveGrads(
-            *run_gradient(
-                _EvolveBackward, grad_states, grad_strength, tape, dt, skip, coefficient, min_gate,
-                lengths, states, ctx.pair, ctx.step, ctx.family,
-            )
+        needs = _Evolve.Inputs(*ctx.needs_input_grad)
+        of_states, of_dt, of_skip, of_coefficient = _EvolveBackward.run(
+            grad_states, grad_strength, tape, dt, skip, coefficient, min_gate, lengths, states,
+            ctx.pair, ctx.step, ctx.family,
         )  # fmt: skip
-        return tuple(
-            _EvolveInputs(
-                states=_narrowed(grads.grad_input, states, needs.states),
-                dt=_narrowed(grads.grad_dt, dt, needs.dt),
-                skip=_narrowed(grads.grad_skip, skip, needs.skip),
-                coefficient=_narrowed(grads.grad_coefficient, coefficient, needs.coefficient),
-            )
+        return _Evolve.Inputs(
+            states=_narrowed(of_states, states, needs.states),
+            dt=_narrowed(of_dt, dt, needs.dt),
+            skip=_narrowed(of_skip, skip, needs.skip),
+            coefficient=_narrowed(of_coefficient, coefficient, needs.coefficient),
         )
 
-    @staticmethod
-    def vmap(info, in_dims, *inputs):
-        return _vmap(_Evolve, _EvolveInputs, EVOLVE, info, in_dims, inputs)
 
-
-def _narrowed(
-    grad: torch.Tensor, given: torch.Tensor | None, needed: bool
-) -> torch.Tensor | None:
+def _narrowed(grad: torch.Tensor, given: torch.Tensor, needed: bool) -> torch.Tensor | None:
     """A gradient in the dtype of its input, if it is needed."""
     return grad.to(given.dtype) if needed else None
-
-
-_InteractInputs, _InteractResults = inputs_of(_Interact), INTERACT.Results
-_InteractBackwardInputs, _InteractGrads = inputs_of(_InteractBackward), INTERACT_BACKWARD.Results
-_ThresholdBackwardInputs = inputs_of(_ThresholdBackward)
-_ThresholdGrads = THRESHOLD_BACKWARD.Results
-_EvolveInputs, _EvolveResults = inputs_of(_Evolve), EVOLVE.Results
-_EvolveBackwardInputs, _EvolveGrads = inputs_of(_EvolveBackward), EVOLVE_BACKWARD.Results
 
 
 def _split(value: float | torch.Tensor) -> tuple[torch.Tensor | None, float]:
@@ -275,7 +233,7 @@ def _split(value: float | torch.Tensor) -> tuple[torch.Tensor | None, float]:
 
 def _pair(
     args: InteractArguments | EvolveArguments, algorithm: str
-) -> tuple[torch.Tensor | None, torch.Tensor | None, tuple]:
+) -> tuple[torch.Tensor | None, torch.Tensor | None, Any]:
     """Coefficient, minimal gate and the scalars of a call."""
     score = args.score
     coefficient, coefficient_value = _split(score.coefficient)
@@ -318,7 +276,7 @@ def evolve(
     """States `(*batch, S, 2)`, strength and degree `(*batch, S)` in the dtype of computation."""
     coefficient, min_gate, pair = _pair(args, algorithm)
     dt, dt_value = _split(args.dt)
-    skip, skip_value = _split(args.skip)
+    skip, skip_value = _split(0.0 if args.skip is None else args.skip)
     radius = Radius() if args.radius is None else args.radius
     step = StepOptions(
         dt_value=dt_value,
@@ -340,19 +298,19 @@ def evolve(
     return states, strength, degree
 
 
+def _gradient_like(given: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
+    return like.new_empty(0 if given is None else given.shape)
+
+
 def _interact_fake(given):
     batch_rows = given.states.shape[:-1]
-    width = 2 if given.values is None else given.values.shape[-1]
+    value_dim = 2 if given.values is None else given.values.shape[-1]
     return INTERACT.Results(
-        context=given.states.new_empty(*batch_rows, width),
+        context=given.states.new_empty(*batch_rows, value_dim),
         strength=given.states.new_empty(batch_rows),
         degree=given.states.new_empty(batch_rows, dtype=torch.int32),
         threshold=given.states.new_empty(batch_rows),
     )
-
-
-def _gradient_like(given: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
-    return like.new_empty(0 if given is None else given.shape)
 
 
 def _interact_backward_fake(given):
@@ -402,7 +360,7 @@ _FAKES = {
 }
 
 
-def by_name(op: Op, rule: Callable) -> Callable:
+def by_name(op: Op, rule: Callable[..., Any]) -> Callable[..., Any]:
     """A kernel of the op, from a rule that takes and returns its records."""
     return lambda *arguments: tuple(rule(op.Arguments(*arguments)))
 

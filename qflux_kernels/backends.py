@@ -11,7 +11,8 @@ from pathlib import Path
 import torch
 
 from .checks import check_choice
-from .options import ALGORITHMS, BACKENDS, Score, Threshold
+from .options import ALGORITHMS, BACKENDS, Score
+from .schema import COMPILED, TRITON
 from .version import __version__
 
 
@@ -25,7 +26,7 @@ def _load() -> str | None:
         importlib.import_module("._C", __package__)
         from . import autograd
 
-        autograd.register("")
+        autograd.register(COMPILED)
     except Exception as error:  # a broken object can fail in any way, and importing must not
         here = Path(__file__).resolve().parent
         found = sorted(path.name for path in here.glob("_C*"))
@@ -57,7 +58,7 @@ TRITON_INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in (
     "1", "true", "on", "y", "yes",
 )  # fmt: skip
 # What `choose_backend` returns, and the prefix of the ops that serve it.
-OP_FAMILIES = {"compiled": "", "triton": "triton_"}
+OP_FAMILIES = {"compiled": COMPILED, "triton": TRITON}
 
 
 def cuda_architectures() -> list[str]:
@@ -113,20 +114,21 @@ def check_algorithm(algorithm: str, score: Score, backend: str, device: torch.de
     check_choice("algorithm", algorithm, ALGORITHMS)
     if algorithm != "sweep":
         return
-    if not isinstance(score, Threshold):
+    kind = score.kind
+    if not kind.swept_on:
         raise BackendUnavailableError(
-            f"algorithm='sweep' serves score=Threshold(...) only, got {type(score).__name__}: its "
-            "weights are no polynomial of the inner product. Use 'auto' or 'dense'"
+            f"algorithm='sweep' does not serve score={type(score).__name__}(...): its weights are "
+            "no polynomial of the inner product. Use 'auto' or 'dense'"
         )
     if backend != "compiled":
         raise BackendUnavailableError(
             "algorithm='sweep' is there for backend='cpu' and backend='cuda' only, and "
             f"backend={backend!r} would serve states on {device}. Use 'auto' or 'dense'"
         )
-    if score.shrinkage != "hard" and device.type == "cuda":
+    if device.type == "cuda" and "cuda" not in kind.swept_on:
         raise BackendUnavailableError(
-            f"algorithm='sweep' serves score.shrinkage='hard' only on {device}, got "
-            f"{score.shrinkage!r}. Use 'auto' or 'dense'"
+            f"algorithm='sweep' does not serve a {kind.name.replace('_', ' ')} on {device}, only "
+            f"on {' and '.join(kind.swept_on)}. Use 'auto' or 'dense'"
         )
 
 

@@ -7,38 +7,10 @@ import torch
 from . import autograd, reference
 from .arguments import evolve_arguments, interact_arguments
 from .backends import OP_FAMILIES, check_algorithm, choose_backend
-from .options import ALGORITHMS, Evolution, Interaction, Radius, Score, Threshold
+from .options import Evolution, Interaction, Radius, Score, Threshold
 
-
-def _pair_options(
-    score: Score, causal: bool, reduction: str, algorithm: str
-) -> autograd.PairOptions:
-    threshold = isinstance(score, Threshold)
-    return autograd.PairOptions(
-        score=autograd.SCORES.index(
-            f"{score.shrinkage}_threshold" if threshold else "inverse_gate"
-        ),
-        eps=float(score.eps),
-        row_window=threshold and score.stats == "row",
-        causal=causal,
-        mean=reduction == "mean",
-        algorithm=ALGORITHMS.index(algorithm),
-    )
-
-
-def _split(value: float | torch.Tensor, flat: tuple[int, ...]) -> autograd.Coefficient:
-    """A number as the pair (tensor or None, float) that the ops take."""
-    if isinstance(value, torch.Tensor):
-        return value.reshape(flat), 0.0
-    return None, value
-
-
-def _score_coefficients(
-    score: Score, flat: tuple[int, ...]
-) -> tuple[autograd.Coefficient, autograd.Coefficient]:
-    if isinstance(score, Threshold):
-        return _split(score.sigma, flat), (None, 0.0)
-    return _split(score.alpha, flat), _split(score.min_gate, flat)
+# The weights are for analysis and have no kernels.
+scores = reference.scores
 
 
 def interact(
@@ -91,34 +63,16 @@ def interact(
     Source: the Flux document, section 5 (`compute_score`); the QFNN document, "Quantum Flux
     Attention".
     """
-    args = interact_arguments(states, keys, values, causal, score, reduction, lengths)
+    args = interact_arguments(
+        states, keys, values, causal=causal, score=score, reduction=reduction, lengths=lengths
+    )
     chosen = choose_backend(backend, args.states.device)
     check_algorithm(algorithm, args.score, chosen, args.states.device)
     if chosen == "reference":
-        return reference.interact(
-            states, keys, values, causal=causal, score=score, reduction=reduction, lengths=lengths
-        )
-    batch, (rows, _) = args.states.shape[:-2], args.states.shape[-2:]
-    flat = (batch.numel(),)
-
-    def flatten(points: torch.Tensor | None) -> torch.Tensor | None:
-        return None if points is None else points.reshape(flat + points.shape[-2:])
-
-    context, strength, degree = autograd.interact(
-        args.states.reshape(*flat, rows, 2),
-        flatten(args.keys),
-        flatten(args.values),
-        *_score_coefficients(args.score, flat),
-        None if args.lengths is None else args.lengths.reshape(flat),
-        _pair_options(args.score, args.causal, args.reduction, algorithm),
-        OP_FAMILIES[chosen],
-    )
+        return reference.interact_checked(args)
+    context, strength, degree = autograd.interact(args, algorithm, OP_FAMILIES[chosen])
     dtype = args.result_dtype
-    return Interaction(
-        context.reshape(*batch, rows, context.shape[-1]).to(dtype),
-        strength.reshape(*batch, rows).to(dtype),
-        degree.reshape(*batch, rows),
-    )
+    return Interaction(context.to(dtype), strength.to(dtype), degree)
 
 
 def evolve(
@@ -165,64 +119,14 @@ def evolve(
 
     Source: the Flux document, sections 5 and 7; the QFNN document, "State Evolution".
     """
-    args = evolve_arguments(states, dt, causal, score, radius, skip, reduction, steps, lengths)
+    args = evolve_arguments(
+        states, dt, causal=causal, score=score, radius=radius, skip=skip, reduction=reduction,
+        steps=steps, lengths=lengths,
+    )  # fmt: skip
     chosen = choose_backend(backend, args.states.device)
     check_algorithm(algorithm, args.score, chosen, args.states.device)
     if chosen == "reference":
-        return reference.evolve(
-            states, dt, causal=causal, score=score, radius=radius, skip=skip,
-            reduction=reduction, steps=steps, lengths=lengths,
-        )  # fmt: skip
-    batch, length = args.states.shape[:-2], args.states.shape[-2]
-    flat = (batch.numel(),)
-
-    def per_token(value: float | torch.Tensor) -> autograd.Coefficient:
-        lead = value.shape[:1] if isinstance(value, torch.Tensor) else ()
-        return _split(value, (*lead, *flat, length))
-
-    rule = Radius() if radius is None else radius
-    out, strength, degree = autograd.evolve(
-        args.states.reshape(*flat, length, 2),
-        per_token(args.dt),
-        per_token(args.skip),
-        *_score_coefficients(args.score, flat),
-        None if args.lengths is None else args.lengths.reshape(flat),
-        _pair_options(args.score, args.causal, args.reduction, algorithm),
-        autograd.StepOptions(
-            steps=args.steps,
-            has_radius=radius is not None,
-            radius_min=float(rule.min),
-            radius_max=float(rule.max),
-            radius_rate=float(rule.rate),
-            radius_reversion=float(rule.reversion),
-            radius_target=float(rule.target),
-        ),
-        OP_FAMILIES[chosen],
-    )
+        return reference.evolve_checked(args)
+    moved, strength, degree = autograd.evolve(args, algorithm, OP_FAMILIES[chosen])
     dtype = args.result_dtype
-    return Evolution(
-        out.reshape(args.states.shape).to(dtype),
-        strength.reshape(*batch, length).to(dtype),
-        degree.reshape(*batch, length),
-    )
-
-
-def scores(
-    states: torch.Tensor,
-    *,
-    causal: bool = True,
-    score: Score = Threshold(),  # noqa: B008 (frozen)
-    layout: str = "dense",
-) -> torch.Tensor:
-    """The weights w_ij themselves, for analysis.
-
-    Args:
-        states: `(..., S, 2)` floating point; for `layout="csr"` one sequence, `(S, 2)`.
-        causal, score: as in `interact`.
-        layout: "dense" returns `(..., S, S)`, zero where a pair is dropped or invisible. "csr"
-            returns a sparse `(S, S)` tensor of the kept pairs without ever forming S x S.
-
-    Raises:
-        TypeError, ValueError: bad arguments.
-    """
-    return reference.scores(states, causal=causal, score=score, layout=layout)
+    return Evolution(moved.to(dtype), strength.to(dtype), degree)

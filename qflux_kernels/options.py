@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 
 from .checks import check_choice, check_real
+from .schema import SCORE_KINDS, SCORES, ScoreKind
 
 REDUCTIONS = ("sum", "mean")
 STATISTICS = ("prefix", "row")
@@ -25,8 +26,39 @@ def check_real_or_tensor(name: str, value: object) -> None:
         check_real(name, value, finite=False)
 
 
+class Score:
+    """What a pair weighs. A score is a frozen dataclass; this is what every kernel asks of it.
+
+    `per_sequence` names the fields that may be tensors which broadcast to the batch shape, and
+    `whole_window` says that a row's statistics are over the whole sequence.
+    """
+
+    per_sequence: ClassVar[tuple[str, ...]]
+    eps: float
+    min_gate: float | torch.Tensor = 0.0
+
+    @property
+    def kernel(self) -> str:
+        """Its name in `schema.SCORES`."""
+        raise NotImplementedError
+
+    @property
+    def coefficient(self) -> float | torch.Tensor:
+        """The number of each sequence that the kernels differentiate."""
+        raise NotImplementedError
+
+    @property
+    def whole_window(self) -> bool:
+        return False
+
+    @property
+    def kind(self) -> ScoreKind:
+        """Its row in `schema.SCORE_KINDS`."""
+        return SCORE_KINDS[SCORES.index(self.kernel)]
+
+
 @dataclass(frozen=True)
-class Threshold:
+class Threshold(Score):
     """Adaptive threshold score: keep a pair whose rescaled inner product stands out in its row.
 
     For row i and a visible key j (the Flux document, section 5)::
@@ -48,9 +80,10 @@ class Threshold:
             and the same thing when `causal=False`.
         eps: added to the variance inside the root, >= 0. Default 1e-6.
         shrinkage: "hard" (default): a kept pair has its score. "soft": it has what exceeds the
-            threshold; `interact` and `scores` only.
+            threshold.
     """
 
+    per_sequence = ("sigma",)
     sigma: float | torch.Tensor = 0.5
     stats: str = "prefix"
     eps: float = 1e-6
@@ -62,9 +95,21 @@ class Threshold:
         check_real("eps", self.eps, minimum=0.0, finite=False)
         check_choice("shrinkage", self.shrinkage, SHRINKAGES)
 
+    @property
+    def kernel(self) -> str:
+        return f"{self.shrinkage}_threshold"
+
+    @property
+    def coefficient(self) -> float | torch.Tensor:
+        return self.sigma
+
+    @property
+    def whole_window(self) -> bool:
+        return self.stats == "row"
+
 
 @dataclass(frozen=True)
-class InverseGate:
+class InverseGate(Score):
     """Direct plus orthogonal similarity under inverse perturbation gating.
 
     For row i and a visible key j::
@@ -83,6 +128,7 @@ class InverseGate:
             Default 0.0, which keeps every pair.
     """
 
+    per_sequence = ("alpha", "min_gate")
     alpha: float | torch.Tensor = 0.5
     eps: float = 1e-5
     min_gate: float | torch.Tensor = 0.0
@@ -92,8 +138,13 @@ class InverseGate:
         check_real("eps", self.eps, minimum=0.0, finite=False)
         check_real_or_tensor("min_gate", self.min_gate)
 
+    @property
+    def kernel(self) -> str:
+        return "inverse_gate"
 
-Score = Threshold | InverseGate
+    @property
+    def coefficient(self) -> float | torch.Tensor:
+        return self.alpha
 
 
 @dataclass(frozen=True)

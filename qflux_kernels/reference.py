@@ -7,19 +7,26 @@ finite stand-ins and the rows that can see a non-finite input are set to NaN aft
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import replace
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
 from .arguments import (
     COMPUTE_DTYPES,
+    EvolveArguments,
+    EvolveOptions,
     InteractArguments,
+    InteractOptions,
     evolve_arguments,
     interact_arguments,
     widen,
 )
 from .checks import check_choice
-from .options import ALGORITHMS, Evolution, Interaction, Radius, Score, Threshold
+from .options import ALGORITHMS, Evolution, Interaction, InverseGate, Radius, Score, Threshold
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 MIN_RADIUS = 1e-6
 
@@ -56,8 +63,7 @@ def _masks(
     visible = everything
     if args.causal:
         visible = visible & (key <= row + num_keys - args.states.shape[-2])
-    row_window = isinstance(args.score, Threshold) and args.score.stats == "row"
-    return visible, everything if row_window else visible
+    return visible, everything if args.score.whole_window else visible
 
 
 def weights(args: InteractArguments, first: int = 0, last: int | None = None) -> Pairs:
@@ -69,25 +75,35 @@ def weights(args: InteractArguments, first: int = 0, last: int | None = None) ->
     bad = (bad_rows[..., :, None] | bad_keys[..., None, :]) & window
     nan, zero = rows.new_tensor(float("nan")), rows.new_zeros(())
 
-    if isinstance(args.score, Threshold):
+    score = args.score
+    if isinstance(score, Threshold):
         s = (rows @ keys.mT + 1) / 2
         count = window.sum(-1, keepdim=True).clamp(min=1)
         mean = torch.where(window, s, zero).sum(-1, keepdim=True) / count
         variance = torch.where(window, (s - mean) ** 2, zero).sum(-1, keepdim=True) / count
-        tau = mean + _per_pair(args.score.sigma) * torch.sqrt(variance + args.score.eps)
+        tau = mean + _per_pair(score.sigma) * torch.sqrt(variance + score.eps)
         tau = torch.where(bad.any(-1, keepdim=True), nan, tau)
         limit = tau.detach()
         kept = visible & ~(s < limit)
         weight = torch.where(limit.isnan(), nan, s)
-        if args.score.shrinkage == "soft":
+        if score.shrinkage == "soft":
             weight = weight - tau
-    else:
+    elif isinstance(score, InverseGate):
         rotated = torch.stack((rows[..., 1], -rows[..., 0]), -1)
-        s = (rows + _per_pair(args.score.alpha) * rotated) @ keys.mT
-        gate = 1 / (args.score.eps + s.abs())
-        kept = visible & (bad | ~(gate.detach() <= _per_pair(args.score.min_gate)))
+        s = (rows + _per_pair(score.alpha) * rotated) @ keys.mT
+        gate = 1 / (score.eps + s.abs())
+        kept = visible & (bad | ~(gate.detach() <= _per_pair(score.min_gate)))
         weight = torch.where(bad, nan, s * gate)
+    else:
+        raise NotImplementedError(f"the reference has no formula for {type(score).__name__}")
     return Pairs(torch.where(kept, weight, zero), kept, visible)
+
+
+def interact_checked(args: InteractArguments) -> Interaction:
+    """`interact` of arguments that have been checked."""
+    result = _interact(args.widened())
+    dtype = args.result_dtype
+    return Interaction(result.context.to(dtype), result.strength.to(dtype), result.degree)
 
 
 def _interact(args: InteractArguments) -> Interaction:
@@ -112,19 +128,18 @@ def interact(
     keys: torch.Tensor | None = None,
     values: torch.Tensor | None = None,
     *,
-    causal: bool = True,
-    score: Score = Threshold(),  # noqa: B008 (frozen)
-    reduction: str = "sum",
-    lengths: torch.Tensor | None = None,
     algorithm: str = "auto",
     backend: str = "reference",
+    **options: Unpack[InteractOptions],
 ) -> Interaction:
     """`qflux_kernels.interact` in plain PyTorch; `algorithm` has no effect here."""
+    _check_choices(algorithm, backend)
+    return interact_checked(interact_arguments(states, keys, values, **options))
+
+
+def _check_choices(algorithm: str, backend: str) -> None:
     check_choice("algorithm", algorithm, ALGORITHMS)
     check_choice("backend", backend, ("auto", "reference"))
-    args = interact_arguments(states, keys, values, causal, score, reduction, lengths)
-    context, strength, degree = _interact(args.widened())
-    return Interaction(context.to(args.result_dtype), strength.to(args.result_dtype), degree)
 
 
 def move_radius(
@@ -152,56 +167,53 @@ def evolve(
     states: torch.Tensor,
     dt: float | torch.Tensor,
     *,
-    causal: bool = True,
-    score: Score = Threshold(),  # noqa: B008 (frozen)
-    radius: Radius | None = Radius(),  # noqa: B008 (frozen)
-    skip: float | torch.Tensor | None = None,
-    reduction: str = "sum",
-    steps: int = 1,
-    lengths: torch.Tensor | None = None,
     algorithm: str = "auto",
     backend: str = "reference",
+    **options: Unpack[EvolveOptions],
 ) -> Evolution:
     """`qflux_kernels.evolve` in plain PyTorch; `algorithm` has no effect here."""
-    check_choice("algorithm", algorithm, ALGORITHMS)
-    check_choice("backend", backend, ("auto", "reference"))
-    args = evolve_arguments(states, dt, causal, score, radius, skip, reduction, steps, lengths)
+    _check_choices(algorithm, backend)
+    return evolve_checked(evolve_arguments(states, dt, **options))
+
+
+def evolve_checked(args: EvolveArguments) -> Evolution:
+    """`evolve` of arguments that have been checked."""
     x = widen(args.states)
     present = None
     if args.lengths is not None:
         token = torch.arange(x.shape[-2], device=x.device)
         present = (token < args.lengths[..., None])[..., None]
-
-    def stage(points: torch.Tensor) -> Interaction:
-        return _interact(
-            InteractArguments(
-                states=points,
-                keys=None,
-                values=None,
-                causal=args.causal,
-                score=args.score,
-                reduction=args.reduction,
-                lengths=args.lengths,
-                result_dtype=points.dtype,
-            )
-        )
+    pairs = InteractArguments(
+        states=x,
+        keys=None,
+        values=None,
+        causal=args.causal,
+        score=args.score,
+        reduction=args.reduction,
+        lengths=args.lengths,
+        result_dtype=x.dtype,
+    )
 
     def of_step(value: float | torch.Tensor, step: int) -> float | torch.Tensor:
-        return value[min(step, len(value) - 1), ..., None] if torch.is_tensor(value) else value
+        if isinstance(value, torch.Tensor):
+            return value[min(step, len(value) - 1), ..., None]
+        return value
 
+    strength = degree = x  # of the last step, and there is one
     for step in range(args.steps):
-        step_dt, step_skip = of_step(args.dt, step), of_step(args.skip, step)
-        first = stage(x)
-        k1 = step_dt * first.context
-        k2 = step_dt * stage(x + k1).context
+        step_dt = of_step(args.dt, step)
+        context, strength, degree = _interact(replace(pairs, states=x))
+        k1 = step_dt * context
+        k2 = step_dt * _interact(replace(pairs, states=x + k1)).context
         moved = x + (k1 + k2) / 2
         if args.radius is not None:
-            moved = move_radius(moved, first.strength, args.radius)
-        if skip is not None:
-            moved = step_skip * x + (1 - step_skip) * moved
+            moved = move_radius(moved, strength, args.radius)
+        if args.skip is not None:
+            skip = of_step(args.skip, step)
+            moved = skip * x + (1 - skip) * moved
         x = moved if present is None else torch.where(present, moved, x)
     dtype = args.result_dtype
-    return Evolution(x.to(dtype), first.strength.to(dtype), first.degree)
+    return Evolution(x.to(dtype), strength.to(dtype), degree)
 
 
 def scores(
@@ -211,13 +223,23 @@ def scores(
     score: Score = Threshold(),  # noqa: B008 (frozen)
     layout: str = "dense",
 ) -> torch.Tensor:
-    """The weights w_ij as a tensor; see `qflux_kernels.scores`."""
+    """The weights w_ij themselves, for analysis.
+
+    Args:
+        states: `(..., S, 2)` floating point; for `layout="csr"` one sequence, `(S, 2)`.
+        causal, score: as in `interact`.
+        layout: "dense" returns `(..., S, S)`, zero where a pair is dropped or invisible. "csr"
+            returns a sparse `(S, S)` tensor of the kept pairs without ever forming S x S.
+
+    Raises:
+        TypeError, ValueError: bad arguments.
+    """
     check_choice("layout", layout, ("dense", "csr"))
-    args = interact_arguments(states, None, None, causal, score, "sum", None).widened()
-    if layout == "dense":
-        with torch.autocast(args.states.device.type, enabled=False):
-            return weights(args).weight.to(args.result_dtype)
-    return _csr_scores(args)
+    args = interact_arguments(states, causal=causal, score=score).widened()
+    if layout == "csr":
+        return _csr_scores(args)
+    with torch.autocast(args.states.device.type, enabled=False):
+        return weights(args).weight.to(args.result_dtype)
 
 
 def _csr_scores(args: InteractArguments, block_pairs: int = 1 << 20) -> torch.Tensor:

@@ -24,14 +24,14 @@ class ScoreKind(NamedTuple):
     name: str
     thresholded: bool  # its limit is tau, the row's adaptive threshold
     limit_vjp: bool  # the limit has a gradient
-    affine: bool  # a kept weight is the inner product less a number of the row, as a sweep needs
+    swept_on: tuple[str, ...]  # devices that have a sweep for it, which needs an affine weight
 
 
 # In the order of `ScoreKind` in csrc/math/score.h.
 SCORE_KINDS = (
-    ScoreKind("hard_threshold", thresholded=True, limit_vjp=False, affine=True),
-    ScoreKind("inverse_gate", thresholded=False, limit_vjp=False, affine=False),
-    ScoreKind("soft_threshold", thresholded=True, limit_vjp=True, affine=True),
+    ScoreKind("hard_threshold", thresholded=True, limit_vjp=False, swept_on=("cpu", "cuda")),
+    ScoreKind("inverse_gate", thresholded=False, limit_vjp=False, swept_on=()),
+    ScoreKind("soft_threshold", thresholded=True, limit_vjp=True, swept_on=("cpu",)),
 )
 SCORES = tuple(kind.name for kind in SCORE_KINDS)
 # What a token leaves on the tape at each step of `evolve`: planes of numbers, points have two.
