@@ -132,16 +132,16 @@ class BuildObject(build_ext):
         csrc = ROOT / "csrc"
         units = [
             (binding, csrc / "library.cpp", "library"),
-            (binding, csrc / "ops" / "project_norm.cpp", "project_norm"),
-            ([*binding, "-O3"], csrc / "cpu" / "device.cpp", "device"),
-            ([*binding, "-O3"], csrc / "cpu" / "projection.cpp", "projection"),
-            ([*binding, "-O3"], csrc / "cpu" / "sweep" / "sweep.cpp", "sweep"),
+            *((binding, path, f"ops_{path.stem}") for path in sorted((csrc / "ops").glob("*.cpp"))),
+        ]
+        loops = csrc / "cpu" / "isa" / "loops.cpp"
+        units += [
+            ([*binding, "-O3"], path, f"cpu_{path.stem}")
+            for path in sorted((csrc / "cpu").rglob("*.cpp"))
+            if path != loops
         ]
         sets = X86_SETS if is_x86() else {"baseline": []}
-        for name, flags in sets.items():
-            for loops in ("dense", "projection", "sweep"):
-                source = csrc / "cpu" / "isa" / f"{loops}.cpp"
-                units.append(([*cxx, *LOOPS, *flags], source, f"isa_{loops}_{name}"))
+        units += [([*cxx, *LOOPS, *flags], loops, f"loops_{name}") for name, flags in sets.items()]
         if nvcc:
             architectures = cuda_architectures()
             names = " ".join(name for _, name in architectures)

@@ -5,36 +5,36 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
-#include <initializer_list>
 #include <optional>
 #include <sstream>
+#include <vector>
 
 namespace qflux {
 
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
+using Shape = std::vector<int64_t>;
 
-inline std::string shape_text(const Tensor& tensor) {
+// Sizes in parentheses; -1 is written *, any size.
+template <class Sizes>
+std::string shape_text(const Sizes& sizes) {
   std::ostringstream text;
-  text << "(";
-  for (int64_t d = 0; d < tensor.dim(); ++d) text << (d ? ", " : "") << tensor.size(d);
-  text << ")";
+  const char* separator = "(";
+  for (const int64_t size : sizes) {
+    text << separator << (size < 0 ? "*" : std::to_string(size));
+    separator = ", ";
+  }
+  text << (sizes.size() == 0 ? "()" : ")");
   return text.str();
 }
 
 // `tensor` has this shape; -1 admits any size.
-inline void check_shape(const char* name, const Tensor& tensor,
-                        std::initializer_list<int64_t> shape) {
-  bool same = tensor.dim() == static_cast<int64_t>(shape.size());
-  int64_t d = 0;
-  for (const int64_t size : shape) {
-    same = same && (size < 0 || tensor.size(d) == size);
-    ++d;
-  }
-  std::ostringstream wanted;
-  for (const int64_t size : shape) wanted << (size < 0 ? "*" : std::to_string(size)) << " ";
-  STD_TORCH_CHECK(same, "qflux_kernels: ", name, " must have shape ( ", wanted.str(), "), got ",
-                  shape_text(tensor));
+inline void check_shape(const char* name, const Tensor& tensor, const Shape& shape) {
+  const auto sizes = tensor.sizes();
+  bool same = sizes.size() == shape.size();
+  for (size_t d = 0; same && d < shape.size(); ++d) same = shape[d] < 0 || sizes[d] == shape[d];
+  STD_TORCH_CHECK(same, "qflux_kernels: ", name, " must have shape ", shape_text(shape), ", got ",
+                  shape_text(sizes));
 }
 
 // `tensor` computes with `states`: the same device and, unless it holds integers, dtype.
@@ -48,27 +48,20 @@ inline void check_beside(const char* name, const Tensor& tensor, const Tensor& s
                   integers ? "int64" : "of the dtype of the states");
 }
 
+inline void check_argument(const char* name, const Tensor& tensor, const Shape& shape,
+                           const Tensor& states, bool integers = false) {
+  check_shape(name, tensor, shape);
+  check_beside(name, tensor, states, integers);
+}
+
+// `states` are (*batch, S, 2).
 inline void check_states(const Tensor& states) {
-  check_shape("states", states, {-1, -1, 2});
+  const auto sizes = states.sizes();
+  STD_TORCH_CHECK(sizes.size() >= 2 && sizes[sizes.size() - 1] == 2,
+                  "qflux_kernels: states must have shape (*batch, S, 2), got ", shape_text(sizes));
   STD_TORCH_CHECK(states.scalar_type() == torch::headeronly::ScalarType::Float ||
                       states.scalar_type() == torch::headeronly::ScalarType::Double,
                   "qflux_kernels: states must be float32 or float64");
-}
-
-inline void check_per_sequence(const char* name, const OptionalTensor& tensor, const Tensor& states,
-                               bool integers = false) {
-  if (!tensor) return;
-  check_shape(name, *tensor, {states.size(0)});
-  check_beside(name, *tensor, states, integers);
-}
-
-inline void check_per_token(const char* name, const OptionalTensor& tensor, const Tensor& states,
-                            int64_t steps) {
-  if (!tensor) return;
-  check_shape(name, *tensor, {-1, states.size(0), states.size(1)});
-  check_beside(name, *tensor, states);
-  STD_TORCH_CHECK(tensor->size(0) == 1 || tensor->size(0) == steps, "qflux_kernels: ", name,
-                  " must have 1 or steps = ", steps, " rows, got ", tensor->size(0));
 }
 
 }  // namespace qflux

@@ -7,13 +7,17 @@
 #include "../cpu/device.h"
 #include "checks.h"
 
-#if defined(QFLUX_CUDA)
 // Absent from a CPU-only torch, where no CUDA tensor can reach it.
 extern "C" __attribute__((weak)) AOTITorchError
 aoti_torch_get_current_cuda_stream(int32_t device_index, void** ret_stream);
-#endif
 
 namespace qflux {
+
+#if defined(QFLUX_CUDA)
+constexpr bool kHasCuda = true;
+#else
+constexpr bool kHasCuda = false;
+#endif
 
 // Calls body(T()) with T the dtype of the states.
 template <class Body>
@@ -24,7 +28,6 @@ void with_dtype(const Tensor& states, const Body& body) {
     body(double());
 }
 
-#if defined(QFLUX_CUDA)
 inline void raise_if(const char* error) {
   STD_TORCH_CHECK(error == nullptr, "qflux_kernels: CUDA: ", error);
 }
@@ -36,22 +39,21 @@ inline void* current_stream(const Tensor& states) {
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(states.get_device_index(), &stream));
   return stream;
 }
-#endif
 
-// Runs on_cpu(device) or on_cuda(stream), as the states demand.
+// Runs on_cpu(device) or on_cuda(stream), as the states demand. A build without CUDA code never
+// instantiates `on_cuda`, which has to be a generic lambda for that.
 template <class OnCpu, class OnCuda>
 void on_device(const Tensor& states, const OnCpu& on_cpu, const OnCuda& on_cuda) {
   if (!states.is_cuda()) {
     cpu::Device device;
     return on_cpu(device);
   }
-#if defined(QFLUX_CUDA)
-  const torch::stable::accelerator::DeviceGuard guard(states.get_device_index());
-  on_cuda(current_stream(states));
-#else
-  (void)on_cuda;
-  STD_TORCH_CHECK(false, "qflux_kernels: this build has no CUDA code");
-#endif
+  if constexpr (kHasCuda) {
+    const torch::stable::accelerator::DeviceGuard guard(states.get_device_index());
+    on_cuda(current_stream(states));
+  } else {
+    STD_TORCH_CHECK(false, "qflux_kernels: this build has no CUDA code");
+  }
 }
 
 }  // namespace qflux

@@ -4,31 +4,12 @@
 #include <tuple>
 
 #include "../cpu/projection.h"
-#include "on_device.h"
-#if defined(QFLUX_CUDA)
 #include "../cuda/projection/project.h"
-#endif
+#include "on_device.h"
+#include "tensors.h"
 
 namespace qflux {
 namespace {
-
-using torch::headeronly::ScalarType;
-
-Tensor empty(const Tensor& like, std::initializer_list<int64_t> shape, ScalarType dtype) {
-  return torch::stable::new_empty(like, std::vector<int64_t>(shape), dtype);
-}
-Tensor zeros(const Tensor& like, std::initializer_list<int64_t> shape) {
-  return torch::stable::new_zeros(like, std::vector<int64_t>(shape));
-}
-
-template <class T>
-T* pointer(const Tensor& tensor) {
-  return static_cast<T*>(tensor.data_ptr());
-}
-template <class T>
-const T* pointer(const OptionalTensor& tensor) {
-  return tensor ? static_cast<const T*>(tensor->data_ptr()) : nullptr;
-}
 
 // What both ops are given, checked and contiguous.
 struct ProjectionArguments {
@@ -74,7 +55,6 @@ struct ProjectionArguments {
   }
 };
 
-#if defined(QFLUX_CUDA)
 // The scratch of a call on a GPU, alive until its kernels are enqueued.
 template <class T>
 struct Scratch {
@@ -96,7 +76,6 @@ struct Scratch {
     }
   }
 };
-#endif
 
 namespace ops {
 
@@ -113,13 +92,9 @@ Tensor project_norm(Tensor features, Tensor weight, OptionalTensor bias, Optiona
     params.shift = pointer<T>(shift);
     on_device(
         features, [&](cpu::Device&) { cpu::project(params, pointer<T>(out)); },
-        [&](void* stream) {
-#if defined(QFLUX_CUDA)
+        [&](auto stream) {
           const Scratch<T> scratch(features, params, false, false);
           raise_if(cuda::project(params, scratch.pointers, pointer<T>(out), stream));
-#else
-          (void)stream;
-#endif
         });
   });
   return out;
@@ -152,13 +127,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> project_norm_backward(
       }
       on_device(
           features, [&](cpu::Device&) { cpu::project_backward(params, grads); },
-          [&](void* stream) {
-#if defined(QFLUX_CUDA)
+          [&](auto stream) {
             const Scratch<T> scratch(features, params, true, need_parameters);
             raise_if(cuda::project_backward(params, scratch.pointers, grads, stream));
-#else
-            (void)stream;
-#endif
           });
     });
   return {grad_features, grad_weight, grad_bias, grad_scale, grad_shift};
@@ -167,17 +138,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> project_norm_backward(
 }  // namespace ops
 }  // namespace
 }  // namespace qflux
-
-STABLE_TORCH_LIBRARY_FRAGMENT(qflux_kernels, m) {
-  m.def(
-      "project_norm(Tensor features, Tensor weight, Tensor? bias, Tensor? norm_weight, "
-      "Tensor? norm_bias, float eps) -> Tensor");
-  m.def(
-      "project_norm_backward(Tensor grad, Tensor features, Tensor weight, Tensor? bias, "
-      "Tensor? norm_weight, float eps, bool need_features, bool need_parameters) -> "
-      "(Tensor grad_features, Tensor grad_weight, Tensor grad_bias, Tensor grad_norm_weight, "
-      "Tensor grad_norm_bias)");
-}
 
 #define QFLUX_IMPLEMENT(m)                                      \
   m.impl("project_norm", TORCH_BOX(&qflux::ops::project_norm)); \

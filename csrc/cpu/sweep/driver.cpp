@@ -302,7 +302,7 @@ class Sweep {
   Frame frame_of(const Rectangle<>& where) const {
     const Visibility& visible = s_.visibility;
     const int64_t middle = (where.row_begin + where.row_end) / 2;
-    const int64_t seen = s_.row_window ? visible.key_end : visible.visible_keys(middle);
+    const int64_t seen = s_.whole_window ? visible.key_end : visible.visible_keys(middle);
     const size_t block = std::min<size_t>((seen + kBase / 2) / kBase, prefix_.size() - 1);
     double square = 0;
     const int64_t step = std::max<int64_t>(where.rows() / 256, 1);

@@ -1,0 +1,110 @@
+// The arguments that interact and evolve share, from tensors to params.
+#pragma once
+
+#include "../cuda/common/launch.h"
+#include "on_device.h"
+#include "tensors.h"
+
+namespace qflux {
+
+// As they stand in the schemas.
+struct PairArguments {
+  Tensor states;  // in the backward of evolve: anything of their shape
+  OptionalTensor keys, values, coefficient;
+  double coefficient_value;
+  OptionalTensor min_gate;
+  double min_gate_value;
+  OptionalTensor lengths;
+  int64_t score;
+  double eps;
+  bool whole_window, causal, mean;
+  int64_t algorithm;
+
+  int64_t rows() const { return states.size(states.dim() - 2); }
+  int64_t key_count() const { return keys ? keys->size(keys->dim() - 2) : rows(); }
+  int64_t value_dim() const { return values ? values->size(values->dim() - 1) : 2; }
+  ScoreKind kind() const { return static_cast<ScoreKind>(score); }
+
+  // Kernels never see an empty tensor: its null pointer would read as an argument left out.
+  bool any_pairs() const {
+    return states.numel() > 0 && (!keys || keys->numel() > 0) && (!values || values->numel() > 0);
+  }
+
+  // Checks all and returns their batch, which is still to be settled. The arguments stay where they
+  // are from then on.
+  Batch check() {
+    check_states(states);
+    Batch batch(states, 2);
+    if (keys) check_argument("keys", *keys, batch.shape({-1, 2}), states);
+    if (values) check_argument("values", *values, batch.shape({key_count(), -1}), states);
+    if (coefficient) check_argument("coefficient", *coefficient, batch.shape(), states);
+    if (min_gate) check_argument("min_gate", *min_gate, batch.shape(), states);
+    if (lengths) check_argument("lengths", *lengths, batch.shape(), states, true);
+    STD_TORCH_CHECK(!lengths || key_count() == rows(),
+                    "qflux_kernels: lengths needs as many keys as states");
+    STD_TORCH_CHECK(score >= 0 && score < kScores, "qflux_kernels: score must be 0 to ",
+                    kScores - 1, " (", kScoreNames, "), got ", score);
+    STD_TORCH_CHECK(algorithm >= 0 && algorithm < kAlgorithms,
+                    "qflux_kernels: algorithm must be 0 to ", kAlgorithms - 1, " (",
+                    kAlgorithmNames, "), got ", algorithm);
+    batch.include(states);
+    for (OptionalTensor* tensor : {&keys, &values, &coefficient, &min_gate, &lengths})
+      batch.include(*tensor);
+    return batch;
+  }
+
+  template <class T>
+  PairParams<T> params(const Batch& batch) const {
+    PairParams<T> p{};
+    p.outer = batch.outer();
+    p.inner = batch.inner();
+    p.rows = rows();
+    p.keys = key_count();
+    p.value_dim = value_dim();
+    p.score = kind();
+    p.eps = eps;
+    p.whole_window = whole_window;
+    p.causal = causal;
+    p.mean = mean;
+    p.algorithm = static_cast<Algorithm>(algorithm);
+    p.coefficient = batch.per_sequence<T>(coefficient, coefficient_value);
+    p.min_gate = batch.per_sequence<T>(min_gate, min_gate_value);
+    p.lengths = batch.per_sequence<int64_t>(lengths, 0);
+    p.states = batch.const_view<T>(states);
+    p.key_points = keys ? batch.const_view<T>(*keys) : p.states;
+    if (values) p.values = batch.const_view<T>(*values);
+    return p;
+  }
+
+  // [batch][rows], where rows leave their parts of the gradient of the coefficient.
+  Tensor coefficient_parts(const Batch& batch) const {
+    return coefficient ? zeros(states, batch.shape({rows()})) : nothing(states);
+  }
+  // The gradient of the coefficient, from those.
+  Tensor coefficient_gradient(const Tensor& parts) const {
+    return coefficient ? sum_rows(parts) : nothing(states);
+  }
+
+  // For ThresholdBackwardParams.
+  Tensor window_grads(const Batch& batch) const {
+    return empty(states, batch.shape({rows(), kWindowSums}), ScalarType::Double);
+  }
+};
+
+// What a sweep on a GPU needs, if the pairs are met by one.
+class SweepScratch {
+ public:
+  template <class T>
+  SweepScratch(const Tensor& like, const PairParams<T>& pair, bool backward) {
+    // No crossover is measured on a GPU yet: kAuto is dense there.
+    if (pair.algorithm != Algorithm::kSweep || pair.score != ScoreKind::kHardThreshold) return;
+    const int64_t bytes = cuda::sweep_bytes(pair, backward);
+    if (bytes > 0) memory_ = empty(like, {bytes}, ScalarType::Byte);
+  }
+  void* get() const { return memory_ ? memory_->data_ptr() : nullptr; }
+
+ private:
+  OptionalTensor memory_;
+};
+
+}  // namespace qflux
