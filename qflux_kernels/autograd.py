@@ -176,10 +176,11 @@ class _EvolveBackward(Gradient):
 
     @staticmethod
     def forward(
-        grad_states, grad_strength, tape, dt, skip, coefficient, min_gate, lengths, _states, pair,
+        grad_states, grad_strength, tape, dt, skip, coefficient, min_gate, lengths, states, pair,
         step, family,
     ):  # fmt: skip
         # The states are on the tape; they come along so that second derivatives are refused.
+        del states
         # A tape that vmap repeats has other strides than the kernels left.
         return _run(
             EVOLVE_BACKWARD, family, pair._asdict() | step._asdict(), grad_states=grad_states,

@@ -24,11 +24,10 @@ from .arguments import (
 )
 from .checks import check_choice
 from .options import ALGORITHMS, Evolution, Interaction, InverseGate, Radius, Score, Threshold
+from .step import MIN_RADIUS, blend, free_radius
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
-
-MIN_RADIUS = 1e-6
 
 
 class Pairs(NamedTuple):
@@ -154,7 +153,7 @@ def move_radius(
     the rule's own; they get gradients.
     """
     norm = torch.linalg.vector_norm(moved, dim=-1).clamp(min=MIN_RADIUS)
-    target = norm + radius.rate * strength - radius.reversion * (norm - radius.target)
+    target = free_radius(norm, strength, radius)
     if bounds is None:
         target = target.clamp(radius.min, radius.max)
     else:
@@ -209,8 +208,7 @@ def evolve_checked(args: EvolveArguments) -> Evolution:
         if args.radius is not None:
             moved = move_radius(moved, strength, args.radius)
         if args.skip is not None:
-            skip = of_step(args.skip, step)
-            moved = skip * x + (1 - skip) * moved
+            moved = blend(of_step(args.skip, step), x, moved)
         x = moved if present is None else torch.where(present, moved, x)
     dtype = args.result_dtype
     return Evolution(x.to(dtype), strength.to(dtype), degree)

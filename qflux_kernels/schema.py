@@ -66,12 +66,12 @@ class Op:
     results: tuple[Field, ...]
 
     @cached_property
-    def Arguments(self) -> type:  # noqa: N802 (a class)
+    def Arguments(self) -> type:
         """The arguments by name: a named tuple."""
         return record(f"{self.name}_arguments", self.arguments)
 
     @cached_property
-    def Results(self) -> type:  # noqa: N802 (a class)
+    def Results(self) -> type:
         """The results by name: a named tuple."""
         return record(f"{self.name}_results", self.results)
 

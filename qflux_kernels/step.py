@@ -1,6 +1,6 @@
 """One token's share of a Heun-Euler step, each rule beside its vector-Jacobian product.
 
-The rules of `csrc/math/step.h` on whole tensors: points `(B, S, 2)`, strength `(B, S)`.
+The rules of `csrc/math/step.h` on whole tensors: points `(*batch, S, 2)`, strength `(*batch, S)`.
 """
 
 from __future__ import annotations
@@ -9,7 +9,16 @@ from typing import NamedTuple
 
 import torch
 
+from .options import Radius
+
 MIN_RADIUS = 1e-6
+
+
+def free_radius(
+    radius: torch.Tensor, strength: torch.Tensor, rule: Radius | RadiusRule
+) -> torch.Tensor:
+    """r' + rate * strength - reversion * (r' - target), before the clamp."""
+    return radius + rule.rate * strength - rule.reversion * (radius - rule.target)
 
 
 class RadiusRule(NamedTuple):
@@ -22,15 +31,12 @@ class RadiusRule(NamedTuple):
     reversion: float
     target: float
 
-    def _free(self, radius: torch.Tensor, strength: torch.Tensor) -> torch.Tensor:
-        return radius + self.rate * strength - self.reversion * (radius - self.target)
-
     def move(self, moved: torch.Tensor, strength: torch.Tensor) -> torch.Tensor:
         """x' * rho / r'."""
         if not self.active:
             return moved
         radius = torch.hypot(*moved.unbind(-1)).clamp(min=MIN_RADIUS)
-        rho = self._free(radius, strength).clamp(self.min, self.max)
+        rho = free_radius(radius, strength, self).clamp(self.min, self.max)
         return moved * (rho / radius)[..., None]
 
     def move_vjp(
@@ -41,7 +47,7 @@ class RadiusRule(NamedTuple):
             return grad, torch.zeros_like(strength)
         length = torch.hypot(*moved.unbind(-1))
         radius = length.clamp(min=MIN_RADIUS)
-        free = self._free(radius, strength)
+        free = free_radius(radius, strength, self)
         scale = free.clamp(self.min, self.max) / radius
         grad_scale = (grad * moved).sum(-1)
         clamped = (free < self.min) | (free > self.max)
@@ -55,5 +61,5 @@ class RadiusRule(NamedTuple):
 
 
 def blend(skip: float | torch.Tensor, states: torch.Tensor, evolved: torch.Tensor) -> torch.Tensor:
-    """skip * x + (1 - skip) * evolved, for `skip` a number or `(B, S, 1)`."""
+    """skip * x + (1 - skip) * evolved, for `skip` a number or `(*batch, S, 1)`."""
     return skip * states + (1 - skip) * evolved

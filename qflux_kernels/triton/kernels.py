@@ -1,23 +1,87 @@
-"""Triton kernels over pairs: each owner (a row or a key) gathers a sum over the others it meets.
+"""Triton kernels over pairs: each owner (a row or a key) gathers a sum over the sources it meets.
 
-A program owns a block of rows or of keys and walks over the others in tiles, so that every sum has
-one writer and a fixed order, and no pair is ever stored. Tensors are contiguous; positions are
-32-bit, which the caller guarantees, and offsets 64-bit. Triton passes a Python float as float32:
-numbers that must be exact arrive in tensors or as constants. Loops are written with `while` because
-the interpreter of Triton 3.6 takes no tensors in `range` under NumPy 2.4.
+A program owns a block of rows or of keys and walks over its sources, keys or rows, in tiles, so
+that every sum has one writer and a fixed order, and no pair is ever stored. Tensors are contiguous;
+positions are 32-bit, which the caller guarantees, and offsets 64-bit. Triton passes a Python float
+as float32: numbers that must be exact arrive in tensors or as constants. Loops are written with
+`while` because the interpreter of Triton 3.6 takes no tensors in `range` under NumPy 2.4.
 """
 
+import torch
 import triton
 import triton.language as tl
 
-# Owners of one program, and others in one of its tiles: eight pairs for each of 128 threads, or two
-# where each pair has a sum for every column of a value. More would not fit the registers.
+# Owners of one program, and sources in one of its tiles: eight pairs for each of 128 threads, or
+# two where each pair has a sum for every column of a value. More would not fit the registers.
 TILE = 32
 VALUE_TILE = 16
-# Others whose sums are taken plainly, before they join a compensated total.
+# Sources whose sums are taken plainly, before they join a compensated total.
 CHUNK = 256
 # Rows of one program of the thresholds, each of which reads all keys in front of its rows.
 THRESHOLD_ROWS = 128
+
+
+# The scores of `csrc/math/score.h`, by their names in `schema.SCORES`. The first functions
+# make queries from whole tensors and pull their gradients back; kernels call the rest.
+
+
+def query(score, states, coefficient):
+    """The queries `(B, S, 2)` whose inner products with the keys are scored."""
+    if score == "inverse_gate":
+        return states + coefficient[:, None, None] * _turned(states)
+    return states / 2
+
+
+def query_vjp(score, grad, coefficient):
+    """The gradient of the states from that of the queries."""
+    if score == "inverse_gate":
+        return grad - coefficient[:, None, None] * _turned(grad)
+    return grad / 2
+
+
+def coefficient_vjp(score, grad, states):
+    """Each row's share `(B, S)` in the gradient of the coefficient; None: the query has no part."""
+    if score == "inverse_gate":
+        return (grad * _turned(states)).sum(-1)
+    return None
+
+
+def _turned(points):
+    x, y = points.unbind(-1)
+    return torch.stack((y, -x), -1)
+
+
+@triton.jit
+def _inner_product(qx, qy, kx, ky, SCORE: tl.constexpr):
+    # Fused on purpose: all passes must round alike, or they would disagree on kept pairs.
+    if SCORE == "inverse_gate":
+        return tl.fma(qx, kx, tl.fma(qy, ky, 0.0))
+    return tl.fma(qx, kx, tl.fma(qy, ky, 0.5))
+
+
+@triton.jit
+def _weigh(p, limit, visible, eps: tl.constexpr, SCORE: tl.constexpr):
+    """Weight and decision of visible pairs; a comparison with NaN never drops one."""
+    if SCORE == "inverse_gate":
+        gate = 1.0 / (eps + tl.abs(p))
+        # The zero is NaN for an infinite p, so that what is not finite is never dropped.
+        kept = visible & ~(tl.fma(p, 0.0, gate) <= limit)
+        weight = p * gate
+    else:
+        kept = visible & ~(p < limit)
+        weight = p
+        if SCORE == "soft_threshold":
+            weight = p - limit
+    return tl.where(kept, weight, 0.0), kept
+
+
+@triton.jit
+def _weight_vjp(p, grad, eps: tl.constexpr, SCORE: tl.constexpr):
+    """The gradient of the inner product of a kept pair from that of its weight."""
+    if SCORE == "inverse_gate":
+        gate = 1.0 / (eps + tl.abs(p))
+        grad = grad * (eps * gate * gate)
+    return grad
 
 
 @triton.jit
@@ -55,7 +119,7 @@ def _owner_block(batch, owners, columns, REVERSED: tl.constexpr, BLOCK: tl.const
 def _met(
     first, row_end, key_end, shift, CAUSAL: tl.constexpr, BY_KEY: tl.constexpr, OWNERS: tl.constexpr
 ):
-    """The others that any owner of a block meets."""
+    """The sources that any owner of a block meets."""
     begin = tl.zeros((), tl.int32)
     if BY_KEY:
         end = tl.where(first < key_end, row_end, 0)
@@ -69,35 +133,11 @@ def _met(
 
 
 @triton.jit
-def _inner_product(qx, qy, kx, ky, GATE: tl.constexpr):
-    # Fused on purpose: all passes must round alike, or they would disagree on kept pairs.
-    if GATE:
-        return tl.fma(qx, kx, tl.fma(qy, ky, 0.0))
-    return tl.fma(qx, kx, tl.fma(qy, ky, 0.5))
-
-
-@triton.jit
 def _visible(row, key, row_end, key_end, shift, CAUSAL: tl.constexpr):
     visible = (row < row_end) & (key < key_end)
     if CAUSAL:
         visible = visible & (key <= row + shift)
     return visible
-
-
-@triton.jit
-def _weigh(p, limit, visible, eps: tl.constexpr, GATE: tl.constexpr, EXCESS: tl.constexpr):
-    """Weight and decision of visible pairs; a comparison with NaN never drops one."""
-    if GATE:
-        gate = 1.0 / (eps + tl.abs(p))
-        # The zero is NaN for an infinite p, so that what is not finite is never dropped.
-        kept = visible & ~(tl.fma(p, 0.0, gate) <= limit)
-        weight = p * gate
-    else:
-        kept = visible & ~(p < limit)
-        weight = p
-        if EXCESS:
-            weight = p - limit
-    return tl.where(kept, weight, 0.0), kept
 
 
 @triton.jit
@@ -213,24 +253,23 @@ def gather_values(
     queries,  # (batch, rows, 2)
     keys,  # (batch, num_keys, 2)
     limit,  # (batch, rows): tau or the minimal gate
-    values,  # of the others, (batch, others, depth)
+    values,  # of the sources, (batch, sources, value_dim)
     scale,  # (batch, rows); by row only
     lengths,  # (batch,) int32 or None
-    out,  # (batch, owners, depth)
+    out,  # (batch, owners, value_dim)
     strength,  # (batch, rows); by row only
     degree,  # (batch, rows) int32; by row only
     batch,
     rows,
     num_keys,
-    depth,
+    value_dim,
     eps: tl.constexpr,
-    GATE: tl.constexpr,
-    EXCESS: tl.constexpr,
+    SCORE: tl.constexpr,
     CAUSAL: tl.constexpr,
     BY_KEY: tl.constexpr,
     ALONE: tl.constexpr,  # by row, and the values are the keys
     OWNERS: tl.constexpr,
-    OTHERS: tl.constexpr,
+    SOURCES: tl.constexpr,
     COLUMNS: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
@@ -238,18 +277,18 @@ def gather_values(
 
     By row the sums are multiplied by `scale`, and come with strength and degree.
     """
-    owners, others = rows, num_keys
+    owners, sources = rows, num_keys
     if BY_KEY:
-        owners, others = num_keys, rows
+        owners, sources = num_keys, rows
     b, first, column_block = _owner_block(
-        batch, owners, tl.cdiv(depth, COLUMNS), CAUSAL and not BY_KEY, OWNERS
+        batch, owners, tl.cdiv(value_dim, COLUMNS), CAUSAL and not BY_KEY, OWNERS
     )
     row_end, key_end = _ends(lengths, b, rows, num_keys)
     shift = num_keys - rows
     queries += b * rows * 2
     keys += b * num_keys * 2
     limit += b * rows
-    values += b * others * depth
+    values += b * sources * value_dim
     dtype: tl.constexpr = out.dtype.element_ty
 
     owner = first + tl.arange(0, OWNERS)
@@ -278,25 +317,25 @@ def gather_values(
     while chunk < end:
         # Summed lane by lane, and across lanes once for each chunk.
         if ALONE:
-            part_x = tl.zeros([OWNERS, OTHERS], dtype)
-            part_y = tl.zeros([OWNERS, OTHERS], dtype)
+            part_x = tl.zeros([OWNERS, SOURCES], dtype)
+            part_y = tl.zeros([OWNERS, SOURCES], dtype)
         else:
-            part = tl.zeros([OWNERS, OTHERS, COLUMNS], dtype)
-        part_weight = tl.zeros([OWNERS, OTHERS], dtype)
-        part_kept = tl.zeros([OWNERS, OTHERS], tl.int32)
+            part = tl.zeros([OWNERS, SOURCES, COLUMNS], dtype)
+        part_weight = tl.zeros([OWNERS, SOURCES], dtype)
+        part_kept = tl.zeros([OWNERS, SOURCES], tl.int32)
         start = chunk
         while start < tl.minimum(chunk + CHUNK, end):
-            other = start + tl.arange(0, OTHERS)
-            here = other < end
+            source = start + tl.arange(0, SOURCES)
+            here = source < end
             if BY_KEY:
-                qx, qy = _load_points(queries, other[None, :], here[None, :])
-                bound = tl.load(limit + other[None, :], mask=here[None, :], other=0.0)
-                visible = _visible(other[None, :], owner[:, None], row_end, key_end, shift, CAUSAL)
+                qx, qy = _load_points(queries, source[None, :], here[None, :])
+                bound = tl.load(limit + source[None, :], mask=here[None, :], other=0.0)
+                visible = _visible(source[None, :], owner[:, None], row_end, key_end, shift, CAUSAL)
             else:
-                kx, ky = _load_points(keys, other[None, :], here[None, :])
-                visible = _visible(owner[:, None], other[None, :], row_end, key_end, shift, CAUSAL)
-            p = _inner_product(qx, qy, kx, ky, GATE)
-            weight, kept = _weigh(p, bound, visible, eps, GATE, EXCESS)
+                kx, ky = _load_points(keys, source[None, :], here[None, :])
+                visible = _visible(owner[:, None], source[None, :], row_end, key_end, shift, CAUSAL)
+            p = _inner_product(qx, qy, kx, ky, SCORE)
+            weight, kept = _weigh(p, bound, visible, eps, SCORE)
             # A zero weight would not keep out a value that is not finite. A dropped value must
             # show all the same; a gradient only reaches what was kept.
             counted = kept if BY_KEY else visible
@@ -304,16 +343,16 @@ def gather_values(
                 part_x = tl.fma(weight, tl.where(counted, kx, 0.0), part_x)
                 part_y = tl.fma(weight, tl.where(counted, ky, 0.0), part_y)
             else:
-                offset = other.to(tl.int64)[:, None] * depth + column[None, :]
+                offset = source.to(tl.int64)[:, None] * value_dim + column[None, :]
                 value = tl.load(
-                    values + offset, mask=here[:, None] & (column < depth)[None, :], other=0.0
+                    values + offset, mask=here[:, None] & (column < value_dim)[None, :], other=0.0
                 )
                 value = tl.where(counted[:, :, None], value[None, :, :], 0.0)
                 part = tl.fma(weight[:, :, None], value, part)
             if not BY_KEY:
                 part_weight += weight
                 part_kept += kept.to(tl.int32)
-            start += OTHERS
+            start += SOURCES
         if ALONE:
             total_x, error_x = _add(total_x, error_x, tl.sum(part_x, 1))
             total_y, error_y = _add(total_y, error_y, tl.sum(part_y, 1))
@@ -339,9 +378,9 @@ def gather_values(
         if not BY_KEY:
             result = factor[:, None] * result
         tl.store(
-            out + place[:, None] * depth + column[None, :],
+            out + place[:, None] * value_dim + column[None, :],
             result,
-            mask=inside[:, None] & (column < depth)[None, :],
+            mask=inside[:, None] & (column < value_dim)[None, :],
         )
 
 
@@ -350,8 +389,8 @@ def gather_points(
     queries,  # (batch, rows, 2)
     keys,  # (batch, num_keys, 2)
     limit,  # (batch, rows)
-    values,  # (batch, num_keys, depth)
-    grad_context,  # (batch, rows, depth), reduction applied
+    values,  # (batch, num_keys, value_dim)
+    grad_context,  # (batch, rows, value_dim), reduction applied
     grad_strength,  # (batch, rows), reduction applied, or None
     lengths,  # (batch,) int32 or None
     out,  # (batch, owners, 2)
@@ -359,15 +398,14 @@ def gather_points(
     batch,
     rows,
     num_keys,
-    depth,
+    value_dim,
     eps: tl.constexpr,
-    GATE: tl.constexpr,
-    EXCESS: tl.constexpr,
+    SCORE: tl.constexpr,
     CAUSAL: tl.constexpr,
     BY_KEY: tl.constexpr,
     ALONE: tl.constexpr,  # the values are the keys: by key, their gradient is added
     OWNERS: tl.constexpr,
-    OTHERS: tl.constexpr,
+    SOURCES: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
     """Gradient of the queries by row, of the keys by key; weights are recomputed."""
@@ -380,8 +418,8 @@ def gather_points(
     queries += b * rows * 2
     keys += b * num_keys * 2
     limit += b * rows
-    values += b * num_keys * depth
-    grad_context += b * rows * depth
+    values += b * num_keys * value_dim
+    grad_context += b * rows * value_dim
     dtype: tl.constexpr = out.dtype.element_ty
 
     owner = first + tl.arange(0, OWNERS)
@@ -396,26 +434,26 @@ def gather_points(
     begin, end = _met(first, row_end, key_end, shift, CAUSAL, BY_KEY, OWNERS)
     chunk = begin
     while chunk < end:
-        part_x = tl.zeros([OWNERS, OTHERS], dtype)
-        part_y = tl.zeros([OWNERS, OTHERS], dtype)
-        part_limit = tl.zeros([OWNERS, OTHERS], dtype)
+        part_x = tl.zeros([OWNERS, SOURCES], dtype)
+        part_y = tl.zeros([OWNERS, SOURCES], dtype)
+        part_limit = tl.zeros([OWNERS, SOURCES], dtype)
         start = chunk
         while start < tl.minimum(chunk + CHUNK, end):
-            other = start + tl.arange(0, OTHERS)
+            source = start + tl.arange(0, SOURCES)
             if BY_KEY:
-                row, key = other[None, :], owner[:, None]
-                row_here, key_here = (other < end)[None, :], inside[:, None]
+                row, key = source[None, :], owner[:, None]
+                row_here, key_here = (source < end)[None, :], inside[:, None]
             else:
-                row, key = owner[:, None], other[None, :]
-                row_here, key_here = inside[:, None], (other < end)[None, :]
+                row, key = owner[:, None], source[None, :]
+                row_here, key_here = inside[:, None], (source < end)[None, :]
             qx, qy = _load_points(queries, row, row_here)
             kx, ky = _load_points(keys, key, key_here)
             bound = tl.load(limit + row, mask=row_here, other=0.0)
             visible = _visible(row, key, row_end, key_end, shift, CAUSAL)
-            p = _inner_product(qx, qy, kx, ky, GATE)
-            weight, kept = _weigh(p, bound, visible, eps, GATE, EXCESS)
+            p = _inner_product(qx, qy, kx, ky, SCORE)
+            weight, kept = _weigh(p, bound, visible, eps, SCORE)
 
-            grad = tl.zeros([OWNERS, OTHERS], dtype)
+            grad = tl.zeros([OWNERS, SOURCES], dtype)
             if grad_strength is not None:
                 grad += tl.load(grad_strength + b * rows + row, mask=row_here, other=0.0)
             if ALONE:
@@ -423,18 +461,18 @@ def gather_points(
                 grad = tl.fma(gx, kx, tl.fma(gy, ky, grad))
             else:
                 column = tl.zeros((), tl.int32)
-                while column < depth:
+                while column < value_dim:
                     g = tl.load(
-                        grad_context + row.to(tl.int64) * depth + column, mask=row_here, other=0.0
+                        grad_context + row.to(tl.int64) * value_dim + column,
+                        mask=row_here,
+                        other=0.0,
                     )
                     v = tl.load(
-                        values + key.to(tl.int64) * depth + column, mask=key_here, other=0.0
+                        values + key.to(tl.int64) * value_dim + column, mask=key_here, other=0.0
                     )
                     grad = tl.fma(g, v, grad)
                     column += 1
-            if GATE:
-                gate = 1.0 / (eps + tl.abs(p))
-                grad = grad * (eps * gate * gate)
+            grad = _weight_vjp(p, grad, eps, SCORE)
             # Zeros on both sides: an infinity or NaN of a pair that was dropped must not enter.
             grad = tl.where(kept, grad, 0.0)
             if BY_KEY:
@@ -448,7 +486,7 @@ def gather_points(
                 part_y = tl.fma(grad, tl.where(kept, ky, 0.0), part_y)
                 if limit_out is not None:
                     part_limit -= grad
-            start += OTHERS
+            start += SOURCES
         total_x, error_x = _add(total_x, error_x, tl.sum(part_x, 1))
         total_y, error_y = _add(total_y, error_y, tl.sum(part_y, 1))
         if limit_out is not None:

@@ -1,46 +1,36 @@
-"""The dispatcher ops `qflux_kernels::triton_*`: schemas, and the way from tensors to kernels.
+"""The dispatcher ops `qflux_kernels::triton_*`: from the op table, and from tensors to kernels.
 
-They take and return what the compiled ops do (`csrc/library.cpp`): one batch dimension, states
-`(B, S, 2)`, keys `(B, K, 2)`, values `(B, K, D)`, all float32 or all float64.
+They take and return what the compiled ops do. The kernels know one batch dimension, so tensors come
+here with theirs merged: states `(B, S, 2)`, keys `(B, K, 2)`, values `(B, K, D)`.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 
 from .. import autograd
-from .step import RadiusRule, blend
+from ..schema import (
+    EVOLVE,
+    EVOLVE_BACKWARD,
+    FAMILY_OPS,
+    INTERACT,
+    INTERACT_BACKWARD,
+    SCORE_KINDS,
+    TAPE,
+    TAPE_PLANES,
+    THRESHOLD_BACKWARD,
+    TRITON,
+    Op,
+)
+from ..step import RadiusRule, blend
+from .thresholds import threshold_vjp
 
-PREFIX = "triton_"
 MAX_LENGTH = 1 << 30
 # Columns of the values that one program sums at a time; a float64 fills two registers.
 MAX_COLUMNS = {torch.float32: 8, torch.float64: 4}
-
-_PAIR = (
-    "Tensor? coefficient, float coefficient_value, Tensor? min_gate, float min_gate_value, "
-    "Tensor? lengths, int score, float eps, bool row_window, bool causal, bool mean, "
-    "int algorithm"
-)
-_STEP = (
-    "int steps, bool has_radius, float radius_min, float radius_max, float radius_rate, "
-    "float radius_reversion, float radius_target"
-)
-_SCHEMAS = {
-    "interact": f"(Tensor states, Tensor? keys, Tensor? values, {_PAIR}) "
-    "-> (Tensor context, Tensor strength, Tensor degree, Tensor threshold)",
-    "interact_backward": "(Tensor grad_context, Tensor grad_strength, Tensor threshold, "
-    f"Tensor states, Tensor? keys, Tensor? values, {_PAIR}, bool need_rows, bool need_keys) "
-    "-> (Tensor grad_states, Tensor grad_keys, Tensor grad_values, Tensor grad_coefficient, "
-    "Tensor grad_threshold)",
-    "evolve": "(Tensor states, Tensor? dt, float dt_value, Tensor? skip, float skip_value, "
-    f"{_PAIR}, {_STEP}, bool save) "
-    "-> (Tensor result, Tensor strength, Tensor degree, Tensor tape)",
-    "evolve_backward": "(Tensor grad_states, Tensor grad_strength, Tensor tape, Tensor? dt, "
-    f"float dt_value, Tensor? skip, float skip_value, {_PAIR}, {_STEP}) "
-    "-> (Tensor grad_input, Tensor grad_dt, Tensor grad_skip, Tensor grad_coefficient)",
-}
 
 
 def _launch(kernel: str, blocks: int, device: torch.device, *arguments, **constants) -> None:
@@ -56,43 +46,25 @@ def _blocks(owners: int, size: int) -> int:
 
 
 class _Pairs:
-    """The pairs of one call: what `interact` and `evolve` share in their schemas.
+    """The pairs of one call: what `interact` and `evolve` share in their schemas."""
 
-    Scores are functions of the inner product of a key with a query made from the row's state:
-    x / 2 for the threshold, x + alpha (y, -x) for the gate.
-    """
-
-    def __init__(
-        self, like, coefficient, coefficient_value, min_gate, min_gate_value,
-        lengths, score, eps, row_window, causal, mean, _algorithm,
-    ):  # fmt: skip
-        def per_sequence(tensor, value):
+    def __init__(self, given: Any, like: torch.Tensor) -> None:
+        def per_sequence(tensor: torch.Tensor | None, value: float) -> torch.Tensor:
             tensor = like.new_full((), value) if tensor is None else tensor
             return tensor.expand(len(like)).contiguous()
 
-        self.coefficient = per_sequence(coefficient, coefficient_value)
-        self.min_gate = per_sequence(min_gate, min_gate_value)
-        self.lengths = lengths
-        self.gate = autograd.SCORES[score] == "inverse_gate"
-        self.excess = autograd.SCORES[score] == "soft_threshold"
-        self.eps = eps
-        self.row_window = row_window
-        self.causal = causal
-        self.mean = mean
-
-    def query(self, states: torch.Tensor) -> torch.Tensor:
-        if not self.gate:
-            return states / 2
-        return states + self.coefficient[:, None, None] * _turned(states)
-
-    def query_vjp(self, grad: torch.Tensor) -> torch.Tensor:
-        if not self.gate:
-            return grad / 2
-        return grad - self.coefficient[:, None, None] * _turned(grad)
+        self.coefficient = per_sequence(given.coefficient, given.coefficient_value)
+        self.min_gate = per_sequence(given.min_gate, given.min_gate_value)
+        self.lengths = given.lengths
+        self.score = SCORE_KINDS[given.score]
+        self.eps = given.eps
+        self.whole_window = given.whole_window
+        self.causal = given.causal
+        self.mean = given.mean
 
     def limit(self, threshold: torch.Tensor) -> torch.Tensor:
         """What decides each row's pairs."""
-        if not self.gate:
+        if self.score.thresholded:
             return threshold
         return self.min_gate[:, None].expand_as(threshold).contiguous()
 
@@ -121,14 +93,7 @@ class _Pairs:
         return 1 / self.visible(states, keys).clamp(min=1).to(states.dtype)
 
     def constants(self) -> dict[str, object]:
-        return {
-            "eps": self.eps, "GATE": self.gate, "EXCESS": self.excess, "CAUSAL": self.causal,
-        }  # fmt: skip
-
-
-def _turned(points: torch.Tensor) -> torch.Tensor:
-    x, y = points.unbind(-1)
-    return torch.stack((y, -x), -1)
+        return {"eps": self.eps, "SCORE": self.score.name, "CAUSAL": self.causal}
 
 
 def _check(name: str, tensor: torch.Tensor, states: torch.Tensor, *shape: int) -> None:
@@ -143,7 +108,9 @@ def _check(name: str, tensor: torch.Tensor, states: torch.Tensor, *shape: int) -
         )
 
 
-def _check_points(states, keys, values) -> None:
+def _check_points(
+    states: torch.Tensor, keys: torch.Tensor | None, values: torch.Tensor | None
+) -> None:
     if states.dtype not in MAX_COLUMNS:
         raise RuntimeError(f"qflux_kernels: states must be float32 or float64, got {states.dtype}")
     _check("states", states, states, -1, -1, 2)
@@ -151,32 +118,30 @@ def _check_points(states, keys, values) -> None:
     if keys is not None:
         _check("keys", keys, states, batch, -1, 2)
         count = keys.shape[1]
-    depth = 2
+    value_dim = 2
     if values is not None:
         _check("values", values, states, batch, count, -1)
-        depth = values.shape[2]
-    if max(states.shape[1], count, depth) >= MAX_LENGTH:
+        value_dim = values.shape[2]
+    if max(states.shape[1], count, value_dim) >= MAX_LENGTH:
         raise RuntimeError(
             "the Triton kernels take fewer than 2^30 rows, keys and value columns, got "
-            f"{states.shape[1]}, {count} and {depth}"
+            f"{states.shape[1]}, {count} and {value_dim}"
         )
 
 
-class _Forward(NamedTuple):
-    context: torch.Tensor
-    strength: torch.Tensor
-    degree: torch.Tensor
-    threshold: torch.Tensor
-
-
-def _forward(pairs: _Pairs, states, keys=None, values=None) -> _Forward:
+def _forward(
+    pairs: _Pairs,
+    states: torch.Tensor,
+    keys: torch.Tensor | None = None,
+    values: torch.Tensor | None = None,
+) -> Any:
     from . import kernels
 
     batch, rows, _ = states.shape
     points = states if keys is None else keys
-    depth = 2 if values is None else values.shape[2]
-    result = _Forward(
-        context=states.new_zeros(batch, rows, depth),
+    value_dim = 2 if values is None else values.shape[2]
+    result = INTERACT.Results(
+        context=states.new_zeros(batch, rows, value_dim),
         strength=states.new_zeros(batch, rows),
         degree=states.new_zeros(batch, rows, dtype=torch.int32),
         threshold=states.new_zeros(batch, rows),
@@ -186,18 +151,19 @@ def _forward(pairs: _Pairs, states, keys=None, values=None) -> _Forward:
     states, points = states.contiguous(), points.contiguous()
     ends, sizes = pairs.ends(points), (batch, rows, points.shape[1])
     scale = pairs.reduction(states, points)
-    if not pairs.gate:
+    if pairs.score.thresholded:
         _launch(
             "thresholds", batch * _blocks(rows, kernels.THRESHOLD_ROWS), states.device,
             states, points, pairs.coefficient, ends, result.threshold, *sizes,
-            eps=pairs.eps, CAUSAL=pairs.causal and not pairs.row_window,
-            WHOLE=pairs.row_window or not pairs.causal,
+            eps=pairs.eps, CAUSAL=pairs.causal and not pairs.whole_window,
+            WHOLE=pairs.whole_window or not pairs.causal,
             ROWS=kernels.THRESHOLD_ROWS, KEYS=kernels.TILE,
         )  # fmt: skip
         # No comparison with an undefined threshold means anything.
         scale = torch.where(result.threshold.isnan(), result.threshold, scale)
+    query = kernels.query(pairs.score.name, states, pairs.coefficient)
     _gather_values(
-        pairs, pairs.query(states), points, result.threshold, values, scale, ends,
+        pairs, query, points, result.threshold, values, scale, ends,
         result.context, result.strength, result.degree, by_key=False,
     )  # fmt: skip
     return result
@@ -208,43 +174,44 @@ def _gather_values(
 ):
     from . import kernels
 
-    (batch, rows, _), (_, owners, depth) = query.shape, out.shape
-    columns = min(MAX_COLUMNS[out.dtype], 1 << (depth - 1).bit_length())
+    (batch, rows, _), (_, owners, value_dim) = query.shape, out.shape
+    columns = min(MAX_COLUMNS[out.dtype], 1 << (value_dim - 1).bit_length())
     tile = kernels.TILE if values is None else kernels.VALUE_TILE
     _launch(
         "gather_values",
-        batch * _blocks(owners, tile) * _blocks(depth, columns), out.device,
+        batch * _blocks(owners, tile) * _blocks(value_dim, columns), out.device,
         query, points, pairs.limit(threshold), points if values is None else values.contiguous(),
-        scale, ends, out, strength, degree, batch, rows, points.shape[1], depth,
-        BY_KEY=by_key, ALONE=values is None, COLUMNS=columns, OWNERS=tile, OTHERS=tile,
+        scale, ends, out, strength, degree, batch, rows, points.shape[1], value_dim,
+        BY_KEY=by_key, ALONE=values is None, COLUMNS=columns, OWNERS=tile, SOURCES=tile,
         CHUNK=kernels.CHUNK, **pairs.constants(),
     )  # fmt: skip
 
 
-class _Backward(NamedTuple):
+class _Gradients(NamedTuple):
     states: torch.Tensor  # of the keys too, where they are the states
     keys: torch.Tensor | None
     values: torch.Tensor | None
-    alpha: torch.Tensor  # (B,)
-    threshold: torch.Tensor | None  # (B, S); of the excess only
+    coefficient: torch.Tensor  # (B,)
+    threshold: torch.Tensor | None  # (B, S); where the limit has a gradient
 
 
 def _backward(
     pairs: _Pairs, grad_context, grad_strength, threshold, states, keys=None, values=None,
     need_rows=True, need_keys=True,
-) -> _Backward:  # fmt: skip
+) -> _Gradients:  # fmt: skip
     from . import kernels
 
     batch, rows, _ = states.shape
     points = states if keys is None else keys
-    grad_states, grad_alpha = states.new_zeros(states.shape), states.new_zeros(batch)
-    grad_threshold = torch.zeros_like(threshold) if pairs.excess else None
+    grad_states, grad_coefficient = states.new_zeros(states.shape), states.new_zeros(batch)
+    grad_threshold = torch.zeros_like(threshold) if pairs.score.limit_vjp else None
     grad_points = points.new_zeros(points.shape)
     grad_values = None if values is None else values.new_zeros(values.shape)
     if states.numel() and points.numel():
         states, points = states.contiguous(), points.contiguous()
         threshold = threshold.contiguous()
-        query, ends = pairs.query(states), pairs.ends(points)
+        score, ends = pairs.score.name, pairs.ends(points)
+        query = kernels.query(score, states, pairs.coefficient)
         if pairs.mean:
             scale = pairs.reduction(states, points)
             grad_context = grad_context * scale[..., None]
@@ -261,18 +228,18 @@ def _backward(
                 ends, out, None if by_key else grad_threshold,
                 batch, rows, points.shape[1], grad_context.shape[2],
                 BY_KEY=by_key, ALONE=values is None, OWNERS=kernels.TILE,
-                OTHERS=kernels.TILE, CHUNK=kernels.CHUNK, **pairs.constants(),
+                SOURCES=kernels.TILE, CHUNK=kernels.CHUNK, **pairs.constants(),
             )  # fmt: skip
             return out
 
         if need_rows:
             grad_query = gather_points(states, by_key=False)
-            grad_states = pairs.query_vjp(grad_query)
-            if pairs.gate:
+            grad_states = kernels.query_vjp(score, grad_query, pairs.coefficient)
+            share = kernels.coefficient_vjp(score, grad_query, states)
+            if share is not None:
                 # Padding has no share, whatever it holds.
-                share = (grad_query * _turned(states)).sum(-1)
                 share = torch.where(pairs.visible(states, points) > 0, share, 0.0)
-                grad_alpha = share.sum(-1)
+                grad_coefficient = share.sum(-1)
         if need_keys:
             grad_points = gather_points(points, by_key=True)
             if values is not None:
@@ -281,39 +248,53 @@ def _backward(
                     grad_values, None, None, by_key=True,
                 )  # fmt: skip
     if keys is None:
-        return _Backward(grad_states + grad_points, None, grad_values, grad_alpha, grad_threshold)
-    return _Backward(grad_states, grad_points, grad_values, grad_alpha, grad_threshold)
+        grad_states, grad_points = grad_states + grad_points, None
+    return _Gradients(grad_states, grad_points, grad_values, grad_coefficient, grad_threshold)
 
 
-def _interact(states, keys, values, *pair):
+def _interact(given: Any) -> Any:
+    _check_points(given.states, given.keys, given.values)
+    return _forward(_Pairs(given, given.states), given.states, given.keys, given.values)
+
+
+def _interact_backward(given: Any) -> Any:
+    states, keys, values = given.states, given.keys, given.values
     _check_points(states, keys, values)
-    return tuple(_forward(_Pairs(states, *pair), states, keys, values))
-
-
-def _interact_backward(
-    grad_context, grad_strength, threshold, states, keys, values, coefficient, *rest
-):
-    *pair, need_rows, need_keys = rest
-    _check_points(states, keys, values)
-    pairs = _Pairs(states, coefficient, *pair)
-    (batch, rows, _), depth = states.shape, 2 if values is None else values.shape[2]
-    _check("grad_context", grad_context, states, batch, rows, depth)
-    _check("grad_strength", grad_strength, states, batch, rows)
-    _check("threshold", threshold, states, batch, rows)
+    (batch, rows, _), value_dim = states.shape, 2 if values is None else values.shape[2]
+    _check("grad_context", given.grad_context, states, batch, rows, value_dim)
+    _check("grad_strength", given.grad_strength, states, batch, rows)
+    _check("threshold", given.threshold, states, batch, rows)
     grads = _backward(
-        pairs, grad_context, grad_strength, threshold, states, keys, values, need_rows, need_keys,
+        _Pairs(given, states), given.grad_context, given.grad_strength, given.threshold,
+        states, keys, values, given.need_rows, given.need_keys,
     )  # fmt: skip
-    return (
-        grads.states,
-        states.new_empty(0) if keys is None else grads.keys,
-        states.new_empty(0) if values is None else grads.values,
-        states.new_empty(0) if coefficient is None else grads.alpha,
-        grads.threshold if pairs.excess else states.new_empty(0),
+    return INTERACT_BACKWARD.Results(
+        grad_states=grads.states,
+        grad_keys=grads.keys,
+        grad_values=grads.values,
+        grad_coefficient=None if given.coefficient is None else grads.coefficient,
+        grad_threshold=grads.threshold,
+    )
+
+
+def _threshold_backward(given: Any) -> Any:
+    states = given.states
+    _check_points(states, given.keys, None)
+    _check("grad_threshold", given.grad_threshold, states, *states.shape[:2])
+    of_states, of_keys, of_sigma = threshold_vjp(
+        given.grad_threshold, states, given.keys,
+        given.coefficient_value if given.coefficient is None else given.coefficient,
+        given.lengths, given.eps, given.whole_window, given.causal,
+    )  # fmt: skip
+    return THRESHOLD_BACKWARD.Results(
+        grad_states=of_states,
+        grad_keys=of_keys,
+        grad_coefficient=None if given.coefficient is None else of_sigma,
     )
 
 
 class _Saved(NamedTuple):
-    """What a step leaves on the tape for its backward, O(S) numbers."""
+    """What a step leaves on the tape for its backward, O(S) numbers: the planes of `TAPE`."""
 
     states: torch.Tensor
     middle: torch.Tensor
@@ -324,81 +305,115 @@ class _Saved(NamedTuple):
     middle_threshold: torch.Tensor
 
     def write(self, planes: torch.Tensor) -> None:
-        """To `(TAPE_PLANES, B, S)`, in the order of `csrc/params.h`."""
+        """To `(TAPE_PLANES, B, S)`."""
         at = 0
-        for tensor in self:
-            tensor = tensor[..., None] if tensor.dim() == 2 else tensor
-            planes[at : at + tensor.shape[-1]] = tensor.movedim(-1, 0)
-            at += tensor.shape[-1]
+        for name, size in TAPE.items():
+            tensor = getattr(self, name)
+            planes[at : at + size] = tensor if size == 1 else tensor.movedim(-1, 0)
+            at += size
 
     @classmethod
     def read(cls, planes: torch.Tensor) -> _Saved:
-        points = [planes[at : at + 2].movedim(0, -1).contiguous() for at in range(0, 8, 2)]
-        return cls(*points, *planes[8:].unbind(0))
+        parts = planes.split(list(TAPE.values()))
+        return cls(
+            **{
+                name: part[0] if size == 1 else part.movedim(0, -1).contiguous()
+                for (name, size), part in zip(TAPE.items(), parts, strict=True)
+            }
+        )
+
+
+class _Steps:
+    """The step of one call: what `evolve` and its backward share in their schemas."""
+
+    def __init__(self, given: Any, states: torch.Tensor) -> None:
+        self.given = given
+        self.rule = RadiusRule(
+            given.has_radius, given.radius_min, given.radius_max, given.radius_rate,
+            given.radius_reversion, given.radius_target,
+        )  # fmt: skip
+        self.inside = None  # which tokens are no padding: (B, S, 1), or None for all
+        if given.lengths is not None:
+            token = torch.arange(states.shape[1], device=states.device)
+            self.inside = (token < given.lengths[:, None])[..., None]
+
+    def numbers(self, step: int) -> tuple[float | torch.Tensor, float | torch.Tensor]:
+        """`dt` and `skip`, numbers or `(B, S, 1)`."""
+        given = self.given
+        return (
+            _of_step(given.dt, given.dt_value, step),
+            _of_step(given.skip, given.skip_value, step),
+        )
 
 
 def _of_step(tensor: torch.Tensor | None, value: float, step: int) -> float | torch.Tensor:
-    """A number, or `(B, S, 1)`."""
     return value if tensor is None else tensor[min(step, len(tensor) - 1), ..., None]
-
-
-def _inside(pairs: _Pairs, states: torch.Tensor) -> torch.Tensor | None:
-    """Which tokens are no padding: `(B, S, 1)`, or None for all."""
-    if pairs.lengths is None:
-        return None
-    token = torch.arange(states.shape[1], device=states.device)
-    return (token < pairs.lengths[:, None])[..., None]
 
 
 def _end_of_heun(saved: _Saved, dt: float | torch.Tensor) -> torch.Tensor:
     return saved.states + dt / 2 * (saved.context + saved.middle_context)
 
 
-def _evolve(states, dt, dt_value, skip, skip_value, *rest):
-    *pair, steps, active, low, high, rate, reversion, target, save = rest
-    pairs, rule = _Pairs(states, *pair), RadiusRule(active, low, high, rate, reversion, target)
+def _evolve(given: Any) -> Any:
+    states = given.states
     _check_points(states, None, None)
-    batch, length, _ = states.shape
-    inside = _inside(pairs, states)
-    tape = states.new_empty(steps if save else 0, autograd.TAPE_PLANES, batch, length)
-    x = states.contiguous()
-    for step in range(steps):
-        step_dt, step_skip = _of_step(dt, dt_value, step), _of_step(skip, skip_value, step)
+    pairs, steps = _Pairs(given, states), _Steps(given, states)
+    tape = states.new_empty(given.steps if given.save else 0, TAPE_PLANES, *states.shape[:2])
+    x, first = states.contiguous(), None
+    for step in range(given.steps):
+        dt, skip = steps.numbers(step)
         first = _forward(pairs, x)
-        middle = x + step_dt * first.context
+        middle = x + dt * first.context
         second = _forward(pairs, middle)
         saved = _Saved(
             x, middle, first.context, second.context,
             first.strength, first.threshold, second.threshold,
         )  # fmt: skip
-        if save:
+        if given.save:
             saved.write(tape[step])
-        evolved = rule.move(_end_of_heun(saved, step_dt), first.strength)
-        result = blend(step_skip, x, evolved)
-        x = result if inside is None else torch.where(inside, result, x)
-    return x, first.strength, first.degree, tape
+        evolved = steps.rule.move(_end_of_heun(saved, dt), first.strength)
+        result = blend(skip, x, evolved)
+        x = result if steps.inside is None else torch.where(steps.inside, result, x)
+    if first is None:
+        raise RuntimeError(f"qflux_kernels: steps must be at least 1, got {given.steps}")
+    return EVOLVE.Results(result=x, strength=first.strength, degree=first.degree, tape=tape)
 
 
-def _evolve_backward(grad_states, grad_strength, tape, dt, dt_value, skip, skip_value, *rest):
-    coefficient = rest[0]
-    *pair, steps, active, low, high, rate, reversion, target = rest
-    pairs, rule = _Pairs(grad_states, *pair), RadiusRule(active, low, high, rate, reversion, target)
-    grad_dt = tape.new_zeros(0 if dt is None else dt.shape)
-    grad_skip = tape.new_zeros(0 if skip is None else skip.shape)
-    inside = _inside(pairs, grad_states)
-    grad_alpha = tape.new_zeros(len(grad_states))
-    grad = grad_states.contiguous()
-    for step in reversed(range(steps)):
+def _stage_backward(
+    pairs: _Pairs, grad_context, grad_strength, threshold, states
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gradients of a stage's states and of the coefficient, those by the threshold included."""
+    grads = _backward(pairs, grad_context, grad_strength, threshold, states)
+    if grads.threshold is None:
+        return grads.states, grads.coefficient
+    of_states, _, of_sigma = threshold_vjp(
+        grads.threshold, states, None, pairs.coefficient, pairs.lengths, pairs.eps,
+        pairs.whole_window, pairs.causal,
+    )  # fmt: skip
+    return grads.states + of_states, grads.coefficient + of_sigma
+
+
+def _evolve_backward(given: Any) -> Any:
+    grad, tape = given.grad_states.contiguous(), given.tape
+    _check_points(grad, None, None)
+    _check("grad_strength", given.grad_strength, grad, *grad.shape[:2])
+    _check("tape", tape, grad, given.steps, TAPE_PLANES, *grad.shape[:2])
+    pairs, steps = _Pairs(given, grad), _Steps(given, grad)
+    grad_dt = None if given.dt is None else tape.new_zeros(given.dt.shape)
+    grad_skip = None if given.skip is None else tape.new_zeros(given.skip.shape)
+    grad_coefficient = tape.new_zeros(len(grad))
+    inside = steps.inside
+    for step in reversed(range(given.steps)):
         saved = _Saved.read(tape[step])
-        step_dt, step_skip = _of_step(dt, dt_value, step), _of_step(skip, skip_value, step)
+        dt, skip = steps.numbers(step)
 
-        moved = _end_of_heun(saved, step_dt)
-        evolved = rule.move(moved, saved.strength)
+        moved = _end_of_heun(saved, dt)
+        evolved = steps.rule.move(moved, saved.strength)
         of_skip = (grad * (saved.states - evolved)).sum(-1)
-        of_moved, of_strength = rule.move_vjp(moved, saved.strength, (1 - step_skip) * grad)
-        if step + 1 == steps:
-            of_strength = of_strength + grad_strength
-        of_states = step_skip * grad + of_moved
+        of_moved, of_strength = steps.rule.move_vjp(moved, saved.strength, (1 - skip) * grad)
+        if step + 1 == given.steps:
+            of_strength = of_strength + given.grad_strength
+        of_states = skip * grad + of_moved
         if inside is not None:
             of_skip = torch.where(inside[..., 0], of_skip, 0.0)
             of_moved = torch.where(inside, of_moved, 0.0)
@@ -407,17 +422,71 @@ def _evolve_backward(grad_states, grad_strength, tape, dt, dt_value, skip, skip_
 
         # Half of x' is k1 itself; the other half arrives through x + k1.
         half = of_moved / 2
-        middle = _backward(pairs, step_dt * half, None, saved.middle_threshold, saved.middle)
-        of_k1 = half + middle.states
-        first = _backward(pairs, step_dt * of_k1, of_strength, saved.threshold, saved.states)
-        grad = of_states + middle.states + first.states
-        grad_alpha = grad_alpha + middle.alpha + first.alpha
-        if dt is not None:
+        of_middle, by_middle = _stage_backward(
+            pairs, dt * half, None, saved.middle_threshold, saved.middle
+        )
+        of_k1 = half + of_middle
+        of_first, by_first = _stage_backward(
+            pairs, dt * of_k1, of_strength, saved.threshold, saved.states
+        )
+        grad = of_states + of_middle + of_first
+        grad_coefficient = grad_coefficient + by_middle + by_first
+        if grad_dt is not None:
             of_dt = of_k1 * saved.context + half * saved.middle_context
-            grad_dt[min(step, len(dt) - 1)] += of_dt.sum(-1)
-        if skip is not None:
-            grad_skip[min(step, len(skip) - 1)] += of_skip
-    return grad, grad_dt, grad_skip, grad_alpha if coefficient is not None else tape.new_empty(0)
+            grad_dt[min(step, len(grad_dt) - 1)] += of_dt.sum(-1)
+        if grad_skip is not None:
+            grad_skip[min(step, len(grad_skip) - 1)] += of_skip
+    return EVOLVE_BACKWARD.Results(
+        grad_input=grad,
+        grad_dt=grad_dt,
+        grad_skip=grad_skip,
+        grad_coefficient=None if given.coefficient is None else grad_coefficient,
+    )
+
+
+_KERNELS = {
+    INTERACT: _interact,
+    INTERACT_BACKWARD: _interact_backward,
+    THRESHOLD_BACKWARD: _threshold_backward,
+    EVOLVE: _evolve,
+    EVOLVE_BACKWARD: _evolve_backward,
+}
+
+
+def _any_batch(op: Op, rule: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """The rule on tensors with any batch dimensions: merged on the way in, restored behind it."""
+    name = "states" if "states" in op.Arguments._fields else "grad_states"
+
+    def run(given: Any) -> Any:
+        points = getattr(given, name)
+        batch = points.shape[:-2]
+        merged = {}
+        for field in op.arguments:
+            tensor, at = getattr(given, field.name), field.batch
+            if at is None or tensor is None:
+                continue
+            end = at + len(batch)
+            if tensor.shape[at:end] != batch:
+                raise RuntimeError(
+                    f"qflux_kernels: {field.name} must have the batch dimensions {tuple(batch)} "
+                    f"of {name}, got shape {tuple(tensor.shape)}"
+                )
+            shape = (*tensor.shape[:at], batch.numel(), *tensor.shape[end:])
+            merged[field.name] = tensor.reshape(shape)
+        found = rule(given._replace(**merged))
+        return op.Results(
+            *(
+                # The gradient of what was not given.
+                points.new_empty(0)
+                if result is None
+                else result.reshape(
+                    *result.shape[: field.batch], *batch, *result.shape[field.batch + 1 :]
+                )
+                for field, result in zip(op.results, found, strict=True)
+            )
+        )
+
+    return run
 
 
 _LIBRARY = torch.library.Library("qflux_kernels", "FRAGMENT")
@@ -425,16 +494,9 @@ _LIBRARY = torch.library.Library("qflux_kernels", "FRAGMENT")
 
 def register() -> None:
     """Declare the ops with their kernels and fakes."""
-    kernels = {
-        "interact": _interact,
-        "interact_backward": _interact_backward,
-        "evolve": _evolve,
-        "evolve_backward": _evolve_backward,
-    }
-    for name, schema in _SCHEMAS.items():
-        _LIBRARY.define(f"{PREFIX}{name}{schema}")
+    for op in FAMILY_OPS:
+        _LIBRARY.define(f"{TRITON}{op.name}{op.schema}")
+        kernel = autograd.by_name(op, _any_batch(op, _KERNELS[op]))
         # What an op computes with is not recorded: its gradient is the Functions' business.
-        _LIBRARY.impl(
-            f"{PREFIX}{name}", torch.no_grad()(kernels[name]), "CompositeExplicitAutograd"
-        )
-    autograd.register(PREFIX)
+        _LIBRARY.impl(TRITON + op.name, torch.no_grad()(kernel), "CompositeExplicitAutograd")
+    autograd.register(TRITON)

@@ -16,9 +16,9 @@ def threshold_vjp(
     sigma: torch.Tensor | float,
     lengths: torch.Tensor | None,
     eps: float,
-    row_window: bool,
+    whole_window: bool,
     causal: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
     """Gradients of `sum(grad * tau)` in states, keys and sigma, in the dtype of `grad`.
 
     With m and C, mean and covariance of the keys in the window of a row x::
@@ -32,36 +32,32 @@ def threshold_vjp(
     Computed in float64. Rows that see no key have no part in it.
 
     Args:
-        grad: `(B, S)`. states: `(B, S, 2)`. keys: `(B, K, 2)` or None. sigma: `(B,)` or a float.
-        lengths: `(B,)` or None.
-        causal, row_window: which keys a row's window has, see `Threshold`.
+        grad: `(*batch, S)`. states: `(*batch, S, 2)`. keys: `(*batch, K, 2)` or None: the states.
+        sigma: `(*batch)` or a float. lengths: `(*batch)` or None.
+        causal, whole_window: which keys a row's window has, see `Threshold`.
 
     Returns:
-        `(B, S, 2)`, `(B, K, 2)` (empty without keys, which are then the states) and `(B,)`.
+        `(*batch, S, 2)`, `(*batch, K, 2)` or None without keys, and `(*batch)`.
     """
-    if keys is None:
-        of_states, of_keys, of_sigma = threshold_vjp(
-            grad, states, states, sigma, lengths, eps, row_window, causal
-        )
-        return of_states + of_keys, of_keys.new_empty(0), of_sigma
-    rows, count = states.shape[-2], keys.shape[-2]
-    shift, prefix = count - rows, causal and not row_window
+    points = states if keys is None else keys
+    rows, count = states.shape[-2], points.shape[-2]
+    shift, prefix = count - rows, causal and not whole_window
     if not (rows and count):
         return (
             grad.new_zeros(states.shape),
-            grad.new_zeros(keys.shape),
-            grad.new_zeros(grad.shape[:1]),
+            None if keys is None else grad.new_zeros(keys.shape),
+            grad.new_zeros(grad.shape[:-1]),
         )
     if torch.is_tensor(sigma):
-        sigma = sigma.double()[:, None]
-    (x0, x1), (k0, k1), g = states.double().unbind(-1), keys.double().unbind(-1), grad.double()
+        sigma = sigma.double()[..., None]
+    (x0, x1), (k0, k1), g = states.double().unbind(-1), points.double().unbind(-1), grad.double()
     row = torch.arange(rows, device=grad.device)
     # Windows start with key 0.
     window = (row + shift + 1).clamp(0, count) if prefix else torch.full_like(row, count)
     seen = row + shift >= 0 if causal else None
     inside = None
     if lengths is not None:
-        lengths = lengths[:, None]
+        lengths = lengths[..., None]
         inside = torch.arange(count, device=grad.device) < lengths
         window = torch.minimum(window, lengths)
         seen = row < lengths if seen is None else seen & (row < lengths)
@@ -71,7 +67,9 @@ def threshold_vjp(
     inverse = 1 / window.clamp(min=1).double()
 
     # A variance is that of differences: relative to one of the keys, equal keys have exactly none.
-    o0, o1 = k0[:, :1], k1[:, :1]
+    if inside is not None:
+        k0, k1 = (torch.where(inside, plane, 0.0) for plane in (k0, k1))
+    o0, o1 = k0[..., :1], k1[..., :1]
     d0, d1 = k0 - o0, k1 - o1
     if inside is not None:
         d0, d1 = (torch.where(inside, plane, 0.0) for plane in (d0, d1))
@@ -106,4 +104,7 @@ def threshold_vjp(
     if inside is not None:
         of_k = torch.where(inside[..., None], of_k, 0.0)
     dtype = grad.dtype
-    return of_x.to(dtype), of_k.to(dtype), (g * sd).sum(-1).to(dtype)
+    of_x, of_k, of_sigma = of_x.to(dtype), of_k.to(dtype), (g * sd).sum(-1).to(dtype)
+    if keys is None:
+        return of_x + of_k, None, of_sigma
+    return of_x, of_k, of_sigma
