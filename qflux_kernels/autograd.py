@@ -147,7 +147,7 @@ class _Interact(OpFunction):
     @staticmethod
     def backward(ctx, grad_context, grad_strength, _degree, _threshold):
         states, keys, values, coefficient, min_gate, lengths, threshold = ctx.saved_tensors
-        needs = _Interact.Inputs(*ctx.needs_input_grad)
+        needs = _InteractInputs(*ctx.needs_input_grad)
         limit_vjp = SCORE_KINDS[ctx.pair.score].limit_vjp
         # The gradient of the limit comes with the rows and goes to the keys too.
         need_rows = needs.states or needs.coefficient or (limit_vjp and needs.keys)
@@ -163,11 +163,13 @@ class _Interact(OpFunction):
             # What was not given has an empty gradient here as there.
             of_states, of_keys = of_states + by_states, of_keys + by_keys
             of_coefficient = of_coefficient + by_coefficient
-        return _Interact.Inputs(
-            states=_narrowed(of_states, states, needs.states),
-            keys=_narrowed(of_keys, keys, needs.keys),
-            values=_narrowed(of_values, values, needs.values),
-            coefficient=_narrowed(of_coefficient, coefficient, needs.coefficient),
+        return tuple(
+            _InteractInputs(
+                states=_narrowed(of_states, states, needs.states),
+                keys=_narrowed(of_keys, keys, needs.keys),
+                values=_narrowed(of_values, values, needs.values),
+                coefficient=_narrowed(of_coefficient, coefficient, needs.coefficient),
+            )
         )
 
 
@@ -209,17 +211,23 @@ class _Evolve(OpFunction):
     @staticmethod
     def backward(ctx, grad_states, grad_strength, _degree, _tape):
         states, dt, skip, coefficient, min_gate, lengths, tape = ctx.saved_tensors
-        needs = _Evolve.Inputs(*ctx.needs_input_grad)
+        needs = _EvolveInputs(*ctx.needs_input_grad)
         of_states, of_dt, of_skip, of_coefficient = _EvolveBackward.run(
             grad_states, grad_strength, tape, dt, skip, coefficient, min_gate, lengths, states,
             ctx.pair, ctx.step, ctx.family,
         )  # fmt: skip
-        return _Evolve.Inputs(
-            states=_narrowed(of_states, states, needs.states),
-            dt=_narrowed(of_dt, dt, needs.dt),
-            skip=_narrowed(of_skip, skip, needs.skip),
-            coefficient=_narrowed(of_coefficient, coefficient, needs.coefficient),
+        return tuple(
+            _EvolveInputs(
+                states=_narrowed(of_states, states, needs.states),
+                dt=_narrowed(of_dt, dt, needs.dt),
+                skip=_narrowed(of_skip, skip, needs.skip),
+                coefficient=_narrowed(of_coefficient, coefficient, needs.coefficient),
+            )
         )
+
+
+# Dynamo takes neither an attribute of a Function nor a named tuple of gradients.
+_InteractInputs, _EvolveInputs = _Interact.Inputs, _Evolve.Inputs
 
 
 def _narrowed(grad: torch.Tensor, given: torch.Tensor, needed: bool) -> torch.Tensor | None:

@@ -468,8 +468,8 @@ def _any_batch(op: Op, rule: Callable[[Any], Any]) -> Callable[[Any], Any]:
             end = at + len(batch)
             if tensor.shape[at:end] != batch:
                 raise RuntimeError(
-                    f"qflux_kernels: {field.name} must have the batch dimensions {tuple(batch)} "
-                    f"of {name}, got shape {tuple(tensor.shape)}"
+                    f"qflux_kernels: {field.name} must be of the batch shape {tuple(batch)} of "
+                    f"{name}, got shape {tuple(tensor.shape)}"
                 )
             shape = (*tensor.shape[:at], batch.numel(), *tensor.shape[end:])
             merged[field.name] = tensor.reshape(shape)
