@@ -23,6 +23,7 @@ from ..schema import (
     TAPE_PLANES,
     THRESHOLD_BACKWARD,
     TRITON,
+    Field,
     Op,
 )
 from ..step import RadiusRule, blend
@@ -474,17 +475,16 @@ def _any_batch(op: Op, rule: Callable[[Any], Any]) -> Callable[[Any], Any]:
             shape = (*tensor.shape[:at], batch.numel(), *tensor.shape[end:])
             merged[field.name] = tensor.reshape(shape)
         found = rule(given._replace(**merged))
-        return op.Results(
-            *(
-                # The gradient of what was not given.
-                points.new_empty(0)
-                if result is None
-                else result.reshape(
-                    *result.shape[: field.batch], *batch, *result.shape[field.batch + 1 :]
-                )
-                for field, result in zip(op.results, found, strict=True)
-            )
-        )
+
+        def restored(result: torch.Tensor | None, field: Field) -> torch.Tensor:
+            if result is None:  # the gradient of what was not given
+                return points.new_empty(0)
+            at = field.batch
+            if at is None:
+                return result
+            return result.reshape(*result.shape[:at], *batch, *result.shape[at + 1 :])
+
+        return op.Results(*map(restored, found, op.results))
 
     return run
 
