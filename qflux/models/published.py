@@ -7,6 +7,7 @@ Every part is optional, so that one can be studied without the others.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -176,7 +177,7 @@ class PublishedLayer(nn.Module):
         self.bounds = AdaptiveBounds(config) if config.radius_bounds != "fixed" else None
         center = config.dt_scale if config.skip_center is None else config.skip_center
         self.skip_beta, self.skip_center = config.skip_beta, center
-        self.options = {"reduction": config.reduction, "backend": config.backend}
+        self.options: dict[str, Any] = {"reduction": config.reduction, "backend": config.backend}
 
     def forward(
         self,
@@ -278,6 +279,7 @@ class PublishedLM(CausalLM):
     """
 
     config: PublishedConfig
+    frequency: Tensor | None
 
     def __init__(self, config: PublishedConfig) -> None:
         super().__init__(config)

@@ -6,6 +6,7 @@ import io
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -91,14 +92,14 @@ def load_model(
     return model.to(device).eval(), vocabulary
 
 
-def save_state(folder: str | Path, state: dict[str, object]) -> None:
+def save_state(folder: str | Path, state: dict[str, Any]) -> None:
     """Write a training state of tensors and plain values into `folder`."""
     buffer = io.BytesIO()
     torch.save(state, buffer)
     write_atomically(Path(folder) / STATE_FILE, buffer.getvalue())
 
 
-def load_state(folder: str | Path) -> dict[str, object]:
+def load_state(folder: str | Path) -> dict[str, Any]:
     """Read what `save_state` wrote, on the CPU.
 
     Raises:
@@ -110,7 +111,7 @@ def load_state(folder: str | Path) -> dict[str, object]:
     return torch.load(path, map_location="cpu", weights_only=True)
 
 
-def check_same_model(state: dict[str, object], config: ModelConfig, vocabulary: Vocabulary) -> None:
+def check_same_model(state: dict[str, Any], config: ModelConfig, vocabulary: Vocabulary) -> None:
     """Raise unless a training state is of this configuration and this vocabulary.
 
     Raises:

@@ -137,6 +137,6 @@ def largest_moment(features: Tensor, iterations: int = 8) -> Tensor:
 @torch.no_grad()
 def apply_update(head: nn.Linear, update: HebbianUpdate, rate: float | Tensor) -> None:
     """Move `head` by `rate` times the update. Call it when no graph needs the old weights."""
-    head.weight += rate * update.weight
+    head.weight.add_(rate * update.weight)
     if head.bias is not None:
-        head.bias += rate * update.bias
+        head.bias.add_(rate * update.bias)

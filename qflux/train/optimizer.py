@@ -45,7 +45,7 @@ def make_optimizer(
 
 def make_autocast(
     device: torch.device, precision: Precision
-) -> Callable[[], AbstractContextManager[None]]:
+) -> Callable[[], AbstractContextManager[object]]:
     """What opens a context in which matrix products on `device` have that precision."""
     dtype = getattr(torch, precision)
     return partial(torch.autocast, device.type, dtype=dtype, enabled=dtype != torch.float32)

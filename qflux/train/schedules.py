@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Protocol, cast
 
 from torch import Tensor, nn
 
@@ -46,13 +47,16 @@ def shorten(batch: Tensor, length: int) -> Tensor:
     return batch[:, :whole].reshape(-1, length)
 
 
-def radius_rules(model: nn.Module) -> list[tuple[nn.Module, Radius]]:
+class HasRadius(Protocol):
+    """A module with a radius rule."""
+
+    radius: Radius
+
+
+def radius_rules(model: nn.Module) -> list[tuple[HasRadius, Radius]]:
     """The modules that have a radius rule, each with the one it was configured with."""
-    return [
-        (module, module.radius)
-        for module in model.modules()
-        if isinstance(getattr(module, "radius", None), Radius)
-    ]
+    rules = ((module, getattr(module, "radius", None)) for module in model.modules())
+    return [(cast("HasRadius", module), rule) for module, rule in rules if isinstance(rule, Radius)]
 
 
 def radius_factor(progress: float, warmup: float) -> float:
@@ -61,7 +65,7 @@ def radius_factor(progress: float, warmup: float) -> float:
 
 
 @contextmanager
-def radius_rate(rules: list[tuple[nn.Module, Radius]], factor: float) -> Iterator[None]:
+def radius_rate(rules: list[tuple[HasRadius, Radius]], factor: float) -> Iterator[None]:
     """Meanwhile radii grow at `factor` times the configured rate.
 
     Source: the Flux document, section 7.5 ("Schedule radius parameters to focus on important

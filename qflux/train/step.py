@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -69,20 +69,21 @@ class TrainStep:
 
     def _backpropagate(self, batch: Tensor, rate: float, return_layers: bool) -> StepResult:
         self.optimizer.zero_grad()
-        loss = 0.0
+        loss, layers = torch.zeros((), device=batch.device), ()
         for part in batch.chunk(self.options.accumulation):
             with self.autocast():
                 output = self.model(part, labels=part, return_layers=return_layers)
             mean = output.loss * (len(part) / len(batch))
             self.scaler.scale(mean).backward()
-            loss = loss + mean.detach()
-        return StepResult(loss, self._move(), rate, output.layers)
+            loss, layers = loss + mean.detach(), output.layers
+        return StepResult(loss, self._move(), rate, layers)
 
     def _hebbian(self, batch: Tensor, rate: float, progress: float) -> StepResult:
         options, model = self.options, self.model
         hybrid = options.learning == "hybrid"
         self.optimizer.zero_grad()
         updates, moment = [], 0.0
+        loss = torch.zeros((), device=batch.device)
         for part in batch.chunk(options.accumulation):
             with torch.set_grad_enabled(hybrid), self.autocast():
                 features = model.features(part)[:, :-1].flatten(0, 1)
@@ -96,10 +97,10 @@ class TrainStep:
                 error=options.hebbian_error,
                 features_gradient=hybrid,
             )
-            if hybrid:
+            if update.features is not None:
                 features.backward(weight * update.features.to(features.dtype))
             updates.append((weight, update))
-        loss = sum(weight * update.loss for weight, update in updates)
+            loss = loss + weight * update.loss
         norm = self._move() if hybrid else torch.zeros_like(loss)
         hebbian_rate = learning_rate_at(progress, options.hebbian_rate, options.warmup)
         for weight, update in updates:
@@ -113,17 +114,17 @@ class TrainStep:
         self.scaler.update()
         return norm
 
-    def state_dict(self) -> dict[str, object]:
+    def state_dict(self) -> dict[str, Any]:
         """What has to be kept to go on exactly."""
         return {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
 
-    def load_state_dict(self, state: dict[str, object]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """The inverse of `state_dict`."""
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
 
 
-def checkpoint_layers(model: nn.Module) -> None:
+def checkpoint_layers(model: CausalLM) -> None:
     """Let every layer of `model.layers` be recomputed in the backward pass, random draws included.
 
     Source: the Flux document, section 7.4.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Protocol
@@ -103,7 +103,7 @@ class WandbTracker:
         self.run.finish()
 
 
-CLASSES: dict[TrackerName, type[Tracker]] = {
+CLASSES: dict[TrackerName, Callable[[Path, ModelConfig], Tracker]] = {
     "tensorboard": TensorBoardTracker,
     "wandb": WandbTracker,
 }
