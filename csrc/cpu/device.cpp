@@ -203,6 +203,8 @@ bool swept_backward(const InteractBackwardParams<T>& params, const Staging<T>& s
 
 }  // namespace
 
+Device::Device() { instruction_set(); }
+
 template <class T>
 void Device::interact(const InteractParams<T>& params) {
   const PairParams<T>& p = params.pair;

@@ -9,6 +9,10 @@ namespace qflux::cpu {
 
 class Device {
  public:
+  // Raises for an instruction set that this machine does not run, before any thread needs it: what
+  // is raised inside a loop loses its message on the way out.
+  Device();
+
   template <class T>
   void interact(const InteractParams<T>& params);
   template <class T>
