@@ -70,10 +70,14 @@ template <class T>
 PerToken<T> per_token(const py::object& object) {
   if (!py::isinstance<py::array>(object)) return {nullptr, object.cast<T>()};
   const Strides strides{object, 1};
-  const bool per_step = strides.array.shape(0) > 1;
-  return {
-      data_of<const T>(object), T(0), per_step, strides.at(0), strides.outer(1), strides.inner(),
-      strides.trailing(0)};
+  PerToken<T> p{};
+  p.data = data_of<const T>(object);
+  p.per_step = strides.array.shape(0) > 1;
+  p.step = p.per_step ? strides.at(0) : 0;
+  p.outer = strides.outer(1);
+  p.inner = strides.inner();
+  p.token = strides.trailing(0);
+  return p;
 }
 
 template <class T>

@@ -92,7 +92,7 @@ def test_one_launch_stays_in_the_error_budget(emulator, rows):
     evolution = Evolution(case, radius=None)
     got, _, tape = run_evolve(emulator, evolution, np.float32, (ONE, ONE))
     x, y = emulator.TAPE_CONTEXT, emulator.TAPE_CONTEXT + 1
-    context = np.stack([tape[x, :rows], tape[y, :rows]], -1)[None]
+    context = np.stack([tape[x], tape[y]], -1)
     check_interaction(Inputs.random(case, dtype=np.float32), got | {"context": context})
 
 

@@ -155,7 +155,10 @@ __global__ void __launch_bounds__(kThreads, Pass::Sizes::kBlocksPerSm)
     const int order = static_cast<int>(rest / schedule.column_blocks);
     const int block = schedule.reversed ? schedule.owner_blocks - 1 - order : order;
     const BatchIndex b = params.pair.index(work % schedule.batch);
-    const Pass pass(params, b);
+    const int outer = static_cast<int>(b.outer), inner = static_cast<int>(b.inner);
+    // Addresses in a sequence are found anew where they are used, not held through the pair loop.
+    const auto anew = [&] { return Pass(params, {opaque(outer), opaque(inner)}); };
+    const Pass pass(params, {outer, inner});
     const int valid = pass.valid(), block_first = block * per_block;
     const int first = block_first + group * (kWarp * kOwners);
     const int last = lesser(first + kWarp * kOwners, valid);
@@ -169,12 +172,13 @@ __global__ void __launch_bounds__(kThreads, Pass::Sizes::kBlocksPerSm)
     do {
       typename Pass::Owner owner[kOwners] = {};
       Range met[kOwners] = {};
-      load_owners(pass, first, valid, column, owner, met);
+      load_owners(anew(), first, valid, column, owner, met);
       for (int start = all.begin; start < all.end; start += kTile) {
         const int count = lesser(kTile, all.end - start);
         __syncthreads();
+        const Pass source = anew();
         stage<kWidth>(tile.at, count, kThreads,
-                      [&](int n, T(&record)[kWidth]) { pass.fetch(start + n, column, record); });
+                      [&](int n, T(&record)[kWidth]) { source.fetch(start + n, column, record); });
         __syncthreads();
         for (int chunk = start + slice * kChunk; chunk < start + count; chunk += split * kChunk) {
           const int chunk_end = lesser(chunk + kChunk, start + count);
@@ -193,8 +197,7 @@ __global__ void __launch_bounds__(kThreads, Pass::Sizes::kBlocksPerSm)
       }
       if (split > 1) merge_slices(split, slice, group, tile.at, total);
       const bool is_last = column + Sizes::kColumns >= column_end;
-      const Pass writer(params, {opaque(b.outer), opaque(b.inner)});
-      store_owners(writer, first, static_cast<int>(Pass::owners(params)), column, is_last,
+      store_owners(anew(), first, static_cast<int>(Pass::owners(params)), column, is_last,
                    slice == 0, total);
 #pragma unroll
       for (int r = 0; r < kOwners; ++r)
@@ -211,6 +214,8 @@ const char* launch_gather(const typename Pass::Params& params, bool reversed, vo
   const PairParams<typename Pass::Scalar>& pair = params.pair;
   if (pair.rows > kMaxLength || pair.keys > kMaxLength || Pass::columns(params) > kMaxLength)
     return "the dense CUDA kernels take up to 2^30 rows, keys and value columns";
+  if (pair.outer > kMaxLength || pair.inner > kMaxLength)
+    return "the dense CUDA kernels take up to 2^30 sequences of a batch dimension";
   const int owners = static_cast<int>(Pass::owners(params));
   const int columns = static_cast<int>(Pass::columns(params));
   const auto blocks = [](int n, int size) { return (n + size - 1) / size; };
