@@ -41,14 +41,17 @@ class Memory:
         self.zones: list[tuple[np.ndarray, np.ndarray]] = []
 
     def array(self, shape: tuple[int, ...], dtype: type, layout: str = "plain") -> np.ndarray:
-        """An array full of NaN; "planes" has its last dimension outermost, "strided" has gaps.
+        """An array full of NaN.
 
-        What is "expanded" is so only where a value is given.
+        "planes" has its last dimension outermost, "strided" has gaps, "heads" has its second batch
+        dimension behind the tokens. What is "expanded" is so only where values are given.
         """
         order = list(range(len(shape)))
         gap = 1
         if layout == "planes":
             order = order[-1:] + order[:-1]
+        elif layout == "heads" and len(shape) > 2:
+            order[1], order[2] = 2, 1
         elif layout == "strided":
             order, gap = order[::-1], 2
         full = [shape[dim] * gap for dim in order]
@@ -310,18 +313,15 @@ def interact_backward(
     emulator.interact_backward(call | out | given | dict.fromkeys(omit))
     memory.check()
     if case.soft:
-        add_threshold_backward(emulator, call | out, given["grad_threshold"], memory)
+        scratch = {"window_grads": window_grads(emulator, case, memory)}
+        emulator.threshold_backward(call | out | given | scratch)
+        memory.check()
     return {name: array for name, array in out.items() if array is not None and name not in omit}
 
 
-def add_threshold_backward(
-    emulator, call: dict, grad_threshold: np.ndarray, memory: Memory
-) -> None:
-    """Adds to the gradients in `call` what reaches them through tau."""
-    shape = (*grad_threshold.shape, emulator.WINDOW_SUMS)
-    scratch = {"window_grads": memory.array(shape, np.float64)}
-    emulator.threshold_backward(call | scratch | {"grad_threshold": grad_threshold})
-    memory.check()
+def window_grads(emulator, case: Case, memory: Memory) -> np.ndarray:
+    """Scratch of the gradient of tau."""
+    return memory.array((*case.tokens, emulator.WINDOW_SUMS), np.float64)
 
 
 def expected(inputs: Inputs) -> dict[str, np.ndarray]:
@@ -381,6 +381,11 @@ class Evolution:
         return f"{self.case}-steps{self.steps}-dt{self.dt}-skip{self.skip}-{rule}"
 
 
+def by(launches: int, evolution: Evolution) -> tuple[int, int]:
+    """Forward and backward by these; soft thresholds have many launches backward."""
+    return launches, MANY if evolution.case.soft else launches
+
+
 def run_evolve(
     emulator,
     evolution: Evolution,
@@ -404,7 +409,10 @@ def run_evolve(
     def per_token(value: float | int) -> float | np.ndarray:
         if isinstance(value, float):
             return value
-        return rng.uniform(0.05, 0.3, (value, *tokens)).astype(dtype).astype(np.float64)
+        numbers = rng.uniform(0.05, 0.3, (value, *tokens)).astype(dtype).astype(np.float64)
+        if case.layout == "expanded":
+            numbers[...] = numbers[:, :, :1]
+        return numbers
 
     dt, skip = per_token(evolution.dt), per_token(evolution.skip)
     call = inputs.pair(dtype, memory)
@@ -414,8 +422,8 @@ def run_evolve(
         "radius": None
         if rule is None
         else (rule.min, rule.max, rule.rate, rule.reversion, rule.target),
-        "dt": dt if isinstance(dt, float) else memory.copy(dt.astype(dtype)),
-        "skip": skip if isinstance(skip, float) else memory.copy(skip.astype(dtype)),
+        "dt": dt if isinstance(dt, float) else memory.copy(dt.astype(dtype), case.layout),
+        "skip": skip if isinstance(skip, float) else memory.copy(skip.astype(dtype), case.layout),
     }
 
     def forward(save: bool) -> dict[str, np.ndarray]:
@@ -451,9 +459,7 @@ def run_evolve(
             "grad_out": memory.copy(inputs.grad_context.astype(dtype), case.layout),
             "grad_strength": memory.copy(inputs.grad_strength.astype(dtype), case.layout),
             "scratch": memory.array((emulator.SCRATCH_PLANES, *tokens), dtype),
-            "window_grads": memory.array((*tokens, emulator.WINDOW_SUMS), np.float64)
-            if case.soft
-            else None,
+            "window_grads": window_grads(emulator, case, memory) if case.soft else None,
         }
     )
     memory.check()

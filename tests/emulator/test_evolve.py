@@ -16,6 +16,7 @@ from emulator.harness import (
     Case,
     Evolution,
     Inputs,
+    by,
     check_interaction,
     close,
     run_evolve,
@@ -24,6 +25,23 @@ from emulator.harness import (
 EVOLUTIONS_BY_SWEEP = [
     Evolution(Case(140, lengths=(0, 140, 33), batch=3, mean=True, base=32), steps=2, dt=2, skip=1),
     Evolution(Case(200, batch=1, base=32, layout="planes"), dt=0.02),
+    Evolution(Case(100, batch=1, base=32, soft=True), dt=0.02),
+]
+SOFT = [
+    Evolution(Case(1, soft=True)),
+    Evolution(Case(40, soft=True), steps=2, dt=2, skip=2),
+    Evolution(Case(140, soft=True, lengths=(0, 140, 33), batch=3, mean=True), steps=2, dt=1),
+    Evolution(Case(65, soft=True, causal=False), dt=1, skip=1, radius=None),
+    Evolution(Case(70, soft=True, whole_window=True, layout="planes"), dt=1),
+    # More than one segment of rows for the scan.
+    Evolution(Case(1100, soft=True, mean=True, batch=1), dt=1),
+]
+BATCHES = [
+    Evolution(Case(40, batch=(2, 3), layout="heads"), steps=2, dt=2, skip=1),
+    Evolution(Case(40, batch=(2, 3), soft=True, layout="heads"), steps=2, dt=1, skip=2),
+    Evolution(Case(33, batch=(3, 2), gate=True, layout="expanded"), steps=2, dt=2, skip=2),
+    Evolution(Case(33, batch=(3, 2), soft=True, layout="expanded"), dt=1, skip=1),
+    Evolution(Case(33, batch=(2, 2), lengths=(33, 0, 7, 32), layout="strided"), dt=1),
 ]
 
 
@@ -47,7 +65,7 @@ SEQUENCES = [
 ]
 
 
-@pytest.mark.parametrize("evolution", EVOLUTIONS + EVOLUTIONS_BY_SWEEP, ids=str)
+@pytest.mark.parametrize("evolution", EVOLUTIONS + EVOLUTIONS_BY_SWEEP + SOFT + BATCHES, ids=str)
 def test_evolve_matches_the_reference(emulator, evolution):
     got, truth, _ = run_evolve(emulator, evolution)
     np.testing.assert_array_equal(got.pop("degree"), truth.pop("degree"))
@@ -55,9 +73,9 @@ def test_evolve_matches_the_reference(emulator, evolution):
         close(name, array, truth[name])
 
 
-@pytest.mark.parametrize("evolution", EVOLUTIONS + SEQUENCES, ids=str)
+@pytest.mark.parametrize("evolution", EVOLUTIONS + SEQUENCES + SOFT + BATCHES, ids=str)
 def test_one_launch_matches_the_reference(emulator, evolution):
-    got, truth, _ = run_evolve(emulator, evolution, launches=(ONE, ONE))
+    got, truth, _ = run_evolve(emulator, evolution, launches=by(ONE, evolution))
     np.testing.assert_array_equal(got.pop("degree"), truth.pop("degree"))
     for name, array in got.items():
         close(name, array, truth[name])
@@ -99,17 +117,22 @@ def test_one_launch_stays_in_the_error_budget(emulator, rows):
 @pytest.mark.parametrize("launches", [MANY, ONE])
 @pytest.mark.parametrize(
     "case",
-    [Case(150), Case(150, gate=True, lengths=(150, 70)), Case(515, batch=1, causal=False)],
+    [
+        Case(150),
+        Case(150, gate=True, lengths=(150, 70)),
+        Case(515, batch=1, causal=False),
+        Case(150, soft=True, lengths=(150, 70)),
+    ],
     ids=str,
 )
 def test_evolve_repeats_in_any_order(emulator, case, launches):
     evolution = Evolution(case, steps=2, dt=2, skip=1)
     for dtype in (np.float32, np.float64):
         emulator.configure(FORWARD, ALL_BLOCKS)
-        first, _, tape = run_evolve(emulator, evolution, dtype, (launches, launches))
+        first, _, tape = run_evolve(emulator, evolution, dtype, by(launches, evolution))
         for order, blocks in [(REVERSED, 1), (SHUFFLED, ALL_BLOCKS)]:
             emulator.configure(order, blocks)
-            again, _, tape_again = run_evolve(emulator, evolution, dtype, (launches, launches))
+            again, _, tape_again = run_evolve(emulator, evolution, dtype, by(launches, evolution))
             np.testing.assert_array_equal(tape_again, tape)
             for name, array in first.items():
                 np.testing.assert_array_equal(again[name], array, err_msg=name)
@@ -117,12 +140,14 @@ def test_evolve_repeats_in_any_order(emulator, case, launches):
 
 @pytest.mark.parametrize("spoil", [np.nan, np.inf], ids=str)
 @pytest.mark.parametrize(
-    "case", [Case(150), Case(150, gate=True), Case(150, lengths=(140, 100))], ids=str
+    "case",
+    [Case(150), Case(150, gate=True), Case(150, lengths=(140, 100)), Case(150, soft=True)],
+    ids=str,
 )
 def test_one_launch_spreads_what_is_not_finite_alike(emulator, case, spoil):
     evolution = Evolution(case, dt=1)
     wanted, _, _ = run_evolve(emulator, evolution, spoil=spoil)
-    got, _, _ = run_evolve(emulator, evolution, launches=(ONE, ONE), spoil=spoil)
+    got, _, _ = run_evolve(emulator, evolution, launches=by(ONE, evolution), spoil=spoil)
     first_row = 7 * case.rows // 10
     assert np.isnan(got["out"][0, first_row]).any()
     assert np.isfinite(got["out"][0, :first_row]).all() and np.isfinite(got["out"][1]).all()
@@ -141,8 +166,12 @@ def test_many_short_sequences_take_one_launch(emulator):
     assert count(Case(3), ONE) == one
     assert count(Case(3), MANY) == many
     assert count(Case(3, batch=128, gate=True)) == one
+    assert count(Case(3, batch=128, soft=True)) == 2 + (1 + 2 * 10)
     assert count(Case(3, batch=127, gate=True)) == many_gate
     emulator.configure(FORWARD, ALL_BLOCKS, 1)
     assert count(Case(3, batch=128, gate=True)) == many_gate
     with pytest.raises(RuntimeError, match="does not fit"):
         count(Case(3), ONE)
+    emulator.configure(FORWARD, ALL_BLOCKS)
+    with pytest.raises(RuntimeError, match="does not fit"):
+        count(Case(3, soft=True), ONE)

@@ -82,6 +82,21 @@ OPTIONS = [
 ]
 
 
+# Two batch dimensions that no single stride steps through.
+BATCHES = [
+    Case(40, batch=(2, 3), layout="heads"),
+    Case(40, batch=(3, 2), gate=True, mean=True, layout="heads"),
+    Case(40, batch=(2, 3), value_dim=5, soft=True, layout="heads"),
+    Case(33, keys=70, batch=(2, 3), value_dim=3, layout="expanded"),
+    Case(33, keys=70, batch=(2, 3), value_dim=3, soft=True, mean=True, layout="expanded"),
+    Case(70, keys=33, batch=(2, 2), gate=True, causal=False, layout="expanded"),
+    Case(40, batch=(3, 2), lengths=(7, 40, 0, 1, 39, 20), layout="planes"),
+    Case(40, batch=(3, 2), lengths=(7, 40, 0, 1, 39, 20), value_dim=9, soft=True, layout="strided"),
+    Case(40, batch=(2, 2), lengths=(40, 40, 11, 11), keys=40, whole_window=True, layout="expanded"),
+    Case(1, batch=(11, 13), keys=300, gate=True, layout="heads"),
+    Case(100, batch=(2, 3), base=32, layout="heads"),
+    Case(60, keys=90, batch=(2, 3), value_dim=3, base=32, layout="expanded"),
+]
 # By sweep, with base blocks so small that short sequences have several levels.
 SWEEPS = [
     Case(1, base=32),
@@ -102,10 +117,12 @@ SWEEPS = [
     # Several super-blocks, and more keys than a list holds.
     Case(2300, causal=False, batch=1, base=64),
     Case(1100, keys=1300, causal=False, batch=1, base=64, value_dim=2),
+    # Not this score.
+    Case(150, soft=True, batch=1, base=32),
 ]
 
 
-@pytest.mark.parametrize("case", EDGES + SHAPES + OPTIONS + SWEEPS, ids=str)
+@pytest.mark.parametrize("case", EDGES + SHAPES + OPTIONS + BATCHES + SWEEPS, ids=str)
 def test_interact_matches_the_reference(emulator, case):
     inputs = Inputs.random(case)
     truth = expected(inputs)
@@ -191,6 +208,8 @@ ORDERS = [
     Case(300, batch=3),
     Case(300, batch=3, gate=True, layout="planes"),
     Case(300, batch=3, soft=True, value_dim=3),
+    Case(1100, batch=1, soft=True),
+    Case(60, batch=(2, 3), soft=True, layout="heads"),
     Case(1100, batch=1, whole_window=True),
     Case(150, keys=600, value_dim=11, layout="strided"),
     Case(150, keys=300, value_dim=3, gate=True, causal=False),
@@ -258,6 +277,7 @@ def test_nan_and_infinity_reach_the_rows_that_see_them_and_no_other(emulator, ca
     [
         Case(150),
         Case(150, gate=True),
+        Case(150, soft=True),
         Case(150, value_dim=3),
         Case(150, value_dim=3, gate=True, causal=False),
         Case(150, whole_window=True),
@@ -339,6 +359,7 @@ def test_gradients_that_are_not_wanted(emulator, case):
     [
         Case(150),
         Case(150, gate=True),
+        Case(150, soft=True),
         Case(60, keys=90, value_dim=3, gate=True),
         Case(150, base=32),
     ],

@@ -15,6 +15,7 @@ from emulator.harness import (
     Evolution,
     Inputs,
     Memory,
+    by,
     interact,
     interact_backward,
     run_evolve,
@@ -42,14 +43,17 @@ def test_nothing_past_an_array_is_touched(emulator, fence):
             Case(70, lengths=(70, 0), value_dim=9, base=32),
             Case(40, keys=101, value_dim=3, base=32),
             Case(65, base=32, causal=False, batch=1),
+            Case(40, lengths=(40, 7), soft=True),
+            Case(5, keys=101, soft=True),
+            Case(9, batch=(2, 3), keys=30, value_dim=3, soft=True, layout="expanded"),
         ]:
             inputs = Inputs.random(case)
             for dtype in (np.float32, np.float64):
                 out = interact(emulator, inputs, dtype)
                 interact_backward(emulator, inputs, out["threshold"], dtype)
-        for evolution in EVOLUTIONS[:4]:
+        for evolution in [*EVOLUTIONS[:4], Evolution(Case(40, soft=True), dt=1)]:
             for launches in (MANY, ONE):
-                run_evolve(emulator, evolution, launches=(launches, launches))
+                run_evolve(emulator, evolution, launches=by(launches, evolution))
         for sizes in [(1, 1, 1), (33, 2, 17), (300, 8, 130)]:
             for dtype in (np.float32, np.float64):
                 run_project(emulator, *sizes, dtype)
