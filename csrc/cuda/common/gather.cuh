@@ -24,7 +24,8 @@ struct Schedule {
   int64_t batch;
   int owner_blocks, column_blocks;
   bool reversed;  // the last owners first: under a causal mask they meet the most
-  int split;      // warps of a block that share the same owners, each with its part of the sources
+  // 1 << split_bits warps of a block share the same owners, each with its part of the sources.
+  int split_bits;
 };
 
 template <class Numbers, int kSize>
@@ -44,20 +45,24 @@ __device__ __forceinline__ Range met_by_all(const Pass& pass, int first, int las
   return {pass.range(last - 1).begin, pass.range(first).end};
 }
 
-// The owners of a thread, `kWarp` apart. Those past the end repeat the last one, and are not
-// stored.
-template <class Pass, int kOwners>
-__device__ __forceinline__ void load_owners(const Pass& pass, int first, int valid, int column,
-                                            typename Pass::Owner (&owner)[kOwners],
-                                            Range (&met)[kOwners]) {
+// Calls visit(r, n) for the owners of a thread, `kWarp` apart. Those past the end repeat the last
+// one, and are not stored.
+template <int kOwners, class Pass, class Visit>
+__device__ __forceinline__ void for_each_owner(const Pass& pass, int first, const Visit& visit) {
+  const int valid = pass.valid(), lane = threadIdx.x % kWarp;
 #pragma unroll
-  for (int r = 0; r < kOwners; ++r) {
-    const int lane = threadIdx.x % kWarp;
-    const int n = lesser(opaque(first) + lane + r * kWarp, valid - 1);
-    if (valid == 0) break;
-    owner[r] = pass.load(n, column);
-    met[r] = pass.range(n);
-  }
+  for (int r = 0; r < kOwners; ++r)
+    if (valid > 0) visit(r, lesser(opaque(first) + lane + r * kWarp, valid - 1));
+}
+
+template <class Pass, int kOwners>
+__device__ __forceinline__ void load_owners(const Pass& pass, int first, int column,
+                                            typename Pass::Owner (&owner)[kOwners]) {
+  for_each_owner<kOwners>(pass, first, [&](int r, int n) { owner[r] = pass.load(n, column); });
+}
+template <class Pass, int kOwners>
+__device__ __forceinline__ void find_ranges(const Pass& pass, int first, Range (&met)[kOwners]) {
+  for_each_owner<kOwners>(pass, first, [&](int r, int n) { met[r] = pass.range(n); });
 }
 
 // Adds the sources from <= j < to of a tile that starts at `start`.
@@ -144,9 +149,10 @@ __global__ void __launch_bounds__(kThreads, Pass::Sizes::kBlocksPerSm)
   using Tile = Buffer<T, kTile * kWidth>;
   QFLUX_SHARED(Tile, tile);
 
-  const int split = schedule.split;
-  const int slice = threadIdx.x / kWarp % split, group = threadIdx.x / kWarp / split;
-  const int per_block = kThreads / split * kOwners;
+  const int split = 1 << schedule.split_bits;
+  const int slice = threadIdx.x / kWarp & (split - 1);
+  const int group = threadIdx.x / kWarp >> schedule.split_bits;
+  const int per_block = (kThreads * kOwners) >> schedule.split_bits;
   const int64_t works = schedule.batch * schedule.owner_blocks * schedule.column_blocks;
 
   for (int64_t work = blockIdx.x; work < works; work += gridDim.x) {
@@ -171,8 +177,7 @@ __global__ void __launch_bounds__(kThreads, Pass::Sizes::kBlocksPerSm)
         Pass::kLoopsColumns ? static_cast<int>(Pass::columns(params)) : column + 1;
     do {
       typename Pass::Owner owner[kOwners] = {};
-      Range met[kOwners] = {};
-      load_owners(anew(), first, valid, column, owner, met);
+      load_owners(anew(), first, column, owner);
       for (int start = all.begin; start < all.end; start += kTile) {
         const int count = lesser(kTile, all.end - start);
         __syncthreads();
@@ -184,9 +189,11 @@ __global__ void __launch_bounds__(kThreads, Pass::Sizes::kBlocksPerSm)
           const int chunk_end = lesser(chunk + kChunk, start + count);
           if (chunk_end <= any.begin || chunk >= any.end) continue;
           T sums[kOwners][kSums] = {};
+          Range met[kOwners] = {};
           if (chunk >= common.begin && chunk + kChunk <= common.end) {
             add_sources<false>(pass, owner, met, tile.at, start, chunk, chunk + kChunk, sums);
           } else {
+            find_ranges(anew(), first, met);
             const int skipped = greater(any.begin - chunk, 0);
             add_sources<true>(pass, owner, met, tile.at, start,
                               chunk + skipped - skipped % Sizes::kAtOnce,
@@ -219,14 +226,15 @@ const char* launch_gather(const typename Pass::Params& params, bool reversed, vo
   const int owners = static_cast<int>(Pass::owners(params));
   const int columns = static_cast<int>(Pass::columns(params));
   const auto blocks = [](int n, int size) { return (n + size - 1) / size; };
-  Schedule schedule{pair.batch(), 0, 1, reversed, 1};
+  Schedule schedule{pair.batch(), 0, 1, reversed, 0};
   if (!Pass::kLoopsColumns) schedule.column_blocks = blocks(columns, Sizes::kColumns);
   const int64_t copies = schedule.batch * schedule.column_blocks;
-  const auto per_block = [&] { return kThreads / schedule.split * Sizes::kOwners; };
+  const auto per_block = [&] { return (kThreads * Sizes::kOwners) >> schedule.split_bits; };
   // A split pays where each slice finds chunks of its own.
-  while (schedule.split < kWarps && Pass::sources(params) > schedule.split * Sizes::kChunk &&
+  while (1 << schedule.split_bits < kWarps &&
+         Pass::sources(params) > Sizes::kChunk << schedule.split_bits &&
          blocks(owners, per_block()) * copies < kEnoughBlocks)
-    schedule.split *= 2;
+    ++schedule.split_bits;
   schedule.owner_blocks = blocks(owners, per_block());
   return launch(gather<Pass>, {schedule.owner_blocks * copies, kThreads}, stream, params, schedule);
 }

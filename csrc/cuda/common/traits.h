@@ -43,7 +43,7 @@ struct Traits<float, true> {
 };
 template <>
 struct Traits<double, true> {
-  static constexpr int kOwners = 1, kColumns = 4, kUnroll = 1, kBlocksPerSm = 3;
+  static constexpr int kOwners = 1, kColumns = 4, kUnroll = 1, kBlocksPerSm = 4;
 };
 
 // Sources in shared memory, in records of `width` numbers.
