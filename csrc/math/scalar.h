@@ -30,6 +30,8 @@ QFLUX_INLINE bool not_less_equal(float a, float b) { return !(a <= b); }
 QFLUX_INLINE bool not_less_equal(double a, double b) { return !(a <= b); }
 QFLUX_INLINE float  select(bool mask, float a, float b) { return mask ? a : b; }
 QFLUX_INLINE double select(bool mask, double a, double b) { return mask ? a : b; }
+QFLUX_INLINE float  where(bool mask, float a) { return mask ? a : 0; }
+QFLUX_INLINE double where(bool mask, double a) { return mask ? a : 0; }
 // clang-format on
 
 template <class T>
