@@ -4,7 +4,6 @@
 #pragma once
 
 #include "../../math/score.h"
-#include "../../math/statistics.h"
 #include "../../math/sums.h"
 #include "dense.h"
 #include "simd.h"
@@ -765,15 +764,7 @@ void backward_keys(const Sequence<T>& s, int64_t first, int64_t last, const Back
 }
 
 template <class T>
-void thresholds(const Moments* windows, const T* x, const T* y, int64_t count, Point<double> shift,
-                double sigma, double eps, T* tau) {
-  for (int64_t i = 0; i < count; ++i)
-    tau[i] = static_cast<T>(
-        threshold(Point<double>{double(x[i]), double(y[i])}, windows[i], shift, sigma, eps));
-}
-
-template <class T>
-constexpr DenseLoops<T> kLoops = {forward<T>, backward_rows<T>, backward_keys<T>, thresholds<T>};
+constexpr DenseLoops<T> kLoops = {forward<T>, backward_rows<T>, backward_keys<T>};
 
 }  // namespace dense
 }  // namespace

@@ -195,6 +195,26 @@ QFLUX_INLINE Mask<T> lanes_between(int64_t first, int64_t last) {
 
 #endif
 
+template <class T>
+QFLUX_INLINE Mask<T> less(Vector<T> a, Vector<T> b) {
+#if defined(__AVX512F__)
+  Mask<T> not_less_mask = not_less(a, b);
+  return {~not_less_mask.bits & ((1u << Vector<T>::kWidth) - 1u)};
+#else
+  return {a.raw < b.raw};
+#endif
+}
+template <class T>
+QFLUX_INLINE Vector<T> not_negative(Vector<T> a) {
+  return where(not_less(a, Vector<T>(T(0))), a);
+}
+template <class T>
+QFLUX_INLINE Vector<T> square_root(Vector<T> a) {
+  typename Vector<T>::Raw root;
+  for (int lane = 0; lane < Vector<T>::kWidth; ++lane) root[lane] = qflux::square_root(a.raw[lane]);
+  return root;
+}
+
 // A number as a type.
 template <int kNumber>
 struct Constant {
