@@ -7,8 +7,6 @@ namespace {
 
 // Tokens are staged by tiles of so many.
 constexpr int64_t kTile = kMomentsTile;
-// Staging a token costs about as much as so many pairs.
-constexpr int64_t kTokenCost = 16;
 
 int64_t tiles(int64_t tokens) { return ceil_div(tokens, kTile); }
 
@@ -46,7 +44,7 @@ Staging<T>::Staging(const PairParams<T>& p) : Staging(p, false) {
     stage_queries(b, range);
     T* limit = row_plane(b, 2);
     if (statistics)
-      find_thresholds(before.get() + p.flat(b) * (tiles(p.keys) + 1), b, range);
+      find_thresholds(before.get() + p.flat(b) * tiles(p.keys), b, range);
     else
       std::fill(limit + range.first, limit + range.last, T(0));
   });
@@ -154,63 +152,35 @@ void Staging<T>::stage_gradients(const InteractBackwardParams<T>& backward, Batc
   }
 }
 
-// Sums over the keys of a range relative to the sequence's first key.
-template <class T>
-Moments Staging<T>::moments(BatchIndex b, Range range) const {
-  const T *x = key_plane(b, 0), *y = key_plane(b, 1);
-  const double shift_x = x[0], shift_y = y[0];
-  Moments sums;
-  for (int64_t j = range.first; j < range.last; ++j) sums.add(x[j] - shift_x, y[j] - shift_y);
-  return sums;
-}
-
-// [batch][tiles + 1]: moments of the keys in front of a tile.
+// [batch][tiles]: moments of the keys in front of a tile.
 template <class T>
 std::unique_ptr<Moments[]> Staging<T>::tile_moments() const {
-  const int64_t stride = tiles(p_.keys) + 1;
+  const int64_t stride = tiles(p_.keys);
   auto before = room<Moments>(p_.batch() * stride);
-  for_each_tile(p_, p_.keys, [&](BatchIndex b, int64_t tile) {
-    const Range range = tile_range(tile, kTile, p_.visibility(b).key_end);
-    if (range.first < range.last) before[p_.flat(b) * stride + tile + 1] = moments(b, range);
-  });
-  for (int64_t n = 0; n < p_.batch(); ++n)
+  for_each_block(p_.batch(), stride - 1, false, grain_for(kTile * kTokenCost),
+                 [&](int64_t n, int64_t tile) {
+                   const BatchIndex b = p_.index(n);
+                   const T *x = key_plane(b, 0), *y = key_plane(b, 1);
+                   const Range range = tile_range(tile, kTile, p_.visibility(b).key_end);
+                   before[n * stride + tile + 1] = loops<T>().statistics.moments(
+                       x, y, range.first, range.last, {double(x[0]), double(y[0])});
+                 });
+  for (int64_t n = 0; n < p_.batch(); ++n) {
+    before[n * stride] = Moments{};
     for (int64_t tile = 1; tile < stride; ++tile)
       before[n * stride + tile].add(before[n * stride + tile - 1]);
+  }
   return before;
 }
 
 // tau of the rows of a range, whose keys' moments in front of each tile stand in `before`.
 template <class T>
 void Staging<T>::find_thresholds(const Moments* before, BatchIndex b, Range range) const {
-  const auto [first, last] = range;
-  const Visibility visibility = p_.visibility(b);
-  const T *x = key_plane(b, 0), *y = key_plane(b, 1);
-  const double shift_x = x[0], shift_y = y[0];
-  const bool whole = p_.whole_window || !p_.causal;
-  const int64_t start = whole ? visibility.key_end : visibility.visible_keys(first);
-  int64_t n = start / kTile * kTile;
-  Moments inside = moments(b, {n, start}), windows[kTile];
-  T state_x[kTile], state_y[kTile];
-  n = start;
-  for (int64_t i = first; i < last; ++i) {
-    const int64_t end = whole ? start : visibility.visible_keys(i);
-    for (; n < end; ++n) {
-      if (n % kTile == 0) inside = Moments{};
-      inside.add(x[n] - shift_x, y[n] - shift_y);
-    }
-    // A window that ends with a tile still counts as that tile's.
-    Moments window = before[n % kTile == 0 && n > start ? n / kTile - 1 : n / kTile];
-    window.add(inside);
-    windows[i - first] = window;
-    const Point<T> state = load_point(p_.states, b, i);
-    state_x[i - first] = state.x;
-    state_y[i - first] = state.y;
-  }
-  T* tau = row_plane(b, 2) + first;
-  loops<T>().dense.thresholds(windows, state_x, state_y, last - first, {shift_x, shift_y},
-                              p_.coefficient[b], p_.eps, tau);
-  for (int64_t i = first; i < last; ++i)
-    if (visibility.visible_keys(i) == 0) tau[i - first] = T(0);
+  const Windows<T> windows{p_.visibility(b), p_.whole_window || !p_.causal, key_plane(b, 0),
+                           key_plane(b, 1),  before,                        p_.coefficient[b],
+                           p_.eps};
+  loops<T>().statistics.thresholds(windows, p_.states, b, range.first, range.last,
+                                   row_plane(b, 2) + range.first);
 }
 
 template class Staging<float>;

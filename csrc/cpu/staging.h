@@ -2,9 +2,13 @@
 #pragma once
 
 #include "isa/dense.h"
+#include "isa/statistics.h"
 #include "parallel.h"
 
 namespace qflux::cpu {
+
+// Staging a token costs about as much as so many pairs.
+constexpr int64_t kTokenCost = 16;
 
 // The planes and records of every sequence of a call.
 template <class T>
@@ -37,7 +41,6 @@ class Staging {
   void stage_keys(BatchIndex b, Range range) const;
   void stage_queries(BatchIndex b, Range range) const;
   void stage_gradients(const InteractBackwardParams<T>& backward, BatchIndex b, Range range) const;
-  Moments moments(BatchIndex b, Range range) const;
   std::unique_ptr<Moments[]> tile_moments() const;
   void find_thresholds(const Moments* before, BatchIndex b, Range range) const;
 

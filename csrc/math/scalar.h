@@ -23,6 +23,11 @@ QFLUX_INLINE double absolute(double a) { return fabs(a); }
 QFLUX_INLINE float  square_root(float a) { return sqrtf(a); }
 QFLUX_INLINE double square_root(double a) { return sqrt(a); }
 
+QFLUX_INLINE float  not_negative(float a) { return a < 0 ? 0 : a; }  // of NaN: NaN
+QFLUX_INLINE double not_negative(double a) { return a < 0 ? 0 : a; }
+
+QFLUX_INLINE bool less(float a, float b) { return a < b; }
+QFLUX_INLINE bool less(double a, double b) { return a < b; }
 // Negated, so that a comparison with NaN holds.
 QFLUX_INLINE bool not_less(float a, float b) { return !(a < b); }
 QFLUX_INLINE bool not_less(double a, double b) { return !(a < b); }
@@ -30,6 +35,8 @@ QFLUX_INLINE bool not_less_equal(float a, float b) { return !(a <= b); }
 QFLUX_INLINE bool not_less_equal(double a, double b) { return !(a <= b); }
 QFLUX_INLINE float  select(bool mask, float a, float b) { return mask ? a : b; }
 QFLUX_INLINE double select(bool mask, double a, double b) { return mask ? a : b; }
+QFLUX_INLINE float  where(bool mask, float a) { return mask ? a : 0; }
+QFLUX_INLINE double where(bool mask, double a) { return mask ? a : 0; }
 // clang-format on
 
 template <class T>

@@ -54,7 +54,7 @@ struct HardThreshold {
   QFLUX_INLINE V weight(V p) const { return p; }
   template <class M>
   QFLUX_INLINE V weight(V p, M kept) const {
-    return select(kept, p, V(0));
+    return where(kept, p);
   }
   QFLUX_INLINE V derivative(V /*p*/, V grad) const { return grad; }
 };
@@ -70,7 +70,7 @@ struct SoftThreshold : HardThreshold<V> {
   QFLUX_INLINE V weight(V p) const { return p - this->limit; }
   template <class M>
   QFLUX_INLINE V weight(V p, M kept) const {
-    return select(kept, p - this->limit, V(0));
+    return where(kept, p - this->limit);
   }
 };
 
@@ -105,7 +105,7 @@ struct InverseGate {
   // A dropped infinity stays visible as NaN.
   template <class M>
   QFLUX_INLINE V weight(V p, M kept) const {
-    return p * select(kept, gate(p), V(0));
+    return p * where(kept, gate(p));
   }
   // d/dp p / (eps + |p|) = eps / (eps + |p|)^2
   QFLUX_INLINE V derivative(V p, V grad) const { return grad * (eps * gate(p) * gate(p)); }

@@ -8,72 +8,77 @@ namespace qflux {
 
 // Sums over a window of keys, taken relative to one of them (`shift` below) so that equal states
 // have a variance of exactly zero.
-struct Moments {
-  double count = 0, x = 0, y = 0, xx = 0, xy = 0, yy = 0;
+template <class V>
+struct MomentsOf {
+  V count = V(0), x = V(0), y = V(0), xx = V(0), xy = V(0), yy = V(0);
 
-  QFLUX_INLINE void add(double dx, double dy) {
-    count += 1;
-    x += dx;
-    y += dy;
+  QFLUX_INLINE void add(V dx, V dy) {
+    count = count + V(1);
+    x = x + dx;
+    y = y + dy;
     xx = multiply_add(dx, dx, xx);
     xy = multiply_add(dx, dy, xy);
     yy = multiply_add(dy, dy, yy);
   }
-  QFLUX_INLINE void add(const Moments& other) {
-    count += other.count;
-    x += other.x;
-    y += other.y;
-    xx += other.xx;
-    xy += other.xy;
-    yy += other.yy;
+  QFLUX_INLINE void add(const MomentsOf& other) {
+    count = count + other.count;
+    x = x + other.x;
+    y = y + other.y;
+    xx = xx + other.xx;
+    xy = xy + other.xy;
+    yy = yy + other.yy;
   }
 };
+using Moments = MomentsOf<double>;
 
-// tau = mean + sigma * sqrt(variance + eps) of (x . k + 1) / 2 over the window's keys k.
-QFLUX_INLINE double threshold(Point<double> x, const Moments& window, Point<double> shift,
-                              double sigma, double eps) {
-  const double scale = 1 / window.count;
-  const double mx = window.x * scale, my = window.y * scale;
-  const double cxx = multiply_add(-mx, mx, window.xx * scale);
-  const double cxy = multiply_add(-mx, my, window.xy * scale);
-  const double cyy = multiply_add(-my, my, window.yy * scale);
-  const double mean = (x.x * (shift.x + mx) + x.y * (shift.y + my) + 1) / 2;
-  double variance = (x.x * x.x * cxx + 2 * x.x * x.y * cxy + x.y * x.y * cyy) / 4;
-  variance = variance < 0 ? 0 : variance;
+// tau = mean + sigma * sqrt(variance + eps) of (x . k + 1) / 2 over the window's keys k. V is double
+// or a vector of them, a row in each lane.
+template <class V>
+QFLUX_INLINE V threshold(Point<V> x, const MomentsOf<V>& window, Point<double> shift, double sigma,
+                         double eps) {
+  const V scale = V(1) / window.count;
+  const V mx = window.x * scale, my = window.y * scale;
+  const V cxx = multiply_add(V(0) - mx, mx, window.xx * scale);
+  const V cxy = multiply_add(V(0) - mx, my, window.xy * scale);
+  const V cyy = multiply_add(V(0) - my, my, window.yy * scale);
+  const V mean = (x.x * (V(shift.x) + mx) + x.y * (V(shift.y) + my) + V(1)) / V(2);
+  const V variance = (x.x * x.x * cxx + V(2) * x.x * x.y * cxy + x.y * x.y * cyy) / V(4);
   // An infinite state leaves no score defined, even where its infinities agree: NaN, as for a NaN.
-  const double undefined = (x.x - x.x) + (x.y - x.y);
-  return mean + sigma * square_root(variance + eps) + undefined;
+  const V undefined = (x.x - x.x) + (x.y - x.y);
+  return mean + V(sigma) * square_root(not_negative(variance) + V(eps)) + undefined;
 }
 
 // What tau owes to its row, to the sums over its window and to sigma, for a gradient `grad` of tau.
 // With the window's mean m and covariance C = M - m m', v = x' C x / 4 and sd = sqrt(v + eps):
 //   d tau / dx = (shift + m) / 2 + sigma C x / (4 sd),  d tau / d sigma = sd,
 //   d tau / dM = sigma x x' / (8 sd),  d tau / dm = x / 2 - sigma (x . m) x / (4 sd).
+template <class V>
 struct ThresholdGradient {
-  Point<double> x;
-  Moments sums;  // `count` has none
-  double sigma;
+  Point<V> x;
+  MomentsOf<V> sums;  // `count` has none
+  V sigma;
 };
 
-QFLUX_INLINE ThresholdGradient threshold_vjp(Point<double> x, const Moments& window,
-                                             Point<double> shift, double sigma, double eps,
-                                             double grad) {
-  const double scale = 1 / window.count;
-  const double mx = window.x * scale, my = window.y * scale;
-  const double cxx = window.xx * scale - mx * mx;
-  const double cxy = window.xy * scale - mx * my;
-  const double cyy = window.yy * scale - my * my;
-  const double ux = cxx * x.x + cxy * x.y, uy = cxy * x.x + cyy * x.y;
-  const double variance = (x.x * ux + x.y * uy) / 4;
+template <class V>
+QFLUX_INLINE ThresholdGradient<V> threshold_vjp(Point<V> x, const MomentsOf<V>& window,
+                                                Point<double> shift, double sigma, double eps,
+                                                V grad) {
+  const V scale = V(1) / window.count;
+  const V mx = window.x * scale, my = window.y * scale;
+  const V cxx = window.xx * scale - mx * mx;
+  const V cxy = window.xy * scale - mx * my;
+  const V cyy = window.yy * scale - my * my;
+  const V ux = cxx * x.x + cxy * x.y, uy = cxy * x.x + cyy * x.y;
+  const V variance = (x.x * ux + x.y * uy) / V(4);
   // Where nothing deviates, or rounding says less than nothing, the deviation has no gradient.
-  const bool deviates = variance > 0;
-  const double sd = square_root((deviates ? variance : 0.0) + eps);
-  const double half = grad / 2, slope = deviates ? half * sigma / (2 * sd) : 0.0;
-  const double of_mean = (half - slope * (x.x * mx + x.y * my)) * scale, part = slope * scale / 2;
-  return {
-      {half * (shift.x + mx) + slope * ux, half * (shift.y + my) + slope * uy},
-      {0, of_mean * x.x, of_mean * x.y, part * x.x * x.x, 2 * part * x.x * x.y, part * x.y * x.y},
-      grad * sd};
+  const auto deviates = less(V(0), variance);
+  const V sd = square_root(where(deviates, variance) + V(eps));
+  const V half = grad / V(2), slope = where(deviates, half * V(sigma) / (V(2) * sd));
+  const V of_mean = (half - slope * (x.x * mx + x.y * my)) * scale, part = slope * scale / V(2);
+  return {{half * (V(shift.x) + mx) + slope * ux, half * (V(shift.y) + my) + slope * uy},
+          {V(0), of_mean * x.x, of_mean * x.y, part * x.x * x.x, V(2) * part * x.x * x.y,
+           part * x.y * x.y},
+          grad * sd};
 }
 
 }  // namespace qflux

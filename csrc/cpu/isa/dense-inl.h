@@ -4,7 +4,6 @@
 #pragma once
 
 #include "../../math/score.h"
-#include "../../math/statistics.h"
 #include "../../math/sums.h"
 #include "dense.h"
 #include "simd.h"
@@ -22,6 +21,8 @@ constexpr int kVectors = 2;
 constexpr int64_t kTile = 128;
 // Value columns accumulated together.
 constexpr int kColumns = 4;
+// Sixteen registers hold the sums of kColumns columns for one vector of owners, thirty-two for all.
+constexpr bool kApart = sizeof(Vector<float>) < 64;
 
 static_assert(kPadding % (kVectors * Vector<float>::kWidth) == 0, "a group may overhang a plane");
 static_assert(kBlock % (kVectors * Vector<float>::kWidth) == 0, "a block is made of whole groups");
@@ -116,14 +117,31 @@ QFLUX_INLINE void each_vector(const Body& body) {
   static_assert(kVectors == 2, "one call for each vector");
 }
 
+// The same for each of kColumns columns.
+template <class Body>
+QFLUX_INLINE void each_column(const Body& body) {
+  body(Constant<0>());
+  body(Constant<1>());
+  body(Constant<2>());
+  body(Constant<3>());
+  static_assert(kColumns == 4, "one call for each column");
+}
+
 // Calls body(r, j, visible) for the keys j of a tile that vector r of rows meets: first those that
 // every owner sees, then the edge of the causal triangle, where `visible` tells the lanes.
-template <class T, class Body>
+// With kApart one vector after the other: it needs fewer registers at a time.
+template <bool kApart = false, class T, class Body>
 QFLUX_INLINE void each_key(const Group<T>& group, int64_t tile, int64_t tile_end,
                            const Body& body) {
   const int64_t main_end = lesser(tile_end, group.common_end);
-  for (int64_t j = tile; j < main_end; ++j)
-    each_vector([&](auto r) QFLUX_INLINE_LAMBDA { body(r, j, nullptr); });
+  if constexpr (kApart) {
+    each_vector([&](auto r) QFLUX_INLINE_LAMBDA {
+      for (int64_t j = tile; j < main_end; ++j) body(r, j, nullptr);
+    });
+  } else {
+    for (int64_t j = tile; j < main_end; ++j)
+      each_vector([&](auto r) QFLUX_INLINE_LAMBDA { body(r, j, nullptr); });
+  }
   each_vector([&](auto r) QFLUX_INLINE_LAMBDA {
     const int64_t end = lesser(tile_end, group.end[r]);
     for (int64_t j = greater(tile, group.common_end); j < end; ++j) {
@@ -134,7 +152,7 @@ QFLUX_INLINE void each_key(const Group<T>& group, int64_t tile, int64_t tile_end
 }
 
 // The same for the rows i that vector r of keys meets: first the edge, then the rest.
-template <class T, class Body>
+template <bool kApart = false, class T, class Body>
 QFLUX_INLINE void each_row(const Group<T>& group, int64_t tile, int64_t tile_end,
                            const Body& body) {
   each_vector([&](auto r) QFLUX_INLINE_LAMBDA {
@@ -144,9 +162,16 @@ QFLUX_INLINE void each_row(const Group<T>& group, int64_t tile, int64_t tile_end
       body(r, i, &visible);
     }
   });
+  const int64_t main_begin = greater(tile, group.common_begin);
   const int64_t main_end = lesser(tile_end, group.common_end);
-  for (int64_t i = greater(tile, group.common_begin); i < main_end; ++i)
-    each_vector([&](auto r) QFLUX_INLINE_LAMBDA { body(r, i, nullptr); });
+  if constexpr (kApart) {
+    each_vector([&](auto r) QFLUX_INLINE_LAMBDA {
+      for (int64_t i = main_begin; i < main_end; ++i) body(r, i, nullptr);
+    });
+  } else {
+    for (int64_t i = main_begin; i < main_end; ++i)
+      each_vector([&](auto r) QFLUX_INLINE_LAMBDA { body(r, i, nullptr); });
+  }
 }
 
 // acc + w * x on the visible lanes: what a lane may not see must not reach it even as 0 * NaN.
@@ -533,7 +558,7 @@ void backward_keys_values(const Sequence<T>& s, int64_t first, int64_t last,
         const V d = pair.derivative(p, load(upstream[i - tile][r]));
         ax[r] = select(kept, multiply_add(d, qx, ax[r]), ax[r]);
         ay[r] = select(kept, multiply_add(d, qy, ay[r]), ay[r]);
-        store(weight[i - tile][r], select(kept, pair.weight(p), V(T(0))));
+        store(weight[i - tile][r], where(kept, pair.weight(p)));
       });
       each_vector([&](auto r) QFLUX_INLINE_LAMBDA {
         totals[0][r].add(ax[r]);
@@ -547,10 +572,171 @@ void backward_keys_values(const Sequence<T>& s, int64_t first, int64_t last,
   }
 }
 
+// Values of kColumns columns, as many as a model's cylinders usually have: all sums of a pair stay in
+// registers, and no weight is staged. Every lane adds up what it adds up on the general path, in the
+// same order.
+template <class Score, class T>
+void forward_columns(const Sequence<T>& s, int64_t first, int64_t last,
+                     const ForwardBlock<T>& out) {
+  using V = Vector<T>;
+  constexpr int kWidth = V::kWidth;
+  const V bias(static_cast<T>(Score::kBias)), eps(s.eps), min_gate(s.min_gate);
+  for (int64_t row = first; row < last; row += Group<T>::kOwners) {
+    const Group<T> group = row_group(s, row, last);
+    V qx[kVectors], qy[kVectors];
+    Score pair[kVectors];
+    each_vector([&](auto r) QFLUX_INLINE_LAMBDA {
+      qx[r] = load(s.query_x + group.start(r));
+      qy[r] = load(s.query_y + group.start(r));
+      pair[r] = Score::make(load(s.limit + group.start(r)), eps, min_gate);
+    });
+    Total<T> totals[kColumns][kVectors], strengths[kVectors];
+    int32_t degrees[kVectors * kWidth] = {};
+    for (int64_t tile = 0; tile < group.highest(); tile += kTile) {
+      V acc[kVectors][kColumns], strength[kVectors];
+      typename V::Bits degree[kVectors];
+      each_vector([&](auto r) QFLUX_INLINE_LAMBDA {
+        each_column([&](auto c) QFLUX_INLINE_LAMBDA { acc[r][c] = V(T(0)); });
+        strength[r] = V(T(0));
+        degree[r] = typename V::Bits{};
+      });
+      each_key<kApart>(group, tile, tile + kTile,
+               [&](auto r, int64_t j, const Mask<T>* visible) QFLUX_INLINE_LAMBDA {
+                 const T* value = s.values + j * s.value_stride;
+                 const V p = inner_product(qx[r], qy[r], V(s.key_x[j]), V(s.key_y[j]), bias);
+                 const Mask<T> kept = kept_and_visible(pair[r].kept(p), visible);
+                 const V w = pair[r].weight(p, kept);
+                 strength[r] = add_visible(visible, w, V(T(1)), strength[r]);
+                 count(kept, degree[r]);
+                 each_column([&](auto c) QFLUX_INLINE_LAMBDA {
+                   acc[r][c] = add_visible(visible, w, V(value[c]), acc[r][c]);
+                 });
+               });
+      each_vector([&](auto r) QFLUX_INLINE_LAMBDA {
+        each_column([&](auto c) QFLUX_INLINE_LAMBDA { totals[c][r].add(acc[r][c]); });
+        strengths[r].add(strength[r]);
+        add_counts<T>(degree[r], degrees + r * kWidth);
+      });
+    }
+    each_column([&](auto c) QFLUX_INLINE_LAMBDA {
+      take(group, first, totals[c], c, kColumns, out.context);
+    });
+    take(group, first, strengths, 0, 1, out.strength);
+    if (out.degree)
+      for (int64_t i = group.first; i < group.last; ++i)
+        out.degree[i - first] = degrees[i - group.first];
+  }
+}
+
+template <class Score, class T>
+void backward_rows_columns(const Sequence<T>& s, int64_t first, int64_t last,
+                           const BackwardBlock<T>& out) {
+  using V = Vector<T>;
+  const V bias(static_cast<T>(Score::kBias)), eps(s.eps), min_gate(s.min_gate);
+  for (int64_t row = first; row < last; row += Group<T>::kOwners) {
+    const Group<T> group = row_group(s, row, last);
+    V qx[kVectors], qy[kVectors], gs[kVectors], grad[kVectors][kColumns];
+    Score pair[kVectors];
+    each_vector([&](auto r) QFLUX_INLINE_LAMBDA {
+      qx[r] = load(s.query_x + group.start(r));
+      qy[r] = load(s.query_y + group.start(r));
+      gs[r] = load(s.grad_strength + group.start(r));
+      each_column([&](auto c) QFLUX_INLINE_LAMBDA {
+        grad[r][c] = load(s.grad + c * s.row_stride + group.start(r));
+      });
+      pair[r] = Score::make(load(s.limit + group.start(r)), eps, min_gate);
+    });
+    Total<T> totals[3][kVectors];
+    for (int64_t tile = 0; tile < group.highest(); tile += kTile) {
+      V ax[kVectors], ay[kVectors], al[kVectors];
+      each_vector([&](auto r) QFLUX_INLINE_LAMBDA { ax[r] = ay[r] = al[r] = V(T(0)); });
+      each_key<kApart>(group, tile, tile + kTile,
+               [&](auto r, int64_t j, const Mask<T>* visible) QFLUX_INLINE_LAMBDA {
+                 const T* value = s.values + j * s.value_stride;
+                 const V kx(s.key_x[j]), ky(s.key_y[j]);
+                 const V p = inner_product(qx[r], qy[r], kx, ky, bias);
+                 const Mask<T> kept = kept_and_visible(pair[r].kept(p), visible);
+                 V u = gs[r];
+                 each_column([&](auto c) QFLUX_INLINE_LAMBDA {
+                   u = multiply_add(grad[r][c], V(value[c]), u);
+                 });
+                 const V d = pair[r].derivative(p, u);
+                 ax[r] = add_kept(visible, kept, d, kx, ax[r]);
+                 ay[r] = add_kept(visible, kept, d, ky, ay[r]);
+                 if constexpr (Score::kLimitVjp) al[r] = add_where(kept, d, al[r]);
+               });
+      each_vector([&](auto r) QFLUX_INLINE_LAMBDA {
+        totals[0][r].add(ax[r]);
+        totals[1][r].add(ay[r]);
+        if constexpr (Score::kLimitVjp) totals[2][r].add(al[r]);
+      });
+    }
+    take(group, first, totals[0], 0, 2, out.point);
+    take(group, first, totals[1], 1, 2, out.point);
+    if constexpr (Score::kLimitVjp) take_limit(group, first, totals[2], out.limit);
+  }
+}
+
+template <class Score, class T>
+void backward_keys_columns(const Sequence<T>& s, int64_t first, int64_t last,
+                           const BackwardBlock<T>& out) {
+  using V = Vector<T>;
+  const V bias(static_cast<T>(Score::kBias)), eps(s.eps), min_gate(s.min_gate);
+  for (int64_t key = first; key < last; key += Group<T>::kOwners) {
+    const Group<T> group = key_group(s, key, last);
+    V kx[kVectors], ky[kVectors], value[kVectors][kColumns];
+    each_vector([&](auto r) QFLUX_INLINE_LAMBDA {
+      kx[r] = load(s.key_x + group.start(r));
+      ky[r] = load(s.key_y + group.start(r));
+      each_column([&](auto c) QFLUX_INLINE_LAMBDA {
+        value[r][c] = load(s.value_planes + c * s.key_stride + group.start(r));
+      });
+    });
+    Total<T> points[2][kVectors], values[kColumns][kVectors];
+    for (int64_t tile = group.lowest() / kTile * kTile; tile < group.highest(); tile += kTile) {
+      V ax[kVectors], ay[kVectors], acc[kVectors][kColumns];
+      each_vector([&](auto r) QFLUX_INLINE_LAMBDA {
+        ax[r] = ay[r] = V(T(0));
+        each_column([&](auto c) QFLUX_INLINE_LAMBDA { acc[r][c] = V(T(0)); });
+      });
+      each_row<kApart>(group, tile, tile + kTile,
+               [&](auto r, int64_t i, const Mask<T>* visible) QFLUX_INLINE_LAMBDA {
+                 const T* grad = s.grad_records + i * kColumns;
+                 const V qx(s.query_x[i]), qy(s.query_y[i]);
+                 const Score pair = Score::make(V(s.limit[i]), eps, min_gate);
+                 const V p = inner_product(qx, qy, kx[r], ky[r], bias);
+                 const Mask<T> kept = kept_and_visible(pair.kept(p), visible);
+                 V u(s.grad_strength[i]);
+                 each_column([&](auto c) QFLUX_INLINE_LAMBDA {
+                   u = multiply_add(value[r][c], V(grad[c]), u);
+                 });
+                 const V d = pair.derivative(p, u);
+                 ax[r] = add_kept(visible, kept, d, qx, ax[r]);
+                 ay[r] = add_kept(visible, kept, d, qy, ay[r]);
+                 const V w = where(kept, pair.weight(p));
+                 each_column([&](auto c) QFLUX_INLINE_LAMBDA {
+                   acc[r][c] = add_visible(visible, w, V(grad[c]), acc[r][c]);
+                 });
+               });
+      each_vector([&](auto r) QFLUX_INLINE_LAMBDA {
+        points[0][r].add(ax[r]);
+        points[1][r].add(ay[r]);
+        each_column([&](auto c) QFLUX_INLINE_LAMBDA { values[c][r].add(acc[r][c]); });
+      });
+    }
+    take(group, first, points[0], 0, 2, out.point);
+    take(group, first, points[1], 1, 2, out.point);
+    each_column([&](auto c) QFLUX_INLINE_LAMBDA {
+      take(group, first, values[c], c, kColumns, out.values);
+    });
+  }
+}
+
 template <class T>
 void forward(const Sequence<T>& s, int64_t first, int64_t last, const ForwardBlock<T>& out) {
   visit_score(s.score, [&](auto tag) {
     using Score = typename decltype(tag)::template of<Vector<T>>;
+    if (s.values && s.value_dim == kColumns) return forward_columns<Score>(s, first, last, out);
     if (s.values) return forward_values<Score>(s, first, last, out);
     return out.degree ? forward_keys<Score, true>(s, first, last, out)
                       : forward_keys<Score, false>(s, first, last, out);
@@ -560,6 +746,8 @@ template <class T>
 void backward_rows(const Sequence<T>& s, int64_t first, int64_t last, const BackwardBlock<T>& out) {
   visit_score(s.score, [&](auto tag) {
     using Score = typename decltype(tag)::template of<Vector<T>>;
+    if (s.values && s.value_dim == kColumns)
+      return backward_rows_columns<Score>(s, first, last, out);
     return s.values ? backward_rows_values<Score>(s, first, last, out)
                     : backward_rows_keys<Score>(s, first, last, out);
   });
@@ -568,21 +756,15 @@ template <class T>
 void backward_keys(const Sequence<T>& s, int64_t first, int64_t last, const BackwardBlock<T>& out) {
   visit_score(s.score, [&](auto tag) {
     using Score = typename decltype(tag)::template of<Vector<T>>;
+    if (s.values && s.value_dim == kColumns)
+      return backward_keys_columns<Score>(s, first, last, out);
     return s.values ? backward_keys_values<Score>(s, first, last, out)
                     : backward_keys_keys<Score>(s, first, last, out);
   });
 }
 
 template <class T>
-void thresholds(const Moments* windows, const T* x, const T* y, int64_t count, Point<double> shift,
-                double sigma, double eps, T* tau) {
-  for (int64_t i = 0; i < count; ++i)
-    tau[i] = static_cast<T>(
-        threshold(Point<double>{double(x[i]), double(y[i])}, windows[i], shift, sigma, eps));
-}
-
-template <class T>
-constexpr DenseLoops<T> kLoops = {forward<T>, backward_rows<T>, backward_keys<T>, thresholds<T>};
+constexpr DenseLoops<T> kLoops = {forward<T>, backward_rows<T>, backward_keys<T>};
 
 }  // namespace dense
 }  // namespace

@@ -1,7 +1,6 @@
 // The pair loops over one staged sequence.
 #pragma once
 
-#include "../../math/statistics.h"
 #include "../../params.h"
 
 namespace qflux::cpu {
@@ -10,10 +9,6 @@ namespace qflux::cpu {
 constexpr int64_t kPadding = 32;
 // Rows (or keys, in the key pass) that one thread owns at a time.
 constexpr int64_t kBlock = 64;
-// Keys of a window whose moments are summed from zero; fixed, so that results never depend on the
-// number of threads.
-constexpr int64_t kMomentsTile = 512;
-
 // One sequence in the layouts the loops want: a plane for each component, zero-padded, for the side
 // that owns, and a record for each token where many columns are broadcast.
 template <class T>
@@ -56,9 +51,6 @@ struct DenseLoops {
   void (*forward)(const Sequence<T>&, int64_t first, int64_t last, const ForwardBlock<T>&);
   void (*backward_rows)(const Sequence<T>&, int64_t first, int64_t last, const BackwardBlock<T>&);
   void (*backward_keys)(const Sequence<T>&, int64_t first, int64_t last, const BackwardBlock<T>&);
-  // tau of tile's rows 0 .. count - 1 from the moments of the windows that end with each of them.
-  void (*thresholds)(const Moments* windows, const T* x, const T* y, int64_t count,
-                     Point<double> shift, double sigma, double eps, T* tau);
 };
 
 }  // namespace qflux::cpu

@@ -3,6 +3,7 @@
 
 #include "dense.h"
 #include "projection.h"
+#include "statistics.h"
 #include "sweep.h"
 
 namespace qflux::cpu {
@@ -10,6 +11,7 @@ namespace qflux::cpu {
 template <class T>
 struct Loops {
   DenseLoops<T> dense;
+  StatisticsLoops<T> statistics;
   SweepLoops<T> sweep;
   ProjectionLoops<T> projection;
 };

@@ -7,13 +7,14 @@
 #include "dense-inl.h"
 #include "dispatch.h"
 #include "projection-inl.h"
+#include "statistics-inl.h"
 #include "sweep-inl.h"
 
 namespace qflux::cpu {
 namespace {
 
 template <class T>
-constexpr Loops<T> kLoops = {dense::kLoops<T>, sweep::kLoops<T>, projection::kLoops<T>};
+constexpr Loops<T> kLoops = {dense::kLoops<T>, statistics::kLoops<T>, sweep::kLoops<T>, projection::kLoops<T>};
 
 }  // namespace
 

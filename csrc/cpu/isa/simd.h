@@ -13,6 +13,7 @@
 #include <immintrin.h>
 #define QFLUX_VECTOR_BYTES 64
 #elif defined(__AVX2__)
+#include <immintrin.h>
 #define QFLUX_VECTOR_BYTES 32
 #else
 #define QFLUX_VECTOR_BYTES 16
@@ -103,6 +104,10 @@ QFLUX_INLINE Vector<double> add_where(Mask<double> m, Vector<double> a, Vector<d
 QFLUX_INLINE void count(Mask<float> m, Vector<float>::Bits& counter) { counter = (Vector<float>::Bits)_mm512_mask_add_epi32((__m512i)counter, (__mmask16)m.bits, (__m512i)counter, _mm512_set1_epi32(1)); }
 QFLUX_INLINE void count(Mask<double> m, Vector<double>::Bits& counter) { counter = (Vector<double>::Bits)_mm512_mask_add_epi64((__m512i)counter, (__mmask8)m.bits, (__m512i)counter, _mm512_set1_epi64(1)); }
 // clang-format on
+template <class T>
+QFLUX_INLINE Vector<T> where(Mask<T> m, Vector<T> a) {
+  return select(m, a, Vector<T>(T(0)));
+}
 // Lanes first <= lane < last.
 template <class T>
 QFLUX_INLINE Mask<T> lanes_between(int64_t first, int64_t last) {
@@ -131,6 +136,15 @@ QFLUX_INLINE Vector<T> absolute(Vector<T> a) {
   constexpr Integer kSign = Integer(1) << (8 * sizeof(T) - 1);
   return (typename Vector<T>::Raw)((Bits)a.raw & ~(kSign - Bits{}));
 }
+#if defined(__AVX__)
+// The extensions spell these with a complement, which costs an instruction.
+// clang-format off
+QFLUX_INLINE Mask<float>  not_less(Vector<float> a, Vector<float> b) { return {(Vector<float>::Bits)_mm256_cmp_ps((__m256)a.raw, (__m256)b.raw, _CMP_NLT_UQ)}; }
+QFLUX_INLINE Mask<double> not_less(Vector<double> a, Vector<double> b) { return {(Vector<double>::Bits)_mm256_cmp_pd((__m256d)a.raw, (__m256d)b.raw, _CMP_NLT_UQ)}; }
+QFLUX_INLINE Mask<float>  not_less_equal(Vector<float> a, Vector<float> b) { return {(Vector<float>::Bits)_mm256_cmp_ps((__m256)a.raw, (__m256)b.raw, _CMP_NLE_UQ)}; }
+QFLUX_INLINE Mask<double> not_less_equal(Vector<double> a, Vector<double> b) { return {(Vector<double>::Bits)_mm256_cmp_pd((__m256d)a.raw, (__m256d)b.raw, _CMP_NLE_UQ)}; }
+// clang-format on
+#else
 template <class T>
 QFLUX_INLINE Mask<T> not_less(Vector<T> a, Vector<T> b) {
   return {~(a.raw < b.raw)};
@@ -139,6 +153,7 @@ template <class T>
 QFLUX_INLINE Mask<T> not_less_equal(Vector<T> a, Vector<T> b) {
   return {~(a.raw <= b.raw)};
 }
+#endif
 template <class T>
 QFLUX_INLINE Vector<T> select(Mask<T> m, Vector<T> a, Vector<T> b) {
   return m.bits ? a.raw : b.raw;
@@ -147,14 +162,19 @@ template <class T>
 QFLUX_INLINE Mask<T> both(Mask<T> a, Mask<T> b) {
   return {a.bits & b.bits};
 }
+// a where the mask holds, else 0.
+template <class T>
+QFLUX_INLINE Vector<T> where(Mask<T> m, Vector<T> a) {
+  return (typename Vector<T>::Raw)((typename Vector<T>::Bits)a.raw & m.bits);
+}
 // a * b + c where the mask holds, else c.
 template <class T>
 QFLUX_INLINE Vector<T> multiply_add_where(Mask<T> m, Vector<T> a, Vector<T> b, Vector<T> c) {
-  return multiply_add(select(m, a, Vector<T>(T(0))), b, c);
+  return multiply_add(where(m, a), b, c);
 }
 template <class T>
 QFLUX_INLINE Vector<T> add_where(Mask<T> m, Vector<T> a, Vector<T> c) {
-  return select(m, a, Vector<T>(T(0))) + c;
+  return where(m, a) + c;
 }
 template <class T>
 QFLUX_INLINE void count(Mask<T> m, typename Vector<T>::Bits& counter) {
@@ -162,13 +182,38 @@ QFLUX_INLINE void count(Mask<T> m, typename Vector<T>::Bits& counter) {
 }
 template <class T>
 QFLUX_INLINE Mask<T> lanes_between(int64_t first, int64_t last) {
-  Mask<T> mask;
-  for (int lane = 0; lane < Vector<T>::kWidth; ++lane)
-    mask.bits[lane] = lane >= first && lane < last ? -1 : 0;
-  return mask;
+  using Bits = typename Vector<T>::Bits;
+  using Integer = typename Vector<T>::Integer;
+  constexpr int64_t width = Vector<T>::kWidth;
+  const auto clamped = [](int64_t n) {
+    return static_cast<Integer>(n < 0 ? 0 : n < width ? n : width);
+  };
+  Bits lane;
+  for (int l = 0; l < width; ++l) lane[l] = l;
+  return {(lane >= clamped(first) - Bits{}) & (lane < clamped(last) - Bits{})};
 }
 
 #endif
+
+template <class T>
+QFLUX_INLINE Mask<T> less(Vector<T> a, Vector<T> b) {
+#if defined(__AVX512F__)
+  Mask<T> not_less_mask = not_less(a, b);
+  return {~not_less_mask.bits & ((1u << Vector<T>::kWidth) - 1u)};
+#else
+  return {a.raw < b.raw};
+#endif
+}
+template <class T>
+QFLUX_INLINE Vector<T> not_negative(Vector<T> a) {
+  return where(not_less(a, Vector<T>(T(0))), a);
+}
+template <class T>
+QFLUX_INLINE Vector<T> square_root(Vector<T> a) {
+  typename Vector<T>::Raw root;
+  for (int lane = 0; lane < Vector<T>::kWidth; ++lane) root[lane] = qflux::square_root(a.raw[lane]);
+  return root;
+}
 
 // A number as a type.
 template <int kNumber>
