@@ -250,10 +250,9 @@ void Device::interact_backward(const InteractBackwardParams<T>& params) {
 
 template <class T>
 void Device::threshold_backward(const ThresholdBackwardParams<T>& params) {
-  for_each_block(params.pair.batch(), 1, false, grain_for(kTokenCost * params.pair.rows),
-                 [&](int64_t n, int64_t) {
-                   loops<T>().statistics.backward(params, params.pair.index(n));
-                 });
+  for_each_block(
+      params.pair.batch(), 1, false, grain_for(kTokenCost * params.pair.rows),
+      [&](int64_t n, int64_t) { loops<T>().statistics.backward(params, params.pair.index(n)); });
 }
 
 template void Device::interact(const InteractParams<float>&);

@@ -176,8 +176,12 @@ std::unique_ptr<Moments[]> Staging<T>::tile_moments() const {
 // tau of the rows of a range, whose keys' moments in front of each tile stand in `before`.
 template <class T>
 void Staging<T>::find_thresholds(const Moments* before, BatchIndex b, Range range) const {
-  const Windows<T> windows{p_.visibility(b), p_.whole_window || !p_.causal, key_plane(b, 0),
-                           key_plane(b, 1),  before,                        p_.coefficient[b],
+  const Windows<T> windows{p_.visibility(b),
+                           p_.whole_window || !p_.causal,
+                           key_plane(b, 0),
+                           key_plane(b, 1),
+                           before,
+                           p_.coefficient[b],
                            p_.eps};
   loops<T>().statistics.thresholds(windows, p_.states, b, range.first, range.last,
                                    row_plane(b, 2) + range.first);

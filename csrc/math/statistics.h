@@ -31,8 +31,8 @@ struct MomentsOf {
 };
 using Moments = MomentsOf<double>;
 
-// tau = mean + sigma * sqrt(variance + eps) of (x . k + 1) / 2 over the window's keys k. V is double
-// or a vector of them, a row in each lane.
+// tau = mean + sigma * sqrt(variance + eps) of (x . k + 1) / 2 over the window's keys k. V is
+// double or a vector of them, a row in each lane.
 template <class V>
 QFLUX_INLINE V threshold(Point<V> x, const MomentsOf<V>& window, Point<double> shift, double sigma,
                          double eps) {

@@ -572,9 +572,9 @@ void backward_keys_values(const Sequence<T>& s, int64_t first, int64_t last,
   }
 }
 
-// Values of kColumns columns, as many as a model's cylinders usually have: all sums of a pair stay in
-// registers, and no weight is staged. Every lane adds up what it adds up on the general path, in the
-// same order.
+// Values of kColumns columns, as many as a model's cylinders usually have: all sums of a pair stay
+// in registers, and no weight is staged. Every lane adds up what it adds up on the general path, in
+// the same order.
 template <class Score, class T>
 void forward_columns(const Sequence<T>& s, int64_t first, int64_t last,
                      const ForwardBlock<T>& out) {
@@ -601,17 +601,18 @@ void forward_columns(const Sequence<T>& s, int64_t first, int64_t last,
         degree[r] = typename V::Bits{};
       });
       each_key<kApart>(group, tile, tile + kTile,
-               [&](auto r, int64_t j, const Mask<T>* visible) QFLUX_INLINE_LAMBDA {
-                 const T* value = s.values + j * s.value_stride;
-                 const V p = inner_product(qx[r], qy[r], V(s.key_x[j]), V(s.key_y[j]), bias);
-                 const Mask<T> kept = kept_and_visible(pair[r].kept(p), visible);
-                 const V w = pair[r].weight(p, kept);
-                 strength[r] = add_visible(visible, w, V(T(1)), strength[r]);
-                 count(kept, degree[r]);
-                 each_column([&](auto c) QFLUX_INLINE_LAMBDA {
-                   acc[r][c] = add_visible(visible, w, V(value[c]), acc[r][c]);
-                 });
-               });
+                       [&](auto r, int64_t j, const Mask<T>* visible) QFLUX_INLINE_LAMBDA {
+                         const T* value = s.values + j * s.value_stride;
+                         const V p =
+                             inner_product(qx[r], qy[r], V(s.key_x[j]), V(s.key_y[j]), bias);
+                         const Mask<T> kept = kept_and_visible(pair[r].kept(p), visible);
+                         const V w = pair[r].weight(p, kept);
+                         strength[r] = add_visible(visible, w, V(T(1)), strength[r]);
+                         count(kept, degree[r]);
+                         each_column([&](auto c) QFLUX_INLINE_LAMBDA {
+                           acc[r][c] = add_visible(visible, w, V(value[c]), acc[r][c]);
+                         });
+                       });
       each_vector([&](auto r) QFLUX_INLINE_LAMBDA {
         each_column([&](auto c) QFLUX_INLINE_LAMBDA { totals[c][r].add(acc[r][c]); });
         strengths[r].add(strength[r]);
@@ -651,20 +652,20 @@ void backward_rows_columns(const Sequence<T>& s, int64_t first, int64_t last,
       V ax[kVectors], ay[kVectors], al[kVectors];
       each_vector([&](auto r) QFLUX_INLINE_LAMBDA { ax[r] = ay[r] = al[r] = V(T(0)); });
       each_key<kApart>(group, tile, tile + kTile,
-               [&](auto r, int64_t j, const Mask<T>* visible) QFLUX_INLINE_LAMBDA {
-                 const T* value = s.values + j * s.value_stride;
-                 const V kx(s.key_x[j]), ky(s.key_y[j]);
-                 const V p = inner_product(qx[r], qy[r], kx, ky, bias);
-                 const Mask<T> kept = kept_and_visible(pair[r].kept(p), visible);
-                 V u = gs[r];
-                 each_column([&](auto c) QFLUX_INLINE_LAMBDA {
-                   u = multiply_add(grad[r][c], V(value[c]), u);
-                 });
-                 const V d = pair[r].derivative(p, u);
-                 ax[r] = add_kept(visible, kept, d, kx, ax[r]);
-                 ay[r] = add_kept(visible, kept, d, ky, ay[r]);
-                 if constexpr (Score::kLimitVjp) al[r] = add_where(kept, d, al[r]);
-               });
+                       [&](auto r, int64_t j, const Mask<T>* visible) QFLUX_INLINE_LAMBDA {
+                         const T* value = s.values + j * s.value_stride;
+                         const V kx(s.key_x[j]), ky(s.key_y[j]);
+                         const V p = inner_product(qx[r], qy[r], kx, ky, bias);
+                         const Mask<T> kept = kept_and_visible(pair[r].kept(p), visible);
+                         V u = gs[r];
+                         each_column([&](auto c) QFLUX_INLINE_LAMBDA {
+                           u = multiply_add(grad[r][c], V(value[c]), u);
+                         });
+                         const V d = pair[r].derivative(p, u);
+                         ax[r] = add_kept(visible, kept, d, kx, ax[r]);
+                         ay[r] = add_kept(visible, kept, d, ky, ay[r]);
+                         if constexpr (Score::kLimitVjp) al[r] = add_where(kept, d, al[r]);
+                       });
       each_vector([&](auto r) QFLUX_INLINE_LAMBDA {
         totals[0][r].add(ax[r]);
         totals[1][r].add(ay[r]);
@@ -700,24 +701,24 @@ void backward_keys_columns(const Sequence<T>& s, int64_t first, int64_t last,
         each_column([&](auto c) QFLUX_INLINE_LAMBDA { acc[r][c] = V(T(0)); });
       });
       each_row<kApart>(group, tile, tile + kTile,
-               [&](auto r, int64_t i, const Mask<T>* visible) QFLUX_INLINE_LAMBDA {
-                 const T* grad = s.grad_records + i * kColumns;
-                 const V qx(s.query_x[i]), qy(s.query_y[i]);
-                 const Score pair = Score::make(V(s.limit[i]), eps, min_gate);
-                 const V p = inner_product(qx, qy, kx[r], ky[r], bias);
-                 const Mask<T> kept = kept_and_visible(pair.kept(p), visible);
-                 V u(s.grad_strength[i]);
-                 each_column([&](auto c) QFLUX_INLINE_LAMBDA {
-                   u = multiply_add(value[r][c], V(grad[c]), u);
-                 });
-                 const V d = pair.derivative(p, u);
-                 ax[r] = add_kept(visible, kept, d, qx, ax[r]);
-                 ay[r] = add_kept(visible, kept, d, qy, ay[r]);
-                 const V w = where(kept, pair.weight(p));
-                 each_column([&](auto c) QFLUX_INLINE_LAMBDA {
-                   acc[r][c] = add_visible(visible, w, V(grad[c]), acc[r][c]);
-                 });
-               });
+                       [&](auto r, int64_t i, const Mask<T>* visible) QFLUX_INLINE_LAMBDA {
+                         const T* grad = s.grad_records + i * kColumns;
+                         const V qx(s.query_x[i]), qy(s.query_y[i]);
+                         const Score pair = Score::make(V(s.limit[i]), eps, min_gate);
+                         const V p = inner_product(qx, qy, kx[r], ky[r], bias);
+                         const Mask<T> kept = kept_and_visible(pair.kept(p), visible);
+                         V u(s.grad_strength[i]);
+                         each_column([&](auto c) QFLUX_INLINE_LAMBDA {
+                           u = multiply_add(value[r][c], V(grad[c]), u);
+                         });
+                         const V d = pair.derivative(p, u);
+                         ax[r] = add_kept(visible, kept, d, qx, ax[r]);
+                         ay[r] = add_kept(visible, kept, d, qy, ay[r]);
+                         const V w = where(kept, pair.weight(p));
+                         each_column([&](auto c) QFLUX_INLINE_LAMBDA {
+                           acc[r][c] = add_visible(visible, w, V(grad[c]), acc[r][c]);
+                         });
+                       });
       each_vector([&](auto r) QFLUX_INLINE_LAMBDA {
         points[0][r].add(ax[r]);
         points[1][r].add(ay[r]);

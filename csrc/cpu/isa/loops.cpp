@@ -14,7 +14,8 @@ namespace qflux::cpu {
 namespace {
 
 template <class T>
-constexpr Loops<T> kLoops = {dense::kLoops<T>, statistics::kLoops<T>, sweep::kLoops<T>, projection::kLoops<T>};
+constexpr Loops<T> kLoops = {dense::kLoops<T>, statistics::kLoops<T>, sweep::kLoops<T>,
+                             projection::kLoops<T>};
 
 }  // namespace
 

@@ -1,5 +1,5 @@
-// Windows grow along the rows, one key after another; what follows from them is computed with a row in
-// each lane.
+// Windows grow along the rows, one key after another; what follows from them is computed with a row
+// in each lane.
 #pragma once
 
 #include "simd.h"
@@ -87,8 +87,7 @@ void thresholds(const Windows<T>& of, const View<const T>& states, BatchIndex b,
     }
     rows.pad(count);
     for (int64_t row = 0; row < count; row += V::kWidth)
-      store(found + row,
-            threshold(rows.states(row), rows.windows(row), shift, of.sigma, of.eps));
+      store(found + row, threshold(rows.states(row), rows.windows(row), shift, of.sigma, of.eps));
     for (int64_t row = 0; row < count; ++row)
       tau[chunk + row - first] =
           visibility.visible_keys(chunk + row) > 0 ? static_cast<T>(found[row]) : T(0);
@@ -144,8 +143,8 @@ void backward(const ThresholdBackwardParams<T>& params, BatchIndex b) {
     rows.pad(count);
     for (int64_t row = count; row % V::kWidth != 0; ++row) grad[row] = 0;
     for (int64_t row = 0; row < count; row += V::kWidth) {
-      const auto of = threshold_vjp(rows.states(row), rows.windows(row), shift, sigma, p.eps,
-                                    load(grad + row));
+      const auto of =
+          threshold_vjp(rows.states(row), rows.windows(row), shift, sigma, p.eps, load(grad + row));
       store(of_x + row, of.x.x);
       store(of_y + row, of.x.y);
       store(of_sigma + row, of.sigma);

@@ -14,9 +14,9 @@ constexpr int64_t kMomentsTile = 512;
 template <class T>
 struct Windows {
   Visibility visibility;
-  bool whole;                  // every row has all keys, instead of those that it sees
-  const T *key_x, *key_y;      // planes
-  const Moments* before;       // of the keys in front of each tile of kMomentsTile
+  bool whole;              // every row has all keys, instead of those that it sees
+  const T *key_x, *key_y;  // planes
+  const Moments* before;   // of the keys in front of each tile of kMomentsTile
   double sigma, eps;
 
   Point<double> shift() const { return {double(key_x[0]), double(key_y[0])}; }

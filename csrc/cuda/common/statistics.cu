@@ -64,11 +64,11 @@ __global__ void __launch_bounds__(kScanThreads, kScanBlocksPerSm)
     const WindowGrads records = window_grads(params, sequence);
     for_each_window(p, b, segment, shared,
                     [&](int64_t row, int64_t visible, const Moments& window, Point<double> shift) {
-                      ThresholdGradient of{};
+                      ThresholdGradient<double> of{};
                       if (visible > 0) {
                         const Point<T> x = load_point(p.states, b, row);
                         of = threshold_vjp(Point<double>{x.x, x.y}, window, shift, p.coefficient[b],
-                                           p.eps, params.grad_threshold.at(b, row));
+                                           p.eps, double(params.grad_threshold.at(b, row)));
                         add_point(params.grad_states, b, row,
                                   Point<T>{static_cast<T>(of.x.x), static_cast<T>(of.x.y)});
                         if (params.grad_coefficient)
