@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, TypedDict, cast
+from typing import Any, TypedDict
 
 import torch
 from torch._C._functorch import is_functorch_wrapped_tensor
@@ -73,7 +73,7 @@ def _canonical_score(score: object, states: torch.Tensor, batch: torch.Size) -> 
         canonical = _per_sequence(name, value, states, batch)
         if canonical is not value:
             changed[name] = canonical
-    return replace(cast("Any", score), **changed) if changed else score
+    return replace(score, **changed) if changed else score
 
 
 def _values_are_known(tensor: torch.Tensor) -> bool:

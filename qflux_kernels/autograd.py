@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
+from torch._C._functorch import is_batchedtensor
 
 from .arguments import EvolveArguments, InteractArguments, widen
 from .options import ALGORITHMS, Radius
@@ -142,12 +143,18 @@ class _Interact(OpFunction):
         states, keys, values, coefficient, min_gate, lengths, ctx.pair, ctx.family = inputs
         _, _, degree, threshold = output
         ctx.mark_non_differentiable(degree, threshold)
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(states, keys, values, coefficient, min_gate, lengths, threshold)
 
     @staticmethod
     def backward(ctx, grad_context, grad_strength, _degree, _threshold):
         states, keys, values, coefficient, min_gate, lengths, threshold = ctx.saved_tensors
-        needs = _Interact.Inputs(*ctx.needs_input_grad)
+        needs = _InteractInputs(*ctx.needs_input_grad)
+        if grad_context is None:
+            value_dim = 2 if values is None else values.shape[-1]
+            grad_context = threshold.new_zeros(*threshold.shape, value_dim)
+        if grad_strength is None:
+            grad_strength = torch.zeros_like(threshold)
         limit_vjp = SCORE_KINDS[ctx.pair.score].limit_vjp
         # The gradient of the limit comes with the rows and goes to the keys too.
         need_rows = needs.states or needs.coefficient or (limit_vjp and needs.keys)
@@ -163,11 +170,13 @@ class _Interact(OpFunction):
             # What was not given has an empty gradient here as there.
             of_states, of_keys = of_states + by_states, of_keys + by_keys
             of_coefficient = of_coefficient + by_coefficient
-        return _Interact.Inputs(
-            states=_narrowed(of_states, states, needs.states),
-            keys=_narrowed(of_keys, keys, needs.keys),
-            values=_narrowed(of_values, values, needs.values),
-            coefficient=_narrowed(of_coefficient, coefficient, needs.coefficient),
+        return tuple(
+            _InteractInputs(
+                states=_narrowed(of_states, states, needs.states),
+                keys=_narrowed(of_keys, keys, needs.keys),
+                values=_narrowed(of_values, values, needs.values),
+                coefficient=_narrowed(of_coefficient, coefficient, needs.coefficient),
+            )
         )
 
 
@@ -204,27 +213,38 @@ class _Evolve(OpFunction):
         states, dt, skip, coefficient, min_gate, lengths, _, ctx.pair, ctx.step, ctx.family = inputs
         _, _, degree, tape = output
         ctx.mark_non_differentiable(degree, tape)
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(states, dt, skip, coefficient, min_gate, lengths, tape)
 
     @staticmethod
     def backward(ctx, grad_states, grad_strength, _degree, _tape):
         states, dt, skip, coefficient, min_gate, lengths, tape = ctx.saved_tensors
-        needs = _Evolve.Inputs(*ctx.needs_input_grad)
+        needs = _EvolveInputs(*ctx.needs_input_grad)
+        if grad_states is None:
+            grad_states = tape.new_zeros(states.shape)
+        if grad_strength is None:
+            grad_strength = tape.new_zeros(states.shape[:-1])
         of_states, of_dt, of_skip, of_coefficient = _EvolveBackward.run(
             grad_states, grad_strength, tape, dt, skip, coefficient, min_gate, lengths, states,
             ctx.pair, ctx.step, ctx.family,
         )  # fmt: skip
-        return _Evolve.Inputs(
-            states=_narrowed(of_states, states, needs.states),
-            dt=_narrowed(of_dt, dt, needs.dt),
-            skip=_narrowed(of_skip, skip, needs.skip),
-            coefficient=_narrowed(of_coefficient, coefficient, needs.coefficient),
+        return tuple(
+            _EvolveInputs(
+                states=_narrowed(of_states, states, needs.states),
+                dt=_narrowed(of_dt, dt, needs.dt),
+                skip=_narrowed(of_skip, skip, needs.skip),
+                coefficient=_narrowed(of_coefficient, coefficient, needs.coefficient),
+            )
         )
 
 
-def _narrowed(grad: torch.Tensor, given: torch.Tensor, needed: bool) -> torch.Tensor | None:
+# Dynamo takes neither an attribute of a Function nor a named tuple of gradients.
+_InteractInputs, _EvolveInputs = _Interact.Inputs, _Evolve.Inputs
+
+
+def _narrowed(grad: torch.Tensor, given: torch.Tensor | None, needed: bool) -> torch.Tensor | None:
     """A gradient in the dtype of its input, if it is needed."""
-    return grad.to(given.dtype) if needed else None
+    return grad.to(given.dtype) if needed and given is not None else None
 
 
 def _split(value: float | torch.Tensor) -> tuple[torch.Tensor | None, float]:
@@ -266,8 +286,7 @@ def interact(
 def _may_need_grad(tensor: torch.Tensor | None) -> bool:
     # Under vmap a tensor does not tell whether what it wraps needs a gradient.
     return tensor is not None and (
-        tensor.requires_grad
-        or (not torch.compiler.is_compiling() and torch._C._functorch.is_batchedtensor(tensor))
+        tensor.requires_grad or (not torch.compiler.is_compiling() and is_batchedtensor(tensor))
     )
 
 

@@ -6,11 +6,11 @@ import torch
 
 from . import reference
 from .arguments import COMPUTE_DTYPES
+from .autograd import Gradient, OpFunction, with_mapped
 from .backends import LOAD_ERROR, cuda_architectures
 from .checks import check_real
+from .schema import MAX_FEATURES, PROJECT_NORM, PROJECT_NORM_BACKWARD
 
-# `kMaxFeatures` of `csrc/projection.h`.
-MAX_FEATURES = 8
 # Where the ops run; anything else is served by the reference.
 _DEVICES = {
     *(("cpu", "meta") if LOAD_ERROR is None else ()),
@@ -18,32 +18,31 @@ _DEVICES = {
 }
 
 
-class _ProjectNormBackward(torch.autograd.Function):
-    @staticmethod
-    def forward(*arguments):
-        return torch.ops.qflux_kernels.project_norm_backward(*arguments)
+class _ProjectNormBackward(Gradient):
+    op = PROJECT_NORM_BACKWARD
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
-        pass
-
-    @staticmethod
-    def backward(ctx, *_):
-        raise RuntimeError(
-            "project_norm has no second derivatives; "
-            "qflux_kernels.reference.project_norm computes them in plain PyTorch"
+    def forward(
+        grad, features, weight, bias, norm_weight, eps, need_features, need_parameters
+    ):  # fmt: skip
+        return torch.ops.qflux_kernels.project_norm_backward.default(
+            grad, features, weight, bias, norm_weight, eps, need_features, need_parameters
         )
 
-    @staticmethod
-    def vmap(info, in_dims, *arguments):
-        folds = not arguments[-1]  # sums over tokens must not run over the mapped dimension
-        return _vmap(_ProjectNormBackward, info.batch_size, in_dims, arguments, 2, folds)
+    @classmethod
+    def vmap(cls, info, in_dims, *inputs):
+        folds = not cls.Inputs(*inputs).need_parameters  # sums are over the tokens of a call
+        return _vmap(cls, info.batch_size, in_dims, inputs, 2, folds)
 
 
-class _ProjectNorm(torch.autograd.Function):
+class _ProjectNorm(OpFunction):
+    op = PROJECT_NORM
+
     @staticmethod
-    def forward(*arguments):
-        return torch.ops.qflux_kernels.project_norm(*arguments)
+    def forward(features, weight, bias, norm_weight, norm_bias, eps):
+        return torch.ops.qflux_kernels.project_norm.default(
+            features, weight, bias, norm_weight, norm_bias, eps
+        )
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -53,39 +52,42 @@ class _ProjectNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         needs = ctx.needs_input_grad[:5]
-        # Dynamo traces no function inside a backward, and refuses second derivatives itself.
-        compiling = torch.compiler.is_compiling()
-        call = _ProjectNormBackward.forward if compiling else _ProjectNormBackward.apply
-        grads = call(grad, *ctx.saved_tensors, ctx.eps, needs[0], any(needs[1:]))
+        grads = _ProjectNormBackward.run(
+            grad, *ctx.saved_tensors, ctx.eps, needs[0], any(needs[1:])
+        )
         return *(g if need else None for g, need in zip(grads, needs, strict=True)), None
 
-    @staticmethod
-    def vmap(info, in_dims, *arguments):
-        return _vmap(_ProjectNorm, info.batch_size, in_dims, arguments, 1, True)
+    @classmethod
+    def vmap(cls, info, in_dims, *inputs):
+        return _vmap(cls, info.batch_size, in_dims, inputs, 1, True)
 
 
 def _vmap(
-    function: type, size: int, in_dims: tuple, arguments: tuple, per_token: int, folds: bool
+    function: type[OpFunction],
+    size: int,
+    in_dims: tuple,
+    inputs: tuple,
+    per_token: int,
+    folds: bool,
 ) -> tuple:
     """`function` over a mapped dimension: at once if only the tokens have it, else one by one.
 
-    The first `per_token` arguments, and the first result, have a row for each token.
+    The first `per_token` inputs, and the first result, have a row for each token.
     """
     if folds and all(dim is None for dim in in_dims[per_token:]):
         tokens = [
-            t.expand(size, *t.shape) if dim is None else t.movedim(dim, 0)
-            for t, dim in zip(arguments[:per_token], in_dims, strict=False)
+            with_mapped(tensor, dim, size, 0).flatten(0, 1)
+            for tensor, dim in zip(inputs[:per_token], in_dims, strict=False)
         ]
-        flat = [t.flatten(0, 1) for t in tokens]
-        result = function.apply(*flat, *arguments[per_token:])
+        result = function.apply(*tokens, *inputs[per_token:])
         if isinstance(result, torch.Tensor):
             return result.unflatten(0, (size, -1)), 0
         return (result[0].unflatten(0, (size, -1)), *result[1:]), (0, *(None,) * (len(result) - 1))
     results = [
         function.apply(
             *(
-                t if dim is None else t.select(dim, n)
-                for t, dim in zip(arguments, in_dims, strict=True)
+                tensor if dim is None else tensor.select(dim, n)
+                for tensor, dim in zip(inputs, in_dims, strict=True)
             )
         )
         for n in range(size)

@@ -12,7 +12,8 @@ from typing import NamedTuple
 
 import torch
 
-from qflux_kernels import Interaction, InverseGate, Threshold
+from qflux_kernels import Interaction, Threshold
+from qflux_kernels.options import Score
 
 COMPUTE_DTYPES = {torch.float16: torch.float32, torch.bfloat16: torch.float32}
 BORDERLINE_DELTA = {torch.float32: 1e-5, torch.float64: 1e-12}
@@ -31,7 +32,7 @@ class Problem(NamedTuple):
     min_gate: torch.Tensor  # (B, 1, 1)
     lengths: torch.Tensor | None  # (B, 1, 1)
     causal: bool
-    score: Threshold | InverseGate
+    score: Score
     reduction: str
     compute: torch.dtype
     delta: float
@@ -78,13 +79,12 @@ def _problem(states, keys, values, causal, score, reduction, lengths, delta) -> 
         value = torch.as_tensor(value, dtype=torch.float64, device="cpu").detach()
         return flat(value.to(compute).to(torch.float64))
 
-    gated = isinstance(score, InverseGate)
     return Problem(
         states=points(states),
         keys=points(keys),
         values=points(values),
-        coefficient=per_sequence(score.alpha if gated else score.sigma),
-        min_gate=per_sequence(score.min_gate if gated else 0.0),
+        coefficient=per_sequence(score.coefficient),
+        min_gate=per_sequence(score.min_gate),
         lengths=None if lengths is None else flat(lengths.cpu()),
         causal=causal,
         score=score,
@@ -110,8 +110,7 @@ def _masks(problem: Problem, first: int, last: int) -> tuple[torch.Tensor, torch
     if problem.lengths is not None:
         sequence &= (row < problem.lengths) & (key < problem.lengths)
     visible = sequence & (key <= row + num_keys - rows) if problem.causal else sequence
-    row_window = isinstance(problem.score, Threshold) and problem.score.stats == "row"
-    return visible, sequence if row_window else visible
+    return visible, sequence if problem.score.whole_window else visible
 
 
 def _finite(points: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -235,7 +234,7 @@ def assert_interaction_close(
     values: torch.Tensor | None = None,
     *,
     causal: bool = True,
-    score: Threshold | InverseGate = Threshold(),  # noqa: B008 (frozen)
+    score: Score = Threshold(),  # noqa: B008 (frozen)
     reduction: str = "sum",
     lengths: torch.Tensor | None = None,
     rtol: float | None = None,
@@ -274,7 +273,7 @@ def count_borderline(
     keys: torch.Tensor | None = None,
     *,
     causal: bool = True,
-    score: Threshold | InverseGate = Threshold(),  # noqa: B008 (frozen)
+    score: Score = Threshold(),  # noqa: B008 (frozen)
     lengths: torch.Tensor | None = None,
     delta: float | None = None,
 ) -> int:

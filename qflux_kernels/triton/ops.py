@@ -23,6 +23,7 @@ from ..schema import (
     TAPE_PLANES,
     THRESHOLD_BACKWARD,
     TRITON,
+    Field,
     Op,
 )
 from ..step import RadiusRule, blend
@@ -204,7 +205,7 @@ def _backward(
     batch, rows, _ = states.shape
     points = states if keys is None else keys
     grad_states, grad_coefficient = states.new_zeros(states.shape), states.new_zeros(batch)
-    grad_threshold = torch.zeros_like(threshold) if pairs.score.limit_vjp else None
+    grad_threshold = threshold.new_zeros(batch, rows) if pairs.score.limit_vjp else None
     grad_points = points.new_zeros(points.shape)
     grad_values = None if values is None else values.new_zeros(values.shape)
     if states.numel() and points.numel():
@@ -468,23 +469,22 @@ def _any_batch(op: Op, rule: Callable[[Any], Any]) -> Callable[[Any], Any]:
             end = at + len(batch)
             if tensor.shape[at:end] != batch:
                 raise RuntimeError(
-                    f"qflux_kernels: {field.name} must have the batch dimensions {tuple(batch)} "
-                    f"of {name}, got shape {tuple(tensor.shape)}"
+                    f"qflux_kernels: {field.name} must be of the batch shape {tuple(batch)} of "
+                    f"{name}, got shape {tuple(tensor.shape)}"
                 )
             shape = (*tensor.shape[:at], batch.numel(), *tensor.shape[end:])
             merged[field.name] = tensor.reshape(shape)
         found = rule(given._replace(**merged))
-        return op.Results(
-            *(
-                # The gradient of what was not given.
-                points.new_empty(0)
-                if result is None
-                else result.reshape(
-                    *result.shape[: field.batch], *batch, *result.shape[field.batch + 1 :]
-                )
-                for field, result in zip(op.results, found, strict=True)
-            )
-        )
+
+        def restored(result: torch.Tensor | None, field: Field) -> torch.Tensor:
+            if result is None:  # the gradient of what was not given
+                return points.new_empty(0)
+            at = field.batch
+            if at is None:
+                return result
+            return result.reshape((*result.shape[:at], *batch, *result.shape[at + 1 :]))
+
+        return op.Results(*map(restored, found, op.results))
 
     return run
 

@@ -261,12 +261,6 @@ def test_backends_that_are_not_there():
         assert call(backend="reference")[0].shape == X.shape
 
 
-@pytest.mark.parametrize("backend", ["auto", "reference"])
-def test_evolve_takes_no_soft_threshold(backend):
-    with pytest.raises(ValueError, match=messages("shrinkage", "hard", "soft")):
-        evolve(X, 0.1, score=Threshold(shrinkage="soft"), backend=backend)
-
-
 @pytest.mark.parametrize("value, error", [("sparse", ValueError), (None, TypeError)])
 def test_layout_of_scores(value, error):
     with pytest.raises(error, match=messages("layout", "dense", "csr")):

@@ -14,10 +14,10 @@ from qflux_kernels import InverseGate, Radius, Threshold, evolve, interact
 OPS = torch.ops.qflux_kernels
 PAIR = {
     "threshold": (0, 1e-6, False, True, False, 2),
-    "row window, mean": (0, 1e-6, True, True, True, 0),
+    "whole window, mean": (0, 1e-6, True, True, True, 0),
     "gate": (1, 1e-3, False, False, False, 1),
+    "soft_threshold": (2, 1e-6, False, True, False, 2),
 }
-INTERACT_PAIR = PAIR | {"soft_threshold": (2, *PAIR["threshold"][1:])}
 STEP = (2, True, 0.1, 2.0, 0.01, 0.1, 1.0)
 
 
@@ -51,7 +51,7 @@ def requires(tensors, wanted):
     return [t.clone().requires_grad_(i in wanted) for i, t in enumerate(tensors)]
 
 
-@pytest.mark.parametrize("pair", INTERACT_PAIR)
+@pytest.mark.parametrize("pair", PAIR)
 @pytest.mark.parametrize("given", ["states", "keys", "values", "all", "lengths", "nothing"])
 @pytest.mark.parametrize("wanted", [(0,), (1, 2, 3)], ids=str)
 def test_opcheck_interact(device, wanted, given, pair):
@@ -60,7 +60,7 @@ def test_opcheck_interact(device, wanted, given, pair):
         rows, keys = 0, 0
     tensors = inputs(device, rows=rows, keys=keys)
     states, sources, values, alpha, min_gate, lengths = requires(tensors, wanted)
-    gate = INTERACT_PAIR[pair][0] == 1
+    gate = PAIR[pair][0] == 1
     torch.library.opcheck(
         OPS.interact.default,
         (
@@ -72,12 +72,12 @@ def test_opcheck_interact(device, wanted, given, pair):
             min_gate if given == "all" and gate else None,
             0.0,
             lengths if given == "lengths" else None,
-            *INTERACT_PAIR[pair],
+            *PAIR[pair],
         ),
     )
 
 
-@pytest.mark.parametrize("pair", INTERACT_PAIR)
+@pytest.mark.parametrize("pair", PAIR)
 @pytest.mark.parametrize("given", ["states", "keys", "values", "all", "nothing"])
 @pytest.mark.parametrize(
     "needs, wanted",
@@ -93,7 +93,7 @@ def test_opcheck_interact_backward(device, needs, wanted, given, pair):
     sources = sources if given in ("keys", "all") else None
     values = values if given in ("values", "all") else None
     alpha = alpha if given == "all" else None
-    arguments = (states, sources, values, alpha, 0.5, None, 0.0, None, *INTERACT_PAIR[pair])
+    arguments = (states, sources, values, alpha, 0.5, None, 0.0, None, *PAIR[pair])
     context, strength, _, threshold = (t.detach() for t in OPS.interact(*arguments))
     torch.library.opcheck(
         OPS.interact_backward.default,
@@ -135,7 +135,7 @@ SCORES = {
     "gate": lambda alpha: InverseGate(alpha, 1e-3),
     "soft_threshold": lambda alpha: Threshold(alpha, shrinkage="soft"),
 }
-RUNS = [("interact", score) for score in SCORES] + [("evolve", "threshold"), ("evolve", "gate")]
+RUNS = [(name, score) for name in ("interact", "evolve") for score in SCORES]
 
 
 def run_interact(states, keys, values, alpha, lengths, score):
@@ -239,6 +239,7 @@ def test_vmap(device, rows):
     check(lambda x, dt: evolve(x, dt), states, dt)
     check(lambda dt: evolve(states[0], dt, skip=dt), dt)
     check(lambda x, a, n: evolve(x, 0.1, score=InverseGate(a), lengths=n), states, alpha, lengths)
+    check(lambda x, a: evolve(x, 0.1, score=Threshold(a, shrinkage="soft")), states, alpha)
     check(
         lambda x, dt: evolve(x, dt), states, dt, in_dims=(2, 1),
         moved=(states.movedim(0, 2), dt.movedim(0, 1)),
@@ -268,7 +269,7 @@ def test_vmap_of_grad(device, score):
         (alone_loss, (states, alpha)),
         (evolve_loss, (states, dt, alpha)),
     ]
-    for function, tensors in runs[: 3 if ("evolve", score) in RUNS else 2]:
+    for function, tensors in runs:
         # The threshold has no use for alpha, which then gets zeros under torch.func.
         positions = tuple(range(len(tensors)))
         leaves = [t.clone().requires_grad_() for t in tensors]

@@ -231,8 +231,7 @@ def test_non_finite_states(device, value, score):
     without = evolve(states, 0.1, score=score, steps=2)
     states[0, 33, 1] = value
     result = evolve(states, 0.1, score=score, steps=2)
-    row_window = isinstance(score, Threshold) and score.stats == "row"
-    first = 0 if row_window else 33
+    first = 0 if score.whole_window else 33
     assert not result.states[0, first:].isfinite().any()
     for got, wanted in zip(result, without, strict=True):
         assert bitwise_equal(got[0, :first], wanted[0, :first])
@@ -249,7 +248,7 @@ def test_a_non_finite_step_stays_with_those_who_see_it(device):
     assert result[20:].isnan().all()
 
 
-@pytest.mark.parametrize("score", [s for s in SCORES if s != Threshold(1.4, "row")], ids=str)
+@pytest.mark.parametrize("score", [s for s in SCORES if not s.whole_window], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_prefix_evolves_as_in_the_whole(device, dtype, score):
     states = torch.randn(2, 700, 2).to(dtype).to(device)
@@ -311,7 +310,9 @@ def random_case(seed: int):
 
     if draw.random() < 0.6:
         sigma = draw.choice([0.5, -1.0, 1.4, torch.randn(batch, dtype=torch.float64)])
-        score = Threshold(sigma, draw.choice(["prefix", "row"]))
+        score = Threshold(
+            sigma, draw.choice(["prefix", "row"]), shrinkage=draw.choice(["hard", "hard", "soft"])
+        )
     else:
         alpha = draw.choice([0.5, torch.randn(batch, dtype=torch.float64)])
         score = InverseGate(alpha, draw.choice([1e-3, 0.1]), draw.choice([0.0, 1.0]))

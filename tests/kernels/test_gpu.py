@@ -9,12 +9,12 @@ from qflux_kernels import InverseGate, Threshold, diagnostics, evolve, interact,
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 # Lengths are such that a sweep has rectangles: base blocks are of 1,024 keys.
-EXCESS = Threshold(shrinkage="soft")
+SOFT = Threshold(shrinkage="soft")
 WAYS = [
     (Threshold(), "dense"),
     (Threshold(), "sweep"),
     (InverseGate(), "dense"),
-    (EXCESS, "dense"),
+    (SOFT, "dense"),
 ]
 
 
@@ -22,7 +22,7 @@ def step(states, dt, score, algorithm):
     """One step forward and backward: what a captured graph replays."""
     states = states.detach().requires_grad_()
     options = {"reduction": "mean", "algorithm": algorithm}
-    result = evolve(states, dt, score=Threshold() if score == EXCESS else score, **options)
+    result = evolve(states, dt, score=score, **options)
     heard = interact(result.states, score=score, **options)
     (gradient,) = torch.autograd.grad(heard.context.square().sum(), states)
     return result.states.detach(), heard.strength.detach(), gradient

@@ -1,21 +1,23 @@
 """Gradients of the kernels against finite differences and the reference's autograd."""
 
+import dataclasses
 import itertools
 import math
 
 import pytest
 import torch
 from assertions import assert_no_missing_gradient, assert_relative, count_borderline
-from inputs import INTERACT_SCORES, SCORES, layouts
+from inputs import SCORES, layouts
 
 import qflux_kernels
 from qflux_kernels import InverseGate, Radius, Threshold, evolve, interact, reference
 
 F64 = torch.float64
-# A gate soft enough that float32 gradients near S = 0 are not all rounding.
-SOFT_SCORES = [
+# With gates smooth enough that float32 gradients near S = 0 are not all rounding.
+SMOOTH_SCORES = [
     Threshold(),
     Threshold(1.4, "row"),
+    Threshold(0.4, shrinkage="soft"),
     InverseGate(-0.7, 0.05),
     InverseGate(0.5, 0.1, 1.5),
 ]
@@ -38,6 +40,20 @@ def calm(score, *shapes, causal=True, dt=None, delta=1e-4, lengths=None):
     raise AssertionError("no calm points found: fewer tokens or a smaller delta are needed")
 
 
+def differentiable(score, eps):
+    """The coefficient `(2,)` that has a gradient, and the score of one; or None twice.
+
+    A soft threshold keeps its value, around which the points are calm; a gate, of `eps`, keeps
+    every pair.
+    """
+    if isinstance(score, InverseGate):
+        return torch.full((2,), 0.3, dtype=F64), lambda alpha: InverseGate(alpha, eps)
+    if score.shrinkage == "soft":
+        sigma = torch.full((2,), score.sigma, dtype=F64)
+        return sigma, lambda sigma: dataclasses.replace(score, sigma=sigma)
+    return None, None
+
+
 def pulled(outputs, inputs, weights):
     """Gradients of the weighted sum of the outputs."""
     return torch.autograd.grad(outputs, inputs, weights, allow_unused=True)
@@ -47,27 +63,26 @@ def leaves(device, dtype, *tensors):
     return [t.to(device=device, dtype=dtype).requires_grad_() for t in tensors]
 
 
-@pytest.mark.parametrize("score", INTERACT_SCORES, ids=str)
+@pytest.mark.parametrize("score", SCORES, ids=str)
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("rows, keys", [(6, 6), (5, 8), (8, 5)])
 def test_gradcheck_interact(device, rows, keys, causal, score):
     states, sources = calm(score, (2, rows, 2), (2, keys, 2), causal=causal)
-    values, alpha = torch.randn(2, keys, 3, dtype=F64), torch.full((2,), 0.3, dtype=F64)
+    values = torch.randn(2, keys, 3, dtype=F64)
+    coefficient, score_of = differentiable(score, score.eps)
 
-    def run(states, keys=None, values=None, alpha=None):
-        used = score
-        if alpha is not None and isinstance(score, InverseGate):
-            used = InverseGate(alpha, score.eps, 0.0)
+    def run(states, keys=None, values=None, coefficient=None):
+        used = score if coefficient is None else score_of(coefficient)
         return interact(states, keys, values, causal=causal, score=used)[:2]
 
     full = leaves(device, F64, states, sources, values)
     torch.autograd.gradcheck(run, full)
     torch.autograd.gradcheck(run, full[:2])
-    if isinstance(score, InverseGate):
-        torch.autograd.gradcheck(run, (*full, alpha.to(device).requires_grad_()))
+    if coefficient is not None:
+        torch.autograd.gradcheck(run, (*full, *leaves(device, F64, coefficient)))
 
 
-@pytest.mark.parametrize("score", INTERACT_SCORES, ids=str)
+@pytest.mark.parametrize("score", SCORES, ids=str)
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("reduction", ["sum", "mean"])
 @pytest.mark.parametrize("lengths", [None, [4, 7]])
@@ -94,14 +109,14 @@ def test_gradcheck_evolve(device, lengths, causal, score, radius):
     lengths = None if lengths is None else torch.tensor(lengths)
     (states,) = calm(score, (2, 6, 2), causal=causal, dt=0.1, lengths=lengths)
     dt, skip = torch.full((2, 2, 6), 0.1, dtype=F64), torch.rand(6, dtype=F64)
-    alpha = torch.full((2,), 0.3, dtype=F64)
+    coefficient, score_of = differentiable(score, 1e-2)
 
-    def run(states, dt, skip, alpha=None):
+    def run(states, dt, skip, coefficient=None):
         return evolve(
             states,
             dt,
             skip=skip,
-            score=score if alpha is None else InverseGate(alpha, 1e-2),
+            score=score if coefficient is None else score_of(coefficient),
             causal=causal,
             radius=radius,
             steps=2,
@@ -110,11 +125,11 @@ def test_gradcheck_evolve(device, lengths, causal, score, radius):
 
     tensors = leaves(device, F64, states, dt, skip)
     torch.autograd.gradcheck(run, tensors)
-    if isinstance(score, InverseGate):
-        torch.autograd.gradcheck(run, (*tensors, alpha.to(device).requires_grad_()))
+    if coefficient is not None:
+        torch.autograd.gradcheck(run, (*tensors, *leaves(device, F64, coefficient)))
 
 
-@pytest.mark.parametrize("score", INTERACT_SCORES, ids=str)
+@pytest.mark.parametrize("score", SCORES, ids=str)
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("reduction", ["sum", "mean"])
 @pytest.mark.parametrize(
@@ -192,7 +207,7 @@ def test_alpha_of_each_cylinder(device, shape):
         assert_relative("gradient of alpha", got, wanted, 1e-9)
 
 
-@pytest.mark.parametrize("score", [*SOFT_SCORES, Threshold(0.4, shrinkage="soft")], ids=str)
+@pytest.mark.parametrize("score", SMOOTH_SCORES, ids=str)
 @pytest.mark.parametrize("causal", [True, False])
 def test_float32_is_as_good_as_the_reference_in_float32(device, causal, score):
     """An error budget: twice the error of plain PyTorch in float32, and a rounding floor.
@@ -227,7 +242,7 @@ def test_float32_is_as_good_as_the_reference_in_float32(device, causal, score):
 @pytest.mark.parametrize("shape", [(), (3,), (2, 1), (2, 3)], ids=str)
 @pytest.mark.parametrize("stats", ["prefix", "row"])
 @pytest.mark.parametrize("rows, keys", [(40, 40), (30, 50), (50, 30)])
-def test_sigma_of_the_excess(device, rows, keys, stats, shape):
+def test_sigma_of_a_soft_threshold(device, rows, keys, stats, shape):
     """What is measured from the threshold tells it where to be."""
     states, sources = torch.randn(2, 3, rows, 2, dtype=F64), torch.randn(2, 3, keys, 2, dtype=F64)
     sigma, weights = torch.rand(shape, dtype=F64), torch.randn(2, 3, rows, dtype=F64)
@@ -248,6 +263,38 @@ def test_sigma_of_the_excess(device, rows, keys, stats, shape):
         assert torch.equal(pulled(strength, given[n], weights.to(device))[0], found[1][n])
 
 
+@pytest.mark.parametrize("shape", [(), (3,), (2, 1), (2, 3)], ids=str)
+@pytest.mark.parametrize("stats", ["prefix", "row"])
+@pytest.mark.parametrize("lengths", [None, [[40, 7, 0], [1, 33, 40]]], ids=str)
+def test_sigma_of_a_soft_threshold_in_evolve(device, lengths, stats, shape):
+    """Both stages of every step tell it."""
+    states = torch.randn(2, 3, 40, 2, dtype=F64)
+    dt, skip = 0.1 * torch.rand(2, 2, 3, 40, dtype=F64), torch.rand(40, dtype=F64)
+    tensors = states, dt, skip, torch.rand(shape, dtype=F64)
+    weights = torch.randn(2, 3, 40, 2, dtype=F64), torch.randn(2, 3, 40, dtype=F64)
+
+    def gradients(module, given, where):
+        result = module.evolve(
+            *given[:2],
+            skip=given[2],
+            score=Threshold(given[3], stats, 0.1, shrinkage="soft"),
+            reduction="mean",
+            steps=2,
+            lengths=None if lengths is None else torch.tensor(lengths, device=where),
+        )
+        wanted = [t for t in given if t.requires_grad]
+        return pulled(result[:2], wanted, [w.to(where) for w in weights])
+
+    wanted = gradients(reference, leaves("cpu", F64, *tensors), "cpu")
+    got = gradients(qflux_kernels, leaves(device, F64, *tensors), device)
+    for name, a, b in zip(("states", "dt", "skip", "sigma"), got, wanted, strict=True):
+        assert_relative(f"gradient of {name}", a, b, 1e-9)
+    # Each gradient comes alone as it comes with the others.
+    for n in range(4):
+        given = [t.to(device).detach().requires_grad_(i == n) for i, t in enumerate(tensors)]
+        assert torch.equal(gradients(qflux_kernels, given, device)[0], got[n])
+
+
 def test_equal_keys_have_a_deviation_without_gradient(device):
     """There the root in the threshold has no derivative, however small eps is."""
     states, keys = leaves(device, F64, torch.randn(6, 2), torch.full((6, 2), 0.7))
@@ -259,7 +306,7 @@ def test_equal_keys_have_a_deviation_without_gradient(device):
             assert grad.isfinite().all() and grad.abs().max() <= 1e-12
 
 
-@pytest.mark.parametrize("score", SOFT_SCORES, ids=str)
+@pytest.mark.parametrize("score", SMOOTH_SCORES, ids=str)
 @pytest.mark.parametrize("causal", [True, False])
 def test_float32_evolve_is_as_good_as_the_reference_in_float32(device, causal, score):
     (states,) = calm(score, (30, 2), causal=causal, dt=0.05, delta=5e-5)
@@ -494,7 +541,7 @@ def test_degree_has_no_gradient(device):
     assert not detached.context.requires_grad
 
 
-@pytest.mark.parametrize("score", INTERACT_SCORES, ids=str)
+@pytest.mark.parametrize("score", SCORES, ids=str)
 def test_padding_has_no_gradient(device, score):
     """Padding gives nothing, takes nothing, and whatever it holds stays there."""
     states, values = torch.randn(2, 20, 2, device=device), torch.randn(2, 20, 3, device=device)
@@ -515,8 +562,6 @@ def test_padding_has_no_gradient(device, score):
         )
         assert all(map(torch.equal, dirty, clean)), bad
 
-    if score not in SCORES:
-        return
     pull = torch.randn(2, 20, 2, device=device)
     dt = torch.full((2, 20), 0.1, device=device)
 

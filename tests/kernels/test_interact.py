@@ -7,7 +7,7 @@ import random
 import pytest
 import torch
 from assertions import assert_interaction_close
-from inputs import EXTREME_SCORES, INTERACT_SCORES, STATES, layouts, score_on
+from inputs import EXTREME_SCORES, SCORES, STATES, layouts, score_on
 
 from qflux_kernels import InverseGate, Threshold, interact
 
@@ -36,7 +36,7 @@ def check(device, states, keys=None, values=None, **options):
     return result
 
 
-@pytest.mark.parametrize("score", INTERACT_SCORES, ids=str)
+@pytest.mark.parametrize("score", SCORES, ids=str)
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("length", SIZES)
@@ -44,20 +44,20 @@ def test_states_alone(device, length, dtype, causal, score):
     check(device, torch.randn(2, length, 2).to(dtype), causal=causal, score=score)
 
 
-@pytest.mark.parametrize("score", INTERACT_SCORES, ids=str)
+@pytest.mark.parametrize("score", SCORES, ids=str)
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_many_tokens(device, dtype, causal, score):
     check(device, torch.randn(1000, 2, dtype=dtype), causal=causal, score=score)
 
 
-@pytest.mark.parametrize("score", INTERACT_SCORES, ids=str)
+@pytest.mark.parametrize("score", SCORES, ids=str)
 def test_more_tokens(device, score):
     check(device, torch.randn(4096, 2), score=score)
     check(device, torch.randn(3001, 2, dtype=torch.float64), score=score)
 
 
-@pytest.mark.parametrize("score", INTERACT_SCORES, ids=str)
+@pytest.mark.parametrize("score", SCORES, ids=str)
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("depth", [None, 1, 2, 3, 4, 8, 17, 64])
@@ -70,7 +70,7 @@ def test_keys_and_values(device, rows, keys, depth, dtype, causal, score):
     check(device, states, sources, values, causal=causal, score=score)
 
 
-@pytest.mark.parametrize("score", INTERACT_SCORES, ids=str)
+@pytest.mark.parametrize("score", SCORES, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("rows, keys", [(1, 3000), (700, 2500), (2500, 700)])
 def test_more_than_one_tile_of_keys_and_values(device, rows, keys, dtype, score):
@@ -79,7 +79,7 @@ def test_more_than_one_tile_of_keys_and_values(device, rows, keys, dtype, score)
     check(device, states, sources, score=score)
 
 
-@pytest.mark.parametrize("score", INTERACT_SCORES, ids=str)
+@pytest.mark.parametrize("score", SCORES, ids=str)
 def test_values_for_the_states_themselves(device, score):
     states = torch.randn(3, 77, 2)
     check(device, states, values=torch.randn(3, 77, 6), score=score)
@@ -88,7 +88,7 @@ def test_values_for_the_states_themselves(device, score):
     assert torch.equal(same.degree, alone.degree)
 
 
-@pytest.mark.parametrize("score", INTERACT_SCORES, ids=str)
+@pytest.mark.parametrize("score", SCORES, ids=str)
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_mean(device, dtype, causal, score):
@@ -100,7 +100,7 @@ def test_mean(device, dtype, causal, score):
     check(device, states, lengths=torch.tensor([13, 0]), **options)
 
 
-@pytest.mark.parametrize("score", INTERACT_SCORES, ids=str)
+@pytest.mark.parametrize("score", SCORES, ids=str)
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("integer", [torch.int32, torch.int64], ids=str)
@@ -116,7 +116,7 @@ def test_lengths(device, integer, dtype, causal, score):
                 assert not output.cpu()[padding].any(), "padding rows must be zero"
 
 
-@pytest.mark.parametrize("score", INTERACT_SCORES, ids=str)
+@pytest.mark.parametrize("score", SCORES, ids=str)
 @pytest.mark.parametrize("value", [math.nan, math.inf, 1e30])
 def test_padding_is_never_seen(device, score, value):
     states, values = torch.randn(2, 40, 2), torch.randn(2, 40, 3)
@@ -170,7 +170,7 @@ def test_equal_states_have_no_variance(device):
         assert torch.equal(degree.cpu(), torch.arange(1, 101, dtype=torch.int32))
 
 
-@pytest.mark.parametrize("score", INTERACT_SCORES, ids=str)
+@pytest.mark.parametrize("score", SCORES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_layouts(device, dtype, score):
     states, keys = torch.randn(3, 37, 2).to(dtype), torch.randn(3, 37, 2).to(dtype)
@@ -188,7 +188,7 @@ def test_layouts(device, dtype, score):
                 assert all(map(bitwise_equal, result, alone)), name
 
 
-@pytest.mark.parametrize("score", INTERACT_SCORES, ids=str)
+@pytest.mark.parametrize("score", SCORES, ids=str)
 def test_expanded_inputs(device, score):
     states = torch.randn(1, 37, 2).expand(4, 37, 2)
     check(device, states, score=score)
@@ -198,7 +198,7 @@ def test_expanded_inputs(device, score):
     check(device, torch.randn(37, 1).expand(37, 2), score=score)
 
 
-@pytest.mark.parametrize("score", INTERACT_SCORES, ids=str)
+@pytest.mark.parametrize("score", SCORES, ids=str)
 @pytest.mark.parametrize("shape", [(0, 5, 2), (3, 0, 5, 2), (2, 0, 2), (0, 0, 2)], ids=str)
 def test_empty_inputs(device, shape, score):
     states = torch.randn(shape)
@@ -214,7 +214,7 @@ def test_batch_shapes(device):
     check(device, torch.randn(300, 3, 2))
 
 
-@pytest.mark.parametrize("score", INTERACT_SCORES, ids=str)
+@pytest.mark.parametrize("score", SCORES, ids=str)
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_non_finite_states(device, dtype, value, score):
@@ -229,13 +229,13 @@ def test_non_finite_states(device, dtype, value, score):
             without = check(device, clean, None, used, score=score)
             result = check(device, states, None, used, score=score)
             assert bitwise_equal(result.context[1], without.context[1]), "another sequence changed"
-            if not (isinstance(score, Threshold) and score.stats == "row"):
+            if not score.whole_window:
                 for got, wanted in zip(result, without, strict=True):
                     assert bitwise_equal(got[0, :place], wanted[0, :place]), f"before {place}"
             check(device, states, None, used, score=score, causal=False)
 
 
-@pytest.mark.parametrize("score", INTERACT_SCORES, ids=str)
+@pytest.mark.parametrize("score", SCORES, ids=str)
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_non_finite_rows_and_keys(device, value, score):
     states, keys, values = torch.randn(40, 2), torch.randn(50, 2), torch.randn(50, 5)
@@ -257,9 +257,7 @@ def test_non_finite_rows_and_keys(device, value, score):
     check(device, states, source, values, score=score)
 
 
-@pytest.mark.parametrize(
-    "score", [s for s in INTERACT_SCORES if getattr(s, "stats", "prefix") == "prefix"], ids=str
-)
+@pytest.mark.parametrize("score", [s for s in SCORES if not s.whole_window], ids=str)
 @pytest.mark.parametrize("reduction", ["sum", "mean"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_prefix_gives_the_prefix(device, dtype, reduction, score):
@@ -275,7 +273,7 @@ def test_a_prefix_gives_the_prefix(device, dtype, reduction, score):
                 assert bitwise_equal(got, wanted[:, :length]), length
 
 
-@pytest.mark.parametrize("score", INTERACT_SCORES, ids=str)
+@pytest.mark.parametrize("score", SCORES, ids=str)
 def test_a_sequence_does_not_depend_on_its_batch(device, score):
     states = torch.randn(37, 50, 2, device=device)
     together = interact(states, score=score)

@@ -8,7 +8,7 @@ from inputs import layouts
 from torch.nn.functional import layer_norm, linear
 
 from qflux_kernels import project_norm, reference
-from qflux_kernels.projection import MAX_FEATURES
+from qflux_kernels.schema import MAX_FEATURES
 
 F64 = torch.float64
 NAMES = ("output", "features", "weight", "bias", "norm_weight", "norm_bias")

@@ -47,8 +47,8 @@ def interact_loops(states, keys, values, causal, score, reduction, length=None):
     contexts, strengths, degrees = [], [], []
     for i, x in enumerate(states):
         seen = keys_seen(i, len(states), len(keys), causal, length)
-        row_window = isinstance(score, Threshold) and score.stats == "row"
-        window = keys_seen(i, len(states), len(keys), False, length) if row_window else seen
+        whole = isinstance(score, Threshold) and score.stats == "row"
+        window = keys_seen(i, len(states), len(keys), False, length) if whole else seen
         weights = pair_weights(x, keys, seen, window, score)
         scale = 1 / max(1, len(seen)) if reduction == "mean" else 1
         columns = range(len(values[0]))
@@ -100,15 +100,12 @@ SCORES = [
     Threshold(0.0, "row", 0.1),
     InverseGate(),
     InverseGate(-1.3, 0.1, 0.9),
-]
-INTERACT_SCORES = [
-    *SCORES,
     Threshold(0.4, shrinkage="soft"),
     Threshold(-0.2, "row", 0.1, shrinkage="soft"),
 ]
 
 
-@pytest.mark.parametrize("score", INTERACT_SCORES, ids=str)
+@pytest.mark.parametrize("score", SCORES, ids=str)
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("reduction", ["sum", "mean"])
 def test_interact_equals_loops(score, causal, reduction):
@@ -135,7 +132,7 @@ def test_interact_equals_loops(score, causal, reduction):
         assert all(torch.equal(a, b) for a, b in zip(alone, with_values, strict=True))
 
 
-@pytest.mark.parametrize("score", INTERACT_SCORES, ids=str)
+@pytest.mark.parametrize("score", SCORES, ids=str)
 @pytest.mark.parametrize("causal", [True, False])
 def test_lengths_equal_loops(score, causal):
     states = torch.randn(2, 3, 6, 2, dtype=F64)
@@ -289,8 +286,8 @@ def test_scores_are_the_weights(score, causal):
         x = states[b].tolist()
         for i in range(9):
             seen = keys_seen(i, 9, 9, causal, None)
-            row_window = isinstance(score, Threshold) and score.stats == "row"
-            window = range(9) if row_window else seen
+            whole = isinstance(score, Threshold) and score.stats == "row"
+            window = range(9) if whole else seen
             weights = pair_weights(x[i], x, seen, window, score)
             close(dense[b, i], [weights.get(j, 0.0) for j in range(9)])
 

@@ -1,7 +1,7 @@
 """The Triton backend, in Triton's interpreter where there is no GPU.
 
 Triton reads TRITON_INTERPRET when it is imported, so the interpreter gets a process of its own:
-`test_in_the_interpreter` runs this file again in it.
+`test_in_the_interpreter` runs this file again in it, and the file for the schemas.
 """
 
 import importlib.util
@@ -29,6 +29,8 @@ from qflux_kernels import (
 if importlib.util.find_spec("triton") is None:
     pytest.skip("Triton is not installed", allow_module_level=True)
 
+# The ops of this family against the table; of every family that runs.
+SCHEMA = Path(__file__).with_name("test_schema.py")
 F32, F64 = torch.float32, torch.float64
 INTERPRETED = backends.TRITON_INTERPRETED
 DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
@@ -141,7 +143,11 @@ def test_gradients_of_interact_in_float32(score):
 
 
 @needs_kernels
-@pytest.mark.parametrize("score", [Threshold(1.4, "row"), Threshold(), InverseGate()], ids=str)
+@pytest.mark.parametrize(
+    "score",
+    [Threshold(1.4, "row"), Threshold(), InverseGate(), Threshold(0.3, shrinkage="soft")],
+    ids=str,
+)
 def test_padding(score):
     """Padding gets zeros, and not even a NaN in it reaches anybody."""
     lengths = torch.tensor([0, 20, 33], device=DEVICE)
@@ -230,15 +236,17 @@ RADII = [Radius(), Radius(0.0, 1e9, 0.2, 0.3, 1.5), Radius(0.5, 0.9, -0.1), None
 
 @needs_kernels
 @pytest.mark.parametrize("radius", RADII, ids=str)
-@pytest.mark.parametrize("gated", [False, True])
-def test_evolve(gated, radius, poisoned_memory):
+@pytest.mark.parametrize("kernel", ["hard_threshold", "inverse_gate", "soft_threshold"])
+def test_evolve(kernel, radius, poisoned_memory):
     states, alpha = tensor(2, 18, 2), SIGMA.to(DEVICE)
+    gated = kernel == "inverse_gate"
     dt = tensor(2, 2, 18).abs() / 10
     skip = tensor(18).sigmoid()
     lengths = torch.tensor([18, 11], device=DEVICE) if radius == RADII[1] else None
 
     def run(states, dt, skip, alpha, backend):
-        score = InverseGate(alpha, 1e-2) if gated else Threshold(alpha)
+        shrinkage = kernel.removesuffix("_threshold")
+        score = InverseGate(alpha, 1e-2) if gated else Threshold(alpha, shrinkage=shrinkage)
         return evolve(
             states, dt, skip=skip, score=score, radius=radius, lengths=lengths, steps=2,
             reduction="mean" if gated else "sum", backend=backend,
@@ -351,7 +359,7 @@ if not INTERPRETED:
 
     def test_in_the_interpreter():
         result = subprocess.run(
-            [sys.executable, "-m", "pytest", "-q", "--tb=short", __file__],
+            [sys.executable, "-m", "pytest", "-q", "--tb=short", __file__, str(SCHEMA)],
             cwd=Path(__file__).parents[2],
             env=os.environ | {"TRITON_INTERPRET": "1"},
             capture_output=True,
