@@ -1,6 +1,7 @@
 // The CUDA launchers, compiled against the emulator, on NumPy arrays of any strides. Test-only.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <stdexcept>
 #include <string>
@@ -20,61 +21,85 @@ using namespace qflux;
 namespace {
 
 template <class T>
-View<T> view(const py::object& object) {
-  if (object.is_none()) return {};
+T* data_of(const py::object& object) {
+  if (object.is_none()) return nullptr;
   using Plain = std::remove_const_t<T>;
   if (!py::isinstance<py::array_t<Plain>>(object)) throw std::invalid_argument("wrong dtype");
   auto array = py::reinterpret_borrow<py::array_t<Plain>>(object);
-  if (array.ndim() != 2 && array.ndim() != 3) throw std::invalid_argument("wrong dimensions");
-  const auto stride = [&](int dim) {
-    return dim < array.ndim() ? array.strides(dim) / static_cast<int64_t>(sizeof(T)) : 0;
-  };
-  T* data;
   if constexpr (std::is_const_v<T>)
-    data = array.data();
+    return array.data();
   else
-    data = array.mutable_data();
-  return {data, stride(0), stride(1), stride(2)};
+    return array.mutable_data();
 }
 
-// A number, or a contiguous array; null for None.
+// Strides in elements of an array [...][outer][inner][`last` dimensions]; one batch dimension is
+// the inner one.
+struct Strides {
+  py::array array;
+  int last;
+
+  int64_t at(int64_t dim) const {
+    return dim >= 0 && dim < array.ndim() ? array.strides(dim) / array.itemsize() : 0;
+  }
+  int64_t trailing(int n) const { return n < last ? at(array.ndim() - last + n) : 0; }
+  int64_t inner() const { return at(array.ndim() - last - 1); }
+  int64_t outer(int leading = 0) const {
+    const int64_t dim = array.ndim() - last - 2;
+    return dim < leading ? 0 : at(dim);
+  }
+};
+
+// An array [batch][tokens], or [batch][tokens][components] with `last` 2.
 template <class T>
-T* contiguous(const py::object& object) {
-  return view<T>(object).data;
+View<T> view(const py::object& object, int last) {
+  T* data = data_of<T>(object);
+  if (data == nullptr) return {};
+  const Strides strides{object, last};
+  return {data, strides.outer(), strides.inner(), strides.trailing(0), strides.trailing(1)};
 }
 
 template <class T>
 PerSequence<T> per_sequence(const py::object& object) {
+  if (object.is_none()) return {};
   if (!py::isinstance<py::array>(object)) return {nullptr, object.cast<T>()};
-  return {py::reinterpret_borrow<py::array_t<T>>(object).data(), T(0)};
+  const Strides strides{object, 0};
+  return {data_of<const T>(object), T(0), strides.outer(), strides.inner()};
 }
 
 template <class T>
-PerToken<T> per_token(const py::object& object, int64_t batch, int64_t length) {
-  if (!py::isinstance<py::array>(object)) return {nullptr, object.cast<T>(), 0, 0};
-  auto array = py::reinterpret_borrow<py::array_t<T>>(object);
-  return {array.data(), T(0), array.shape(0) > 1 ? batch * length : 0, length};
+PerToken<T> per_token(const py::object& object) {
+  if (!py::isinstance<py::array>(object)) return {nullptr, object.cast<T>()};
+  const Strides strides{object, 1};
+  PerToken<T> p{};
+  p.data = data_of<const T>(object);
+  p.per_step = strides.array.shape(0) > 1;
+  p.step = p.per_step ? strides.at(0) : 0;
+  p.outer = strides.outer(1);
+  p.inner = strides.inner();
+  p.token = strides.trailing(0);
+  return p;
 }
 
 template <class T>
 PairParams<T> pair_params(const py::dict& d) {
   PairParams<T> p{};
-  p.states = view<const T>(d["states"]);
-  p.key_points = view<const T>(d["keys"]);
-  p.values = view<const T>(d["values"]);
-  p.batch = d["batch"].cast<int64_t>();
+  p.states = view<const T>(d["states"], 2);
+  p.key_points = view<const T>(d["keys"], 2);
+  p.values = view<const T>(d["values"], 2);
+  const auto batch = d["batch"].cast<std::vector<int64_t>>();
+  p.outer = batch.size() > 1 ? batch[0] : 1;
+  p.inner = batch.back();
   p.rows = d["rows"].cast<int64_t>();
   p.keys = d["key_count"].cast<int64_t>();
-  p.depth = d["depth"].cast<int64_t>();
-  p.score = static_cast<Score>(d["score"].cast<int64_t>());
+  p.value_dim = d["value_dim"].cast<int64_t>();
+  p.score = static_cast<ScoreKind>(d["score"].cast<int64_t>());
   p.eps = d["eps"].cast<double>();
-  p.row_window = d["row_window"].cast<bool>();
+  p.whole_window = d["whole_window"].cast<bool>();
   p.causal = d["causal"].cast<bool>();
   p.mean = d["mean"].cast<bool>();
   p.coefficient = per_sequence<T>(d["coefficient"]);
   p.min_gate = per_sequence<T>(d["min_gate"]);
-  if (!d["lengths"].is_none())
-    p.lengths = py::reinterpret_borrow<py::array_t<int64_t>>(d["lengths"]).data();
+  p.lengths = per_sequence<int64_t>(d["lengths"]);
   return p;
 }
 
@@ -89,9 +114,9 @@ EvolveParams<T> evolve_params(const py::dict& d) {
     const auto number = [&](int n) { return rule[n].cast<T>(); };
     p.radius = {true, number(0), number(1), number(2), number(3), number(4)};
   }
-  p.dt = per_token<T>(d["dt"], p.pair.batch, p.pair.rows);
-  p.skip = per_token<T>(d["skip"], p.pair.batch, p.pair.rows);
-  p.tape = contiguous<T>(d["tape"]);
+  p.dt = per_token<T>(d["dt"]);
+  p.skip = per_token<T>(d["skip"]);
+  p.tape = data_of<T>(d["tape"]);
   p.save = d["save"].cast<bool>();
   return p;
 }
@@ -141,10 +166,10 @@ template <class T>
 void interact(const py::dict& d) {
   InteractParams<T> p{};
   p.pair = pair_params<T>(d);
-  p.context = view<T>(d["context"]);
-  p.strength = view<T>(d["strength"]);
-  p.degree = view<int32_t>(d["degree"]);
-  p.threshold = view<T>(d["threshold"]);
+  p.context = view<T>(d["context"], 2);
+  p.strength = view<T>(d["strength"], 1);
+  p.degree = view<int32_t>(d["degree"], 1);
+  p.threshold = view<T>(d["threshold"], 1);
   by_algorithm(
       d, p.pair, false,
       [&](int64_t base, void* scratch) { return cuda::interact_by(base, p, scratch, nullptr); },
@@ -155,14 +180,14 @@ template <class T>
 void interact_backward(const py::dict& d) {
   InteractBackwardParams<T> p{};
   p.pair = pair_params<T>(d);
-  p.grad_context = view<const T>(d["grad_context"]);
-  p.grad_strength = view<const T>(d["grad_strength"]);
-  p.threshold = view<const T>(d["threshold"]);
-  p.grad_states = view<T>(d["grad_states"]);
-  p.grad_keys = view<T>(d["grad_keys"]);
-  p.grad_values = view<T>(d["grad_values"]);
-  p.grad_alpha = view<T>(d["grad_alpha"]);
-  if (d.contains("grad_threshold")) p.grad_threshold = view<T>(d["grad_threshold"]);
+  p.grad_context = view<const T>(d["grad_context"], 2);
+  p.grad_strength = view<const T>(d["grad_strength"], 1);
+  p.threshold = view<const T>(d["threshold"], 1);
+  p.grad_states = view<T>(d["grad_states"], 2);
+  p.grad_keys = view<T>(d["grad_keys"], 2);
+  p.grad_values = view<T>(d["grad_values"], 2);
+  p.grad_coefficient = view<T>(d["grad_coefficient"], 1);
+  if (d.contains("grad_threshold")) p.grad_threshold = view<T>(d["grad_threshold"], 1);
   p.accumulate = d["accumulate"].cast<bool>();
   p.keys_are_states = d["keys_are_states"].cast<bool>();
   by_algorithm(
@@ -171,6 +196,18 @@ void interact_backward(const py::dict& d) {
         return cuda::interact_backward_by(base, p, scratch, nullptr);
       },
       [&] { return cuda::interact_backward(p, nullptr); });
+}
+
+template <class T>
+void threshold_backward(const py::dict& d) {
+  ThresholdBackwardParams<T> p{};
+  p.pair = pair_params<T>(d);
+  p.grad_threshold = view<const T>(d["grad_threshold"], 1);
+  p.grad_states = view<T>(d["grad_states"], 2);
+  p.grad_keys = view<T>(d["grad_keys"], 2);
+  p.grad_coefficient = view<T>(d["grad_coefficient"], 1);
+  p.window_grads = data_of<double>(d["window_grads"]);
+  check(cuda::threshold_backward(p, nullptr));
 }
 
 template <class T, class Params>
@@ -186,9 +223,9 @@ void evolve_by(const py::dict& d, const PairParams<T>& pair, bool backward, cons
 template <class T>
 void evolve(const py::dict& d) {
   EvolveParams<T> p = evolve_params<T>(d);
-  p.out = view<T>(d["out"]);
-  p.strength = view<T>(d["strength"]);
-  p.degree = view<int32_t>(d["degree"]);
+  p.out = view<T>(d["out"], 2);
+  p.strength = view<T>(d["strength"], 1);
+  p.degree = view<int32_t>(d["degree"], 1);
   evolve_by(d, p.pair, false, p);
 }
 
@@ -196,26 +233,15 @@ template <class T>
 void evolve_backward(const py::dict& d) {
   EvolveBackwardParams<T> p{};
   p.forward = evolve_params<T>(d);
-  p.grad_out = view<const T>(d["grad_out"]);
-  p.grad_strength = view<const T>(d["grad_strength"]);
-  p.grad_states = view<T>(d["grad_states"]);
-  p.grad_dt = contiguous<T>(d["grad_dt"]);
-  p.grad_skip = contiguous<T>(d["grad_skip"]);
-  p.grad_alpha = view<T>(d["grad_alpha"]);
-  p.scratch = contiguous<T>(d["scratch"]);
+  p.grad_out = view<const T>(d["grad_out"], 2);
+  p.grad_strength = view<const T>(d["grad_strength"], 1);
+  p.grad_states = view<T>(d["grad_states"], 2);
+  p.grad_dt = data_of<T>(d["grad_dt"]);
+  p.grad_skip = data_of<T>(d["grad_skip"]);
+  p.grad_coefficient = view<T>(d["grad_coefficient"], 1);
+  p.scratch = data_of<T>(d["scratch"]);
+  p.window_grads = data_of<double>(d["window_grads"]);
   evolve_by(d, p.forward.pair, true, p);
-}
-
-template <class T>
-T* flat(const py::object& object) {
-  if (object.is_none()) return nullptr;
-  using Plain = std::remove_const_t<T>;
-  if (!py::isinstance<py::array_t<Plain>>(object)) throw std::invalid_argument("wrong dtype");
-  auto array = py::reinterpret_borrow<py::array_t<Plain>>(object);
-  if constexpr (std::is_const_v<T>)
-    return array.data();
-  else
-    return array.mutable_data();
 }
 
 template <class T>
@@ -225,11 +251,11 @@ ProjectionParams<T> projection_params(const py::dict& d) {
   p.count = d["count"].cast<int64_t>();
   p.width = d["width"].cast<int64_t>();
   p.eps = d["eps"].cast<double>();
-  p.features = flat<const T>(d["states"]);
-  p.weight = flat<const T>(d["weight"]);
-  p.bias = flat<const T>(d["bias"]);
-  p.scale = flat<const T>(d["scale"]);
-  p.shift = flat<const T>(d["shift"]);
+  p.features = data_of<const T>(d["states"]);
+  p.weight = data_of<const T>(d["weight"]);
+  p.bias = data_of<const T>(d["bias"]);
+  p.scale = data_of<const T>(d["scale"]);
+  p.shift = data_of<const T>(d["shift"]);
   return p;
 }
 
@@ -245,30 +271,30 @@ py::tuple project_sizes(int64_t tokens, int64_t count, int64_t width) {
 
 template <class T>
 cuda::ProjectionScratch<T> projection_scratch(const py::dict& d) {
-  return {flat<T>(d["planes"]), flat<double>(d["gram"]), flat<double>(d["token_scratch"]),
-          flat<double>(d["partial"]), flat<double>(d["totals"])};
+  return {data_of<T>(d["planes"]), data_of<double>(d["gram"]), data_of<double>(d["token_scratch"]),
+          data_of<double>(d["partial"]), data_of<double>(d["totals"])};
 }
 
 template <class T>
 void project(const py::dict& d) {
-  check(
-      cuda::project(projection_params<T>(d), projection_scratch<T>(d), flat<T>(d["out"]), nullptr));
+  check(cuda::project(projection_params<T>(d), projection_scratch<T>(d), data_of<T>(d["out"]),
+                      nullptr));
 }
 
 template <class T>
 void project_backward(const py::dict& d) {
   ProjectionParams<T> p = projection_params<T>(d);
-  p.grad = flat<const T>(d["grad"]);
-  const ProjectionGradients<T> grads{flat<T>(d["grad_features"]), flat<T>(d["grad_weight"]),
-                                     flat<T>(d["grad_bias"]), flat<T>(d["grad_scale"]),
-                                     flat<T>(d["grad_shift"])};
+  p.grad = data_of<const T>(d["grad"]);
+  const ProjectionGradients<T> grads{data_of<T>(d["grad_features"]), data_of<T>(d["grad_weight"]),
+                                     data_of<T>(d["grad_bias"]), data_of<T>(d["grad_scale"]),
+                                     data_of<T>(d["grad_shift"])};
   check(cuda::project_backward(p, projection_scratch<T>(d), grads, nullptr));
 }
 
 // In the precision of the states.
-template <void (*kSingle)(const py::dict&), void (*kTwice)(const py::dict&)>
+template <void (*kF32)(const py::dict&), void (*kF64)(const py::dict&)>
 void dispatch(const py::dict& d) {
-  py::isinstance<py::array_t<float>>(d["states"]) ? kSingle(d) : kTwice(d);
+  py::isinstance<py::array_t<float>>(d["states"]) ? kF32(d) : kF64(d);
 }
 
 }  // namespace
@@ -276,6 +302,7 @@ void dispatch(const py::dict& d) {
 PYBIND11_MODULE(qflux_emulator, m) {
   m.attr("TAPE_CONTEXT") = static_cast<int64_t>(kTapeContext);
   m.attr("TAPE_PLANES") = static_cast<int64_t>(kTapePlanes);
+  m.attr("WINDOW_SUMS") = kWindowSums;
   m.attr("SCRATCH_PLANES") = static_cast<int64_t>(kScratchPlanes);
   m.def("architectures", &cuda::architectures);
   m.def(
@@ -295,6 +322,7 @@ PYBIND11_MODULE(qflux_emulator, m) {
   m.def("count_picks", [] { return std::exchange(emulator::machine().picks, 0); });
   m.def("interact", &dispatch<interact<float>, interact<double>>);
   m.def("interact_backward", &dispatch<interact_backward<float>, interact_backward<double>>);
+  m.def("threshold_backward", &dispatch<threshold_backward<float>, threshold_backward<double>>);
   m.def("evolve", &dispatch<evolve<float>, evolve<double>>);
   m.def("evolve_backward", &dispatch<evolve_backward<float>, evolve_backward<double>>);
   m.def("project_sizes", &project_sizes);

@@ -37,8 +37,8 @@ Pair2 query_vjp(const Pair2& grad, double coefficient) {
   return pair(Score::query_vjp(point(grad), coefficient));
 }
 
-using Gate = GatePair<double>;
-using Limit = ThresholdPair<double>;
+using Gate = InverseGate<double>;
+using Limit = HardThreshold<double>;
 
 // The moments of keys[begin:middle] and keys[middle:end], put together.
 double threshold_of_window(const Pair2& state, const std::vector<Pair2>& keys, size_t middle,
@@ -95,7 +95,7 @@ PYBIND11_MODULE(math_module, m) {
   m.def("gate_query", query<Gate>);
   m.def("gate_query_vjp", query_vjp<Gate>);
   m.def("gate_alpha_vjp", [](const Pair2& grad, const Pair2& state) {
-    return Gate::alpha_vjp(point(grad), point(state));
+    return Gate::coefficient_vjp(point(grad), point(state));
   });
   m.def("gate_kept",
         [](double eps, double min_gate, double p) { return bool(Gate{eps, min_gate}.kept(p)); });

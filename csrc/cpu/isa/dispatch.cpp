@@ -26,7 +26,7 @@ std::vector<const InstructionSet*> available() {
 const InstructionSet& choose() {
   const std::vector<const InstructionSet*> sets = available();
   const char* wanted = std::getenv("QFLUX_INSTRUCTION_SET");
-  if (wanted == nullptr) return *sets.back();
+  if (wanted == nullptr || *wanted == 0) return *sets.back();
   std::string allowed;
   for (const InstructionSet* set : sets) {
     if (wanted == std::string(set->name)) return *set;

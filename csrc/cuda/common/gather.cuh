@@ -24,7 +24,8 @@ struct Schedule {
   int64_t batch;
   int owner_blocks, column_blocks;
   bool reversed;  // the last owners first: under a causal mask they meet the most
-  int split;      // warps of a block that share the same owners, each with its part of the sources
+  // 1 << split_bits warps of a block share the same owners, each with its part of the sources.
+  int split_bits;
 };
 
 template <class Numbers, int kSize>
@@ -44,20 +45,24 @@ __device__ __forceinline__ Range met_by_all(const Pass& pass, int first, int las
   return {pass.range(last - 1).begin, pass.range(first).end};
 }
 
-// The owners of a thread, `kWarp` apart. Those past the end repeat the last one, and are not
-// stored.
-template <class Pass, int kOwners>
-__device__ __forceinline__ void load_owners(const Pass& pass, int first, int valid, int column,
-                                            typename Pass::Owner (&owner)[kOwners],
-                                            Range (&met)[kOwners]) {
+// Calls visit(r, n) for the owners of a thread, `kWarp` apart. Those past the end repeat the last
+// one, and are not stored.
+template <int kOwners, class Pass, class Visit>
+__device__ __forceinline__ void for_each_owner(const Pass& pass, int first, const Visit& visit) {
+  const int valid = pass.valid(), lane = threadIdx.x % kWarp;
 #pragma unroll
-  for (int r = 0; r < kOwners; ++r) {
-    const int lane = threadIdx.x % kWarp;
-    const int n = lesser(opaque(first) + lane + r * kWarp, valid - 1);
-    if (valid == 0) break;
-    owner[r] = pass.load(n, column);
-    met[r] = pass.range(n);
-  }
+  for (int r = 0; r < kOwners; ++r)
+    if (valid > 0) visit(r, lesser(opaque(first) + lane + r * kWarp, valid - 1));
+}
+
+template <class Pass, int kOwners>
+__device__ __forceinline__ void load_owners(const Pass& pass, int first, int column,
+                                            typename Pass::Owner (&owner)[kOwners]) {
+  for_each_owner<kOwners>(pass, first, [&](int r, int n) { owner[r] = pass.load(n, column); });
+}
+template <class Pass, int kOwners>
+__device__ __forceinline__ void find_ranges(const Pass& pass, int first, Range (&met)[kOwners]) {
+  for_each_owner<kOwners>(pass, first, [&](int r, int n) { met[r] = pass.range(n); });
 }
 
 // Adds the sources from <= j < to of a tile that starts at `start`.
@@ -144,9 +149,10 @@ __global__ void __launch_bounds__(kThreads, Pass::Sizes::kBlocksPerSm)
   using Tile = Buffer<T, kTile * kWidth>;
   QFLUX_SHARED(Tile, tile);
 
-  const int split = schedule.split;
-  const int slice = threadIdx.x / kWarp % split, group = threadIdx.x / kWarp / split;
-  const int per_block = kThreads / split * kOwners;
+  const int split = 1 << schedule.split_bits;
+  const int slice = threadIdx.x / kWarp & (split - 1);
+  const int group = threadIdx.x / kWarp >> schedule.split_bits;
+  const int per_block = (kThreads * kOwners) >> schedule.split_bits;
   const int64_t works = schedule.batch * schedule.owner_blocks * schedule.column_blocks;
 
   for (int64_t work = blockIdx.x; work < works; work += gridDim.x) {
@@ -155,7 +161,10 @@ __global__ void __launch_bounds__(kThreads, Pass::Sizes::kBlocksPerSm)
     const int order = static_cast<int>(rest / schedule.column_blocks);
     const int block = schedule.reversed ? schedule.owner_blocks - 1 - order : order;
     const BatchIndex b = params.pair.index(work % schedule.batch);
-    const Pass pass(params, b);
+    const int outer = static_cast<int>(b.outer), inner = static_cast<int>(b.inner);
+    // Addresses in a sequence are found anew where they are used, not held through the pair loop.
+    const auto anew = [&] { return Pass(params, {opaque(outer), opaque(inner)}); };
+    const Pass pass(params, {outer, inner});
     const int valid = pass.valid(), block_first = block * per_block;
     const int first = block_first + group * (kWarp * kOwners);
     const int last = lesser(first + kWarp * kOwners, valid);
@@ -168,21 +177,23 @@ __global__ void __launch_bounds__(kThreads, Pass::Sizes::kBlocksPerSm)
         Pass::kLoopsColumns ? static_cast<int>(Pass::columns(params)) : column + 1;
     do {
       typename Pass::Owner owner[kOwners] = {};
-      Range met[kOwners] = {};
-      load_owners(pass, first, valid, column, owner, met);
+      load_owners(anew(), first, column, owner);
       for (int start = all.begin; start < all.end; start += kTile) {
         const int count = lesser(kTile, all.end - start);
         __syncthreads();
+        const Pass source = anew();
         stage<kWidth>(tile.at, count, kThreads,
-                      [&](int n, T(&record)[kWidth]) { pass.fetch(start + n, column, record); });
+                      [&](int n, T(&record)[kWidth]) { source.fetch(start + n, column, record); });
         __syncthreads();
         for (int chunk = start + slice * kChunk; chunk < start + count; chunk += split * kChunk) {
           const int chunk_end = lesser(chunk + kChunk, start + count);
           if (chunk_end <= any.begin || chunk >= any.end) continue;
           T sums[kOwners][kSums] = {};
+          Range met[kOwners] = {};
           if (chunk >= common.begin && chunk + kChunk <= common.end) {
             add_sources<false>(pass, owner, met, tile.at, start, chunk, chunk + kChunk, sums);
           } else {
+            find_ranges(anew(), first, met);
             const int skipped = greater(any.begin - chunk, 0);
             add_sources<true>(pass, owner, met, tile.at, start,
                               chunk + skipped - skipped % Sizes::kAtOnce,
@@ -193,8 +204,7 @@ __global__ void __launch_bounds__(kThreads, Pass::Sizes::kBlocksPerSm)
       }
       if (split > 1) merge_slices(split, slice, group, tile.at, total);
       const bool is_last = column + Sizes::kColumns >= column_end;
-      const Pass writer(params, {opaque(b.outer), opaque(b.inner)});
-      store_owners(writer, first, static_cast<int>(Pass::owners(params)), column, is_last,
+      store_owners(anew(), first, static_cast<int>(Pass::owners(params)), column, is_last,
                    slice == 0, total);
 #pragma unroll
       for (int r = 0; r < kOwners; ++r)
@@ -211,17 +221,20 @@ const char* launch_gather(const typename Pass::Params& params, bool reversed, vo
   const PairParams<typename Pass::Scalar>& pair = params.pair;
   if (pair.rows > kMaxLength || pair.keys > kMaxLength || Pass::columns(params) > kMaxLength)
     return "the dense CUDA kernels take up to 2^30 rows, keys and value columns";
+  if (pair.outer > kMaxLength || pair.inner > kMaxLength)
+    return "the dense CUDA kernels take up to 2^30 sequences of a batch dimension";
   const int owners = static_cast<int>(Pass::owners(params));
   const int columns = static_cast<int>(Pass::columns(params));
   const auto blocks = [](int n, int size) { return (n + size - 1) / size; };
-  Schedule schedule{pair.batch(), 0, 1, reversed, 1};
+  Schedule schedule{pair.batch(), 0, 1, reversed, 0};
   if (!Pass::kLoopsColumns) schedule.column_blocks = blocks(columns, Sizes::kColumns);
   const int64_t copies = schedule.batch * schedule.column_blocks;
-  const auto per_block = [&] { return kThreads / schedule.split * Sizes::kOwners; };
+  const auto per_block = [&] { return (kThreads * Sizes::kOwners) >> schedule.split_bits; };
   // A split pays where each slice finds chunks of its own.
-  while (schedule.split < kWarps && Pass::sources(params) > schedule.split * Sizes::kChunk &&
+  while (1 << schedule.split_bits < kWarps &&
+         Pass::sources(params) > Sizes::kChunk << schedule.split_bits &&
          blocks(owners, per_block()) * copies < kEnoughBlocks)
-    schedule.split *= 2;
+    ++schedule.split_bits;
   schedule.owner_blocks = blocks(owners, per_block());
   return launch(gather<Pass>, {schedule.owner_blocks * copies, kThreads}, stream, params, schedule);
 }

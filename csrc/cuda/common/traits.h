@@ -41,15 +41,17 @@ template <>
 struct Traits<float, true> {
   static constexpr int kOwners = 2, kColumns = 8, kUnroll = 1, kBlocksPerSm = 3;
 };
+// Half as many columns of doubles, and one owner, leave registers for a fourth block.
 template <>
 struct Traits<double, true> {
-  static constexpr int kOwners = 1, kColumns = 4, kUnroll = 1, kBlocksPerSm = 3;
+  static constexpr int kOwners = 1, kColumns = 4, kUnroll = 1, kBlocksPerSm = 4;
 };
 
 // Sources in shared memory, in records of `width` numbers.
-template <class T, bool kOwnValues, int width>
+template <class T, bool kOwnValues, int width,
+          int blocks_per_sm = Traits<T, kOwnValues>::kBlocksPerSm>
 struct TileTraits : Traits<T, kOwnValues> {
-  static constexpr int kWidth = width;
+  static constexpr int kWidth = width, kBlocksPerSm = blocks_per_sm;
   // Records are read in 16-byte parts, two at once where one is not made of whole parts.
   static constexpr int kAtOnce = width * sizeof(T) % 16 == 0 ? 1 : 2;
   // Sources whose sums are taken in T from zero: few enough that their rounding stays far below

@@ -44,7 +44,8 @@ struct RowPass : OwnsRows<T, Score, InteractBackwardParams<T>>, BackwardColumns<
   using Params = InteractBackwardParams<T>;
   using Base::Base, Base::b, Base::params, Base::visibility;
   using BackwardColumns<T, kOwnValues>::kColumns;
-  using Sizes = TileTraits<T, kOwnValues, kOwnValues ? 2 + kColumns : 2>;
+  // No totals of columns: registers for a fourth block.
+  using Sizes = TileTraits<T, kOwnValues, kOwnValues ? 2 + kColumns : 2, 4>;
   static constexpr int kColumnSums = 0, kSums = Score::kLimitVjp ? 3 : 2;
 
   struct Owner {

@@ -29,7 +29,8 @@ __device__ __forceinline__ void gather_sequence(const Pass& pass,
     const Range any = met_by_any(pass, first, last), common = met_by_all(pass, first, last);
     typename Pass::Owner owner[kOwners] = {};
     Range met[kOwners] = {};
-    load_owners(pass, first, valid, 0, owner, met);
+    load_owners(pass, first, 0, owner);
+    find_ranges(pass, first, met);
     CompensatedSum<T> total[kOwners][kSums] = {};
 #pragma unroll 1
     for (int chunk = any.begin - any.begin % kAtOnce; chunk < any.end; chunk += kChunk) {

@@ -19,8 +19,8 @@ __global__ void __launch_bounds__(kTokenThreads)
   const int64_t stride = static_cast<int64_t>(gridDim.x) * kTokenThreads;
   for (int64_t n = static_cast<int64_t>(blockIdx.x) * kTokenThreads + threadIdx.x; n < tokens;
        n += stride) {
-    const int64_t sequence = n / rows;
-    rule(BatchIndex{sequence / inner, sequence % inner}, n % rows);
+    const int64_t sequence = n / rows, outer = sequence / inner;
+    rule(BatchIndex{outer, sequence - outer * inner}, n - sequence * rows);
   }
 }
 

@@ -103,6 +103,7 @@ void sweep(SweptParams<T>& params, Queue& queue) {
 
 template <class T>
 int64_t sweep_bytes_by(int64_t base, const PairParams<T>& pair, bool backward) {
+  if (pair.score != ScoreKind::kHardThreshold) return 0;
   if (pair.batch() == 0 || pair.rows == 0 || pair.keys == 0) return 0;
   if (pair.rows > kMaxLength || pair.keys > kMaxLength) return 0;
   Divider memory(nullptr);

@@ -13,7 +13,8 @@ namespace qflux::cuda {
 // Rows and keys in front of which the dense kernels are as fast. Not measured on a GPU yet.
 constexpr int64_t kSweepBase = 1024;
 
-// The functions of launch.h with base blocks of `base` keys, a power of two.
+// The functions of launch.h with base blocks of `base` keys, a power of two; zero bytes for what
+// has no sweep.
 template <class T>
 int64_t sweep_bytes_by(int64_t base, const PairParams<T>& pair, bool backward);
 template <class T>
