@@ -35,9 +35,9 @@ struct Owners {
 
 // The results of row i from its sums before the reduction; S is T, or double from a sweep.
 template <class T, class S>
-void write_row(const InteractParams<T>& params, BatchIndex b, int64_t i, T tau, const S* context,
-               S strength, int32_t degree, int64_t value_dim) {
-  const int64_t visible = params.pair.visibility(b).visible_keys(i);
+void write_row(const InteractParams<T>& params, BatchIndex b, const Visibility& visibility,
+               int64_t i, T tau, const S* context, S strength, int32_t degree, int64_t value_dim) {
+  const int64_t visible = visibility.visible_keys(i);
   T scale = params.pair.reduction_scale(visible);
   // No comparison with an undefined threshold means anything.
   if (tau != tau && visible > 0) scale = std::numeric_limits<T>::quiet_NaN();
@@ -59,7 +59,8 @@ void write_row_gradient(const InteractBackwardParams<T>& params, BatchIndex b, i
   visit_score(p.score, [&](auto tag) {
     using Score = typename decltype(tag)::template of<T>;
     pulled = Score::query_vjp(grad, p.coefficient[b]);
-    if (params.grad_coefficient)
+    // That of a threshold acts through tau alone.
+    if (!Score::kThresholded && params.grad_coefficient)
       params.grad_coefficient.at(b, i) += Score::coefficient_vjp(grad, load_point(p.states, b, i));
   });
   if (!params.grad_states) return;
@@ -100,8 +101,8 @@ void forward_block(const InteractParams<T>& params, const Staging<T>& staging, B
                              {context.get(), strength, params.degree ? degree : nullptr});
   for (int64_t i = rows.first; i < rows.end; ++i) {
     const int64_t n = i - rows.first;
-    write_row(params, b, i, sequence.limit[i], &context[n * value_dim], strength[n], degree[n],
-              value_dim);
+    write_row(params, b, sequence.visibility, i, sequence.limit[i], &context[n * value_dim],
+              strength[n], degree[n], value_dim);
   }
 }
 
@@ -170,8 +171,8 @@ bool swept(const InteractParams<T>& params, const Staging<T>& staging, BatchInde
                      {context.data(), strength.data(), degree.data(), params.work}))
     return false;
   for_each_token_of(rows, [&](int64_t i) {
-    write_row(params, b, i, sequence.limit[i], &context[i * value_dim], strength[i], degree[i],
-              value_dim);
+    write_row(params, b, sequence.visibility, i, sequence.limit[i], &context[i * value_dim],
+              strength[i], degree[i], value_dim);
   });
   return true;
 }

@@ -3,6 +3,8 @@
 
 #include <torch/csrc/stable/ops.h>
 
+#include <algorithm>
+
 #include "../params.h"
 
 namespace qflux::cpu {
@@ -23,13 +25,12 @@ class Device {
   template <class T, class Rule>
   void for_each_token(const PairParams<T>& p, const Rule& rule) {
     torch::stable::parallel_for(0, p.batch() * p.rows, 4096, [&](int64_t begin, int64_t end) {
-      BatchIndex b = p.index(begin / p.rows);
-      int64_t i = begin % p.rows;
-      for (int64_t n = begin; n < end; ++n) {
-        rule(b, i);
-        if (++i < p.rows) continue;
-        i = 0;
-        if (++b.inner == p.inner) b.inner = 0, ++b.outer;
+      // By sequences: what depends on the sequence alone leaves the inner loop.
+      for (int64_t n = begin; n < end;) {
+        const BatchIndex b = p.index(n / p.rows);
+        const int64_t first = n % p.rows, last = std::min(p.rows, first + end - n);
+        for (int64_t i = first; i < last; ++i) rule(b, i);
+        n += last - first;
       }
     });
   }

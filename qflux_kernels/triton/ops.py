@@ -482,7 +482,7 @@ def _any_batch(op: Op, rule: Callable[[Any], Any]) -> Callable[[Any], Any]:
             at = field.batch
             if at is None:
                 return result
-            return result.reshape(*result.shape[:at], *batch, *result.shape[at + 1 :])
+            return result.reshape((*result.shape[:at], *batch, *result.shape[at + 1 :]))
 
         return op.Results(*map(restored, found, op.results))
 

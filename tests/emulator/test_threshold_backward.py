@@ -54,8 +54,9 @@ def expected(inputs: Inputs) -> dict[str, np.ndarray]:
     case = inputs.case
     states, keys, sigma = (
         None if array is None else torch.from_numpy(array.copy()).requires_grad_()
-        for array in (inputs.states, inputs.keys, inputs.coefficient)
+        for array in (inputs.states, inputs.keys, inputs.coefficient[..., None])
     )
+    sigma = sigma.detach().repeat_interleave(case.rows, -1).requires_grad_()  # one for each row
     points = states if keys is None else keys
     row, key = torch.arange(case.rows)[:, None], torch.arange(case.num_keys)
     valid = torch.ones(*case.batch_shape, case.rows, case.num_keys, dtype=torch.bool)
@@ -70,7 +71,7 @@ def expected(inputs: Inputs) -> dict[str, np.ndarray]:
     scores = (states @ points.mT + 1) / 2
     mean = (scores * window).sum(-1) / count
     variance = ((scores - mean[..., None]) ** 2 * window).sum(-1) / count
-    tau = mean + sigma[..., None] * torch.sqrt(variance + inputs.eps)
+    tau = mean + sigma * torch.sqrt(variance + inputs.eps)
     (tau * torch.from_numpy(inputs.grad_strength) * visible.any(-1)).sum().backward()
     leaves = {"grad_states": states, "grad_keys": keys, "grad_coefficient": sigma}
     return {name: leaf.grad.numpy() for name, leaf in leaves.items() if leaf is not None}
@@ -78,8 +79,7 @@ def expected(inputs: Inputs) -> dict[str, np.ndarray]:
 
 def check(got: dict[str, np.ndarray], truth: dict[str, np.ndarray], rtol: float) -> None:
     for name, array in got.items():
-        array = array.astype(np.float64)
-        close(name, array.sum(-1) if name == "grad_coefficient" else array, truth[name], rtol)
+        close(name, array, truth[name], rtol)
 
 
 # A block has a segment of 1024 rows or keys.

@@ -1,4 +1,4 @@
-"""Any number of batch dimensions with any strides: the results of contiguous copies, and no copy."""
+"""Any batch dimensions with any strides: the results of contiguous copies, without a copy."""
 
 from __future__ import annotations
 

@@ -58,112 +58,99 @@ def test_every_option_of_a_score_has_a_kernel():
     assert all(score.kind.name == score.kernel for score in SCORES)
 
 
-# Batch shapes, and how the batch dimensions of an input lie in memory.
-BATCHES = [(), (3,), (2, 3), (2, 1, 2), (0,), (2, 0)]
+def spaced(tensor, _at):
+    wide = tensor.repeat_interleave(2, -1) if tensor.dim() else tensor
+    return wide[..., ::2] if tensor.dim() else tensor
+
+
+def batch_inside(tensor, at):
+    """The first batch dimension next to the last one in memory: of (B, S, C, 2), say."""
+    if tensor.dim() < at + 2:
+        return tensor
+    return tensor.movedim(at, -2).contiguous().movedim(-2, at)
+
+
+def expanded(tensor, at):
+    if tensor.dim() < at + 2:
+        return tensor
+    return tensor.narrow(at, 0, min(1, tensor.shape[at])).expand_as(tensor)
+
+
 LAYOUTS = {
     "contiguous": lambda tensor, at: tensor,
-    "spaced": lambda tensor, at: spaced(tensor),
-    # Of (B, S, C, 2), as projections of a model are, say.
-    "batch inside": lambda tensor, at: (
-        tensor.movedim(-1, at).contiguous().movedim(at, -1) if tensor.dim() > at + 1 else tensor
-    ),
-    "expanded": lambda tensor, at: tensor[:, :1].expand_as(tensor) if tensor.dim() > 2 else tensor,
+    "spaced": spaced,
+    "batch inside": batch_inside,
+    "expanded": expanded,
 }
-
-
-def spaced(tensor):
-    wide = tensor.new_zeros(*tensor.shape[:-1], 2 * tensor.shape[-1]) if tensor.dim() else tensor
-    if tensor.dim():
-        wide[..., ::2] = tensor
-        return wide[..., ::2]
-    return tensor
-
-
-SIZES = {"rows": 5, "keys": 5, "steps": 2, "value_dim": 3}
+BATCHES = [(), (3,), (2, 3), (2, 1, 2), (0,), (2, 0)]
+if backends.TRITON_INTERPRETED:  # at the speed of Python; test_triton.py runs this file in it
+    BATCHES = [(), (2, 3), (2, 0)]
+# What stands before and behind the batch dimensions of a tensor; rows are keys here.
+ROWS, STEPS, VALUE_DIM = 5, 2, 3
+HEADS = {"dt": (STEPS,), "skip": (1,), "tape": (STEPS, schema.TAPE_PLANES)}
 TAILS = {
-    "states": ("rows", 2),
-    "keys": ("keys", 2),
-    "values": ("keys", "value_dim"),
-    "grad_context": ("rows", "value_dim"),
-    "grad_states": ("rows", 2),
-    "grad_strength": ("rows",),
-    "grad_threshold": ("rows",),
-    "threshold": ("rows",),
-    "dt": ("rows",),
-    "skip": ("rows",),
-    "tape": ("rows",),
-}
-HEADS = {"dt": ("steps",), "skip": (1,), "tape": ("steps", schema.TAPE_PLANES)}
+    "states": (ROWS, 2), "keys": (ROWS, 2), "values": (ROWS, VALUE_DIM),
+    "grad_context": (ROWS, VALUE_DIM), "grad_states": (ROWS, 2), "grad_strength": (ROWS,),
+    "grad_threshold": (ROWS,), "threshold": (ROWS,), "dt": (ROWS,), "skip": (ROWS,),
+    "tape": (ROWS,),
+}  # fmt: skip
 NUMBERS = {
-    "coefficient_value": 0.5, "min_gate_value": 0.1, "score": 0, "eps": 1e-3,
-    "whole_window": False, "causal": True, "mean": True, "algorithm": 0, "dt_value": 0.1,
-    "skip_value": 0.2, "steps": SIZES["steps"], "has_radius": True, "radius_min": 0.1,
-    "radius_max": 2.0, "radius_rate": 0.01, "radius_reversion": 0.1, "radius_target": 1.0,
-    "save": True, "need_rows": True, "need_keys": True,
+    "coefficient_value": 0.5, "min_gate_value": 0.1, "eps": 1e-3, "whole_window": False,
+    "causal": True, "mean": True, "algorithm": 0, "dt_value": 0.1, "skip_value": 0.2,
+    "steps": STEPS, "has_radius": True, "radius_min": 0.1, "radius_max": 2.0, "radius_rate": 0.01,
+    "radius_reversion": 0.1, "radius_target": 1.0, "save": True, "need_rows": True,
+    "need_keys": True,
 }  # fmt: skip
 
 
-def arguments_of(op, batch, layout, device, given=True, **numbers):
-    """One value for each argument of the op: optional tensors are there if `given`."""
-    sizes = SIZES if given else SIZES | {"value_dim": 2}
-    found = []
+def arguments_of(op, batch, layout, device, score, given):
+    """One value for each argument of the op; optional tensors are there if `given`."""
     for field in op.arguments:
-        if not field.type.startswith("Tensor"):
-            found.append((NUMBERS | numbers)[field.name])
-            continue
         if field.type == "Tensor?" and not given:
-            found.append(None)
-            continue
-        shape = tuple(
-            sizes.get(size, size)
-            for size in (*HEADS.get(field.name, ()), *batch, *TAILS.get(field.name, ()))
-        )
-        if field.name == "lengths":
-            tensor = torch.randint(0, sizes["rows"] + 1, shape)
+            yield None
+        elif field.type.startswith("Tensor"):
+            shape = (*HEADS.get(field.name, ()), *batch, *TAILS.get(field.name, ()))
+            if field.name == "grad_context" and not given:
+                shape = (*shape[:-1], 2)
+            integers = field.name == "lengths"
+            tensor = torch.randint(ROWS + 1, shape) if integers else torch.rand(shape) / 2
+            if field.name != "tape":  # which is contiguous
+                tensor = LAYOUTS[layout](tensor, field.batch)
+            yield tensor.to(device)
         else:
-            tensor = torch.rand(shape) / 2
-        if field.name != "tape":  # which is contiguous
-            tensor = LAYOUTS[layout](tensor, field.batch)
-        found.append(tensor.to(device))
-    return found
+            yield score if field.name == "score" else NUMBERS[field.name]
+
+
+def merged(tensor, at, batch):
+    """The tensor with its batch dimensions, from `at` on, as one."""
+    if tensor is None or at is None:
+        return tensor
+    return tensor.reshape(*tensor.shape[:at], -1, *tensor.shape[at + len(batch) :])
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("batch", BATCHES, ids=str)
 @pytest.mark.parametrize("op", schema.FAMILY_OPS, ids=lambda op: op.name)
-def test_fakes_are_like_the_kernels(device, op, batch, layout):
-    """The shapes, strides and types that tracing sees are those of the results."""
-    for family in families_on(device):
+def test_batches(device, op, batch, layout):
+    """Fakes have the shapes, strides and types of results, and a batch is its sequences."""
+    families = FAMILIES
+    if device.type == "cpu":
+        families = [schema.TRITON if backends.TRITON_INTERPRETED else schema.COMPILED]
+    for family in families:
+        function = getattr(OPS, family + op.name).default
         for score, given in ((0, True), (1, True), (2, True), (2, False)):
-            arguments = arguments_of(op, batch, layout, device, given, score=score)
-            packet = getattr(OPS, family + op.name).default
-            torch.library.opcheck(packet, tuple(arguments), test_utils=UTILS)
-            compare_batches(packet, op, arguments, batch)
-
-
-UTILS = ("test_schema", "test_faketensor")
-
-
-def families_on(device):
-    if device.type == "cuda" or backends.TRITON_INTERPRETED:
-        return FAMILIES
-    return FAMILIES[:1]
-
-
-def compare_batches(packet, op, arguments, batch):
-    """A sequence has the results it has in a batch of its own, whatever the batch shape."""
-    if 0 in batch or len(batch) < 2:
-        return
-
-    def merged(tensor, at):
-        if tensor is None or at is None:
-            return tensor
-        return tensor.reshape(*tensor.shape[:at], -1, *tensor.shape[at + len(batch) :])
-
-    flat = [
-        merged(value, field.batch) for field, value in zip(op.arguments, arguments, strict=True)
-    ]
-    for field, got, wanted in zip(op.results, packet(*arguments), packet(*flat), strict=True):
-        if wanted.shape != (0,):
-            got = merged(got, field.batch)
-        assert torch.equal(got, wanted), field.name
+            arguments = list(arguments_of(op, batch, layout, device, score, given))
+            torch.library.opcheck(
+                function, tuple(arguments), test_utils=("test_schema", "test_faketensor")
+            )
+            if 0 in batch:
+                continue
+            flat = [
+                merged(value, field.batch, batch)
+                for field, value in zip(op.arguments, arguments, strict=True)
+            ]
+            found = zip(op.results, function(*arguments), function(*flat), strict=True)
+            for field, got, wanted in found:
+                if wanted.shape != (0,):
+                    got = merged(got, field.batch, batch)
+                assert torch.equal(got, wanted), field.name

@@ -1,7 +1,7 @@
 """The Triton backend, in Triton's interpreter where there is no GPU.
 
 Triton reads TRITON_INTERPRET when it is imported, so the interpreter gets a process of its own:
-`test_in_the_interpreter` runs this file again in it.
+`test_in_the_interpreter` runs this file again in it, and the file for the schemas.
 """
 
 import importlib.util
@@ -29,6 +29,8 @@ from qflux_kernels import (
 if importlib.util.find_spec("triton") is None:
     pytest.skip("Triton is not installed", allow_module_level=True)
 
+# The ops of this family against the table; of every family that runs.
+SCHEMA = Path(__file__).with_name("test_schema.py")
 F32, F64 = torch.float32, torch.float64
 INTERPRETED = backends.TRITON_INTERPRETED
 DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
@@ -357,7 +359,7 @@ if not INTERPRETED:
 
     def test_in_the_interpreter():
         result = subprocess.run(
-            [sys.executable, "-m", "pytest", "-q", "--tb=short", __file__],
+            [sys.executable, "-m", "pytest", "-q", "--tb=short", __file__, str(SCHEMA)],
             cwd=Path(__file__).parents[2],
             env=os.environ | {"TRITON_INTERPRET": "1"},
             capture_output=True,

@@ -41,6 +41,7 @@ template <>
 struct Traits<float, true> {
   static constexpr int kOwners = 2, kColumns = 8, kUnroll = 1, kBlocksPerSm = 3;
 };
+// Half as many columns of doubles, and one owner, leave registers for a fourth block.
 template <>
 struct Traits<double, true> {
   static constexpr int kOwners = 1, kColumns = 4, kUnroll = 1, kBlocksPerSm = 4;
