@@ -203,7 +203,7 @@ class BuildObject(build_ext):
         command = [
             *os.environ.get("CXX", "c++").split(), "-shared", *map(str, objects), "-o", str(fresh),
             f"-L{torch_root / 'lib'}", "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu", "-lc10",
-            "-Wl,--as-needed", "-g" if not DEBUG else "-g",
+            "-Wl,--as-needed", "-Wl,-s" if not DEBUG else "-g",
         ]  # fmt: skip
         if nvcc:
             lib = Path(nvcc).resolve().parents[1]
