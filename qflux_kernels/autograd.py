@@ -180,10 +180,21 @@ class _InteractBackward(torch.autograd.Function):
 
 
 class _Interact(torch.autograd.Function):
+    # Dynamo leaves out ctx, where nothing needs a gradient, by the number of parameters.
     @staticmethod
-    def forward(*arguments):
-        *arguments, family = arguments
-        return _run(family, "interact", arguments)
+    def forward(
+        states, keys, values, coefficient, coefficient_value, min_gate, min_gate_value, lengths,
+        score, eps, row_window, causal, mean, algorithm, family,
+    ):  # fmt: skip
+        options = (score, eps, row_window, causal, mean, algorithm)
+        return _run(
+            family,
+            "interact",
+            (
+                states, keys, values, coefficient, coefficient_value, min_gate, min_gate_value,
+                lengths, *options,
+            ),
+        )  # fmt: skip
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -236,9 +247,21 @@ class _EvolveBackward(torch.autograd.Function):
 
 class _Evolve(torch.autograd.Function):
     @staticmethod
-    def forward(*arguments):
-        *arguments, family = arguments
-        return _run(family, "evolve", arguments)
+    def forward(
+        states, dt, dt_value, skip, skip_value, coefficient, coefficient_value, min_gate,
+        min_gate_value, lengths, score, eps, row_window, causal, mean, algorithm, steps, has_radius,
+        radius_min, radius_max, radius_rate, radius_reversion, radius_target, save, family,
+    ):  # fmt: skip
+        return _run(
+            family,
+            "evolve",
+            (
+                states, dt, dt_value, skip, skip_value, coefficient, coefficient_value, min_gate,
+                min_gate_value, lengths, score, eps, row_window, causal, mean, algorithm, steps,
+                has_radius, radius_min, radius_max, radius_rate, radius_reversion, radius_target,
+                save,
+            ),
+        )  # fmt: skip
 
     @staticmethod
     def setup_context(ctx, inputs, output):

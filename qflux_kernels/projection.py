@@ -41,9 +41,12 @@ class _ProjectNormBackward(torch.autograd.Function):
 
 
 class _ProjectNorm(torch.autograd.Function):
+    # Dynamo leaves out ctx, where nothing needs a gradient, by the number of parameters.
     @staticmethod
-    def forward(*arguments):
-        return torch.ops.qflux_kernels.project_norm(*arguments)
+    def forward(features, weight, bias, norm_weight, norm_bias, eps):
+        return torch.ops.qflux_kernels.project_norm(
+            features, weight, bias, norm_weight, norm_bias, eps
+        )
 
     @staticmethod
     def setup_context(ctx, inputs, output):
