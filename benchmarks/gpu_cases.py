@@ -17,7 +17,14 @@ from transformer import Transformer, TransformerConfig
 from qflux import QuantumFluxConfig, QuantumFluxLM
 from qflux.train.optimizer import make_optimizer
 from qflux.train.options import OptimizerOptions
-from qflux_kernels import InverseGate, Threshold, evolve, interact
+from qflux_kernels import (
+    BackendUnavailableError,
+    InverseGate,
+    Threshold,
+    diagnostics,
+    evolve,
+    interact,
+)
 
 VOCABULARY = 84
 # Least issue slots of the FP32 pipe that a pair costs on a GPU, by mode and width of the values
@@ -132,15 +139,22 @@ def ceilings(sizes: Sizes) -> Iterator[Case]:
     yield Case("copy", "ceiling", "forward", rows=sizes.copied)
 
 
-def short(sizes: Sizes) -> Iterator[Case]:
-    """Many short sequences, the model's widths and scores first."""
-    for score in ("soft", "hard", "gate"):
-        for width in sizes.widths:
-            if score == "gate" and width not in (0, 4):
-                continue
+def short(sizes: Sizes, scores: tuple[str, ...], widths: tuple[int, ...]) -> Iterator[Case]:
+    """Many short sequences."""
+    for score in scores:
+        for width in widths:
             for length in sizes.lengths:
                 for mode in ("forward", "rows", "keys", "both"):
                     yield Case("interact", "dense", mode, sizes.batch, length, length, width, score)
+
+
+def narrow(sizes: Sizes) -> Iterator[Case]:
+    """As the model has them, and without values."""
+    return short(sizes, ("soft", "hard", "gate"), sizes.widths[:2])
+
+
+def wide(sizes: Sizes) -> Iterator[Case]:
+    return short(sizes, ("soft", "hard"), sizes.widths[2:])
 
 
 def long(sizes: Sizes) -> Iterator[Case]:
@@ -148,7 +162,8 @@ def long(sizes: Sizes) -> Iterator[Case]:
     for length in sizes.long:
         for score in ("hard", "soft", "gate"):
             for mode in ("forward", "rows", "keys"):
-                yield Case("interact", "dense", mode, 1, length, length, 0, score)
+                if score != "gate" or mode == "forward" or length < 1 << 20:
+                    yield Case("interact", "dense", mode, 1, length, length, 0, score)
     for length in sizes.long[1:]:
         for score in ("hard", "soft"):
             for mode in ("forward", "both"):
@@ -222,7 +237,7 @@ def training(sizes: Sizes) -> Iterator[Case]:
 
 # What one process times, one after another.
 PARTS: dict[str, tuple[Callable[[Sizes], Iterator[Case]], ...]] = {
-    "operators": (ceilings, short, long, decode, evolution, projections),
+    "operators": (ceilings, narrow, long, decode, evolution, projections, wide),
     "others": (others,),
     "compile": (compiled,),
     "training": (training,),
@@ -307,8 +322,8 @@ def interaction(case: Case, device: torch.device) -> Runner:
     how = {"score": score_of(case, device)}
     if case.provider == "triton":
         how["backend"] = "triton"
-    else:
-        how["algorithm"] = case.provider
+    else:  # "auto" could take another backend than the one to be timed
+        how |= {"backend": device.type, "algorithm": case.provider}
     wanted = [t for t in (states, keys, values) if t is not None and t.requires_grad]
     return differentiated(
         lambda: interact(states, keys, values, **how).context, wanted, case.mode != "both"
@@ -318,6 +333,7 @@ def interaction(case: Case, device: torch.device) -> Runner:
 def evolved(case: Case, device: torch.device) -> Runner:
     states = points(case.batch, case.rows, 2, device=device, grad=case.mode == "both")
     how = {"score": score_of(case, device), "steps": case.steps, "algorithm": case.provider}
+    how["backend"] = device.type
     return differentiated(
         lambda: evolve(states, 1e-3, reduction="mean", **how).states, [states], False
     )
@@ -336,6 +352,9 @@ def attention(case: Case, device: torch.device) -> Runner:
 
 def projected(case: Case, device: torch.device) -> Runner:
     name = "qflux" if case.provider == "dense" else case.provider
+    if name == "qflux" and device.type not in diagnostics()["backends"]:
+        # It would quietly take the reference.
+        raise BackendUnavailableError(f"the object has no code for {device.type}")
     return projection.build(projection.PROVIDERS[name], case.rows, case.keys, case.width, device)
 
 

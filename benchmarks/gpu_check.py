@@ -25,7 +25,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -37,6 +37,9 @@ ROOT = Path(__file__).resolve().parents[1]
 SANITIZERS = ("memcheck", "racecheck", "synccheck")
 LEFT_BY_A_RUN = ("report.md", "timings.csv", "machine.json", "clocks.csv", "steps.log")
 CLOCKS = "timestamp,clocks.sm,clocks.mem,temperature.gpu,power.draw,utilization.gpu,pstate"
+BOTH = ("--dtypes", "float32", "float64")
+# The least seconds of a step there.
+ON_A_CPU = 5.0
 ON_A_GPU = "there is no GPU in a run with --device cpu"
 
 
@@ -61,7 +64,7 @@ def timing_steps(options: argparse.Namespace, work: Path) -> list[Step]:
             f"timings of {part}",
             script("gpu_timing", *words, *(["--quick"] if options.quick else [])),
             timeout=timeout,
-            least=least if on_gpu else 1.0,
+            least=least if on_gpu else ON_A_CPU,
             mark=work / f"{part}.at",
             stall=stall,
         )
@@ -74,11 +77,13 @@ def timing_steps(options: argparse.Namespace, work: Path) -> list[Step]:
 def test_steps(options: argparse.Namespace) -> list[Step]:
     """pytest on what only a GPU can show, and on the tests that take a device."""
     on_gpu = options.device == "cuda"
-    pytest = [sys.executable, "-m", "pytest", "-x" if options.quick else "--maxfail=1000"]
+    pytest = [sys.executable, "-m", "pytest"]
     workers = min(12, (os.cpu_count() or 1) - 1)
     spread = ["-n", str(workers)] if importlib.util.find_spec("xdist") and workers > 1 else []
     if on_gpu:
-        words = ["tests/kernels", "tests/models", "-k", "cuda", *spread]
+        # The Triton tests take the GPU where there is one, and the interpreter is for elsewhere.
+        wanted = "cuda or (test_triton and not interpreter)"
+        words = ["tests/kernels", "tests/models", "-k", wanted, *spread]
     else:
         words = ["tests/kernels/test_project_norm.py", "-k", "cpu and bitwise"]
     return [
@@ -93,7 +98,7 @@ def test_steps(options: argparse.Namespace) -> list[Step]:
             f"tests on {options.device}",
             [*pytest, *words],
             timeout=150.0,
-            least=30.0 if on_gpu else 1.0,
+            least=30.0 if on_gpu else ON_A_CPU,
         ),
     ]
 
@@ -103,9 +108,7 @@ def sanitizer_steps(options: argparse.Namespace) -> list[Step]:
     home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
     found = shutil.which("compute-sanitizer") or f"{home}/bin/compute-sanitizer"
     # Fewer sequences than the default, and still enough for the stack that is one launch.
-    smoke = script(
-        "gpu_smoke", "--device", "cuda", "--batch", "130", "--dtypes", "float32", "float64"
-    )
+    smoke = script("gpu_smoke", "--device", "cuda", "--batch", "130", *BOTH)
     return [
         Step(
             f"compute-sanitizer {tool}",
@@ -131,19 +134,19 @@ def plan(options: argparse.Namespace, work: Path) -> list[Step]:
             "the object",
             script("gpu_object", *device, "--facts", str(options.out / "machine.json")),
             timeout=240.0,
-            least=10.0 if on_gpu else 1.0,
+            least=10.0 if on_gpu else ON_A_CPU,
         ),
         Step(
             "each operator once",
-            script("gpu_smoke", *device, "--dtypes", "float32", "float64"),
+            script("gpu_smoke", *device, "--batch", "384" if on_gpu else "130", *BOTH),
             timeout=60.0,
-            least=10.0 if on_gpu else 1.0,
+            least=10.0 if on_gpu else ON_A_CPU,
         ),
         Step(
             "compilation of each operator",
             script("gpu_smoke", *device, "--part", "compile"),
             timeout=90.0,
-            least=15.0 if on_gpu else 1.0,
+            least=15.0 if on_gpu else ON_A_CPU,
         ),
         *timing_steps(options, work),
         *test_steps(options),
@@ -179,7 +182,7 @@ def clocks(path: Path, on_gpu: bool) -> Iterator[str]:
             process.kill()
 
 
-def parse() -> argparse.Namespace:
+def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -189,7 +192,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--quick", action="store_true", help="with --device cpu: tiny sizes, one sample each"
     )
-    options = parser.parse_args()
+    options = parser.parse_args(words)
     if not options.minutes > 0:
         parser.error(f"--minutes must be > 0, got {options.minutes:g}")
     if options.quick and options.device != "cpu":

@@ -17,6 +17,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -133,12 +134,16 @@ def machine(device: torch.device) -> dict[str, object]:
     }
 
 
-def main() -> int:
+def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--facts", type=Path, help="JSON file to write")
     parser.add_argument("--inspect", action="store_true", help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    return parser.parse_args(words)
+
+
+def main() -> int:
+    options = parse()
     device = torch.device(options.device)
     if device.type == "cuda" and not torch.cuda.is_available():
         print("no CUDA GPU is available to torch here, nothing was checked")

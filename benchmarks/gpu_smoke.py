@@ -11,14 +11,22 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 
 import torch
 from torch import Tensor
 
-from qflux_kernels import InverseGate, Threshold, evolve, interact, project_norm, reference
+from qflux_kernels import (
+    InverseGate,
+    Threshold,
+    diagnostics,
+    evolve,
+    interact,
+    project_norm,
+    reference,
+)
 
 # Of the norm of the truth. In single precision a pair at its threshold may fall on the other side.
 TOLERANCES = {torch.float32: 1e-2, torch.float64: 1e-7}
@@ -36,7 +44,10 @@ class Check:
 
 def interaction(score: object, *shapes: tuple[int, ...], **options: object) -> Check:
     return Check(
-        lambda *points: interact(*points, score=score, **options).context,
+        # "auto" could take another backend than the one to be seen.
+        lambda *points: (
+            interact(*points, score=score, backend=points[0].device.type, **options).context
+        ),
         lambda *points: reference.interact(*points, score=score).context,
         shapes,
     )
@@ -45,7 +56,7 @@ def interaction(score: object, *shapes: tuple[int, ...], **options: object) -> C
 def evolution(score: object, shape: tuple[int, ...], steps: int) -> Check:
     how = {"score": score, "steps": steps, "reduction": "mean"}
     return Check(
-        lambda x: evolve(x, 0.05, **how).states,
+        lambda x: evolve(x, 0.05, backend=x.device.type, **how).states,
         lambda x: reference.evolve(x, 0.05, **how).states,
         (shape,),
     )
@@ -82,16 +93,24 @@ def with_gradients(function: Callable[..., Tensor], tensors: list[Tensor]) -> li
     return [output.detach(), *grads]
 
 
+@cache
+def inputs_and_truth(check: Check) -> tuple[list[Tensor], list[Tensor]]:
+    generator = torch.Generator().manual_seed(0)
+    tensors = [torch.randn(shape, generator=generator).double() for shape in check.shapes]
+    return tensors, with_gradients(check.truth, tensors)
+
+
 def compare(check: Check, device: torch.device, dtype: torch.dtype) -> str:
     """Run a check, and say how large the largest error is.
 
     Raises:
-        AssertionError: it is too large.
+        AssertionError: it is too large, or the kernels have nothing for the device.
     """
-    generator = torch.Generator().manual_seed(0)
-    tensors = [torch.randn(shape, generator=generator).double() for shape in check.shapes]
+    backends = diagnostics()["backends"]
+    # project_norm would quietly take the reference.
+    assert device.type in backends, f"the object serves {backends}"
+    tensors, wanted = inputs_and_truth(check)
     got = with_gradients(check.ours, [t.to(device, dtype) for t in tensors])
-    wanted = with_gradients(check.truth, tensors)
     worst = 0.0
     for ours, truth in zip(got, wanted, strict=True):
         error = torch.linalg.vector_norm(ours.cpu().double() - truth)
@@ -175,7 +194,7 @@ def run(named: dict[str, Callable[[], str]]) -> int:
     return failed
 
 
-def main() -> int:
+def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--part", default="operators", choices=PARTS)
@@ -183,7 +202,11 @@ def main() -> int:
     parser.add_argument(
         "--dtypes", nargs="+", default=["float32"], choices=[str(d)[6:] for d in TOLERANCES]
     )
-    options = parser.parse_args()
+    return parser.parse_args(words)
+
+
+def main() -> int:
+    options = parse()
     device = torch.device(options.device)
     if options.part == "compile":
         failed = run(compile_checks(device))
@@ -191,8 +214,8 @@ def main() -> int:
         failed = run(
             {
                 f"{name}, {dtype}": partial(compare, check, device, getattr(torch, dtype))
-                for dtype in options.dtypes
                 for name, check in checks(options.batch).items()
+                for dtype in options.dtypes
             }
         )
     return 1 if failed else 0

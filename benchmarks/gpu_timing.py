@@ -22,7 +22,7 @@ import statistics
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -58,6 +58,8 @@ OK, FAILED, CRASHED = "ok", "failed", "crashed"
 UNAVAILABLE, NOT_HERE, LEFT_OUT = "unavailable", "not applicable", "left out"
 # Of cases that differ in sizes only, so many may crash before the rest is left out.
 CRASHES = 2
+# Seconds after which no further call warms up.
+WARM_UP = 0.3
 # Providers whose calls have to work in a CUDA graph.
 OURS = ("dense", "sweep", "qflux", "triton")
 
@@ -95,10 +97,19 @@ def host_times(call: Callable[[], object], device: torch.device, effort: Effort)
     return found
 
 
+def warm_up(call: Callable[[], object], device: torch.device) -> None:
+    """Compile, allocate, and raise the clock: three calls, or one that takes long."""
+    start = time.perf_counter()
+    for _ in range(3):
+        call()
+        synchronize(device)
+        if time.perf_counter() - start > WARM_UP:
+            break
+
+
 def event_times(run: Callable[[], object], calls: int, effort: Effort) -> list[float]:
     """Milliseconds a call between CUDA events around `run`, which makes so many calls."""
     before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    run()
     found: list[float] = []
     start = time.perf_counter()
     while len(found) < effort.least or (
@@ -141,6 +152,7 @@ def measure(
         calls = max(1, min(20, math.ceil(0.5 / statistics.median(host))))
         try:
             graph = captured(call, calls, torch.cuda.current_stream(device))
+            graph.replay()  # the first one uploads it
             return Timing("graph", event_times(graph.replay, calls, effort), host)
         except RuntimeError as error:
             note = f"no CUDA graph: {first_line(error)}"
@@ -253,9 +265,7 @@ class Worker:
         call, graphless = None, False
         try:
             call = call_of(case, self.sizes, self.device)
-            for _ in range(3):
-                call()
-            synchronize(self.device)
+            warm_up(call, self.device)
             # One capture that fails can spoil the process, so cases alike do not try again.
             capture = not self.alike(case, lambda row: row["note"].startswith("no CUDA graph: "))
             timing = measure(call, self.device, self.effort, capture)
@@ -312,7 +322,7 @@ class Worker:
         }
 
 
-def main() -> int:
+def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--part", choices=PARTS, required=True)
     parser.add_argument("--output", type=Path, required=True, help="CSV to add rows to")
@@ -320,7 +330,11 @@ def main() -> int:
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--seconds", type=float, default=math.inf)
     parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that it works")
-    options = parser.parse_args()
+    return parser.parse_args(words)
+
+
+def main() -> int:
+    options = parse()
     device = torch.device(options.device)
     sizes = QUICK if options.quick else GPU if device.type == "cuda" else CPU
     effort = Effort(0.0, 1, 1) if options.quick else Effort()
