@@ -20,8 +20,6 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-from common import commit, machine_name
 from files import write_atomically
 from gpu_schedule import NOTHING_HERE
 
@@ -51,38 +49,63 @@ def serves(architectures: list[str], capability: tuple[int, int]) -> bool:
     return False
 
 
-def inspect(device: torch.device) -> dict[str, object]:
-    """What the object here is, and why it does not serve the device, if so. Loads it."""
+def inspect(name: str) -> dict[str, object]:
+    """What this machine and the object are, and why the object does not serve, if so. Loads it."""
+    import torch
+    from common import commit, machine_name
+
     import qflux_kernels
 
-    found = qflux_kernels.diagnostics()
-    reason = found["load_error"]
-    if reason is None and device.type == "cuda":
-        capability = torch.cuda.get_device_capability(device)
-        built = found["cuda_architectures"]
-        if not serves(built, capability):
+    device = torch.device(name)
+    found: dict[str, object] = {"name": machine_name(), "device": name}
+    object_ = qflux_kernels.diagnostics()
+    reason = object_["load_error"]
+    if device.type == "cuda":
+        capability = torch.cuda.get_device_capability()
+        properties = torch.cuda.get_device_properties(device)
+        found["capability"] = list(capability)
+        found["multiprocessors"] = properties.multi_processor_count
+        found["memory in GiB"] = round(properties.total_memory / 2**30, 1)
+        found["driver"] = driver()
+        built = object_["cuda_architectures"]
+        if reason is None and not serves(built, capability):
             reason = f"it has code for {built or 'no GPU'}, and this one is {capability}"
     if reason is None:
         try:
             states = torch.randn(3, 40, 2, device=device)
-            context = qflux_kernels.interact(states, backend=device.type).context
+            context = qflux_kernels.interact(states, backend=name).context
             reason = None if bool(context.isfinite().all()) else "interact gave NaN"
         except Exception as error:  # whatever it is, a new build may not have it
             reason = f"interact failed: {type(error).__name__}: {error}"
-    return {"why_not": reason, **found}
+    modules = ("triton", "pytest", "xdist", "ninja", "pynvml")
+    missing = [module for module in modules if importlib.util.find_spec(module) is None]
+    return {
+        **found,
+        "commit": commit(),
+        "digest of the sources": sources(ROOT),
+        "modules that are missing": ", ".join(missing) or "none",
+        "nvcc": shutil.which("nvcc") or "not on PATH",
+        "why_not": reason,
+        **object_,
+    }
 
 
-def inspect_afresh(device: torch.device) -> dict[str, object]:
-    """`inspect` in a process of its own, since an object that is loaded cannot be replaced."""
-    command = [sys.executable, __file__, "--inspect", "--device", device.type]
+def inspect_afresh(name: str) -> dict[str, object] | None:
+    """`inspect` in a process of its own, which a bad object may end; None without the device.
+
+    An object that is loaded could not be replaced either, so this process loads none.
+    """
+    command = [sys.executable, __file__, "--inspect", "--device", name]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    if done.returncode == NOTHING_HERE:
+        return None
     lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
     if done.returncode or not lines:
-        return {"why_not": f"loading it ended a process with status {done.returncode}"}
+        return {"why_not": f"a process that loaded it ended with status {done.returncode}"}
     return json.loads(lines[-1])
 
 
-def build(root: Path, capability: tuple[int, int] | None) -> bool:
+def build(root: Path, capability: Sequence[int] | None) -> bool:
     """Build the object in place, for one GPU or for the CPU alone; whether that worked."""
     environment = {**os.environ, "MAX_JOBS": str(min(MOST_JOBS, os.cpu_count() or 1))}
     environment["QFLUX_CUDA"] = "0" if capability is None else "1"
@@ -114,26 +137,6 @@ def driver() -> str:
     return done.stdout.strip() if done.returncode == 0 else "unknown"
 
 
-def machine(device: torch.device) -> dict[str, object]:
-    """What the report says first."""
-    found: dict[str, object] = {"name": machine_name(), "device": device.type}
-    if device.type == "cuda":
-        properties = torch.cuda.get_device_properties(device)
-        found["capability"] = "{}.{}".format(*torch.cuda.get_device_capability(device))
-        found["multiprocessors"] = properties.multi_processor_count
-        found["memory in GiB"] = round(properties.total_memory / 2**30, 1)
-        found["driver"] = driver()
-    modules = ("triton", "pytest", "xdist", "ninja", "pynvml")
-    missing = [name for name in modules if importlib.util.find_spec(name) is None]
-    return {
-        **found,
-        "commit": commit(),
-        "digest of the sources": sources(ROOT),
-        "modules that are missing": ", ".join(missing) or "none",
-        "nvcc": shutil.which("nvcc") or "not on PATH",
-    }
-
-
 def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
@@ -142,29 +145,44 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(words)
 
 
+def inspected(name: str) -> int:
+    """Print what `inspect` finds; the exit status."""
+    import torch
+
+    if name == "cuda" and not torch.cuda.is_available():
+        return NOTHING_HERE
+    print(json.dumps(inspect(name)))
+    return 0
+
+
+def capability_of(name: str) -> list[int] | None:
+    """Of the GPU, from torch alone: what an object did to its process is no matter."""
+    if name == "cpu":
+        return None
+    program = "import torch; print(list(torch.cuda.get_device_capability()))"
+    done = subprocess.run([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
+    return json.loads(done.stdout) if done.returncode == 0 else [9, 0]
+
+
 def main() -> int:
     options = parse()
-    device = torch.device(options.device)
-    if device.type == "cuda" and not torch.cuda.is_available():
+    if options.inspect:
+        return inspected(options.device)
+    found = inspect_afresh(options.device)
+    if found is None:
         print("no CUDA GPU is available to torch here, nothing was checked")
         return NOTHING_HERE
-    if options.inspect:
-        print(json.dumps(inspect(device)))
-        return 0
-    facts = machine(device)
-    print(json.dumps(facts), flush=True)
-    if options.facts:
-        write_atomically(options.facts, json.dumps(facts))
-    found = inspect_afresh(device)
     how = "carried"
     if found["why_not"]:
         print(f"the object here does not serve: {found['why_not']}", flush=True)
-        capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+        capability = found.get("capability") or capability_of(options.device)
         how = "built in place" if build(ROOT, capability) else "not built"
-        found = inspect_afresh(device)
+        found = inspect_afresh(options.device) or found
+    found["the object was"] = how
+    print(json.dumps(found), flush=True)
     if options.facts:
-        write_atomically(options.facts, json.dumps({**facts, "object is": how, **found}))
-    print(f"object: {how}; {found['why_not'] or 'it serves'}")
+        write_atomically(options.facts, json.dumps(found))
+    print(f"the object was {how}; {found['why_not'] or 'it serves'}")
     return 1 if found["why_not"] else 0
 
 

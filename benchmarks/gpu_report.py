@@ -101,8 +101,8 @@ def timing_tables(rows: Sequence[Row]) -> str:
     return "\n".join(parts)
 
 
-def find(rows: Sequence[Row], **wanted: object) -> Row | None:
-    for row in rows:
+def find(measured: Sequence[Row], /, **wanted: object) -> Row | None:
+    for row in measured:
         if row["device_ms"] and all(row[name] == str(value) for name, value in wanted.items()):
             return row
     return None

@@ -28,6 +28,8 @@ PARTLY, LEFT_OUT, NOT_HERE = "incomplete", "LEFT OUT", "not applicable"
 SECONDS = "{seconds}"
 # What a step that counts its own seconds is told less than it gets, to end in good order.
 MARGIN = 4.0
+# What a step may take beyond its time to end.
+GRACE = 1.0
 TAIL = 30
 
 
@@ -175,7 +177,7 @@ class Schedule:
         nothing, reason = False, ""
         try:
             for number, step in enumerate(self.steps):
-                later = sum(other.least for other in self.steps[number + 1 :] if other.command)
+                later = sum(s.least + GRACE for s in self.steps[number + 1 :] if s.command)
                 outcome, nothing = self._take(step, later)
                 self._add(outcome)
                 if nothing:
@@ -258,7 +260,10 @@ class Schedule:
             parts.append(f"\nStill to come: {', '.join(to_come)}.")
         bad = [outcome for outcome in self.outcomes if not outcome.good]
         parts.append(f"\n{len(bad)} of {len(self.outcomes)} steps did not pass.\n")
-        parts.append(self.summary())
+        try:
+            parts.append(self.summary())
+        except Exception as error:  # no figure may keep a step from running
+            parts.append(f"The summary failed: {type(error).__name__}: {error}\n")
         parts.append("## What the steps printed last\n")
         for outcome in self.outcomes:
             if outcome.tail:
