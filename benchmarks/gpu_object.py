@@ -156,12 +156,13 @@ def inspected(name: str) -> int:
 
 
 def capability_of(name: str) -> list[int] | None:
-    """Of the GPU, from torch alone: what an object did to its process is no matter."""
+    """Of the GPU, from torch alone, whatever an object did to its process; None for the CPU."""
     if name == "cpu":
         return None
     program = "import torch; print(list(torch.cuda.get_device_capability()))"
-    done = subprocess.run([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
-    return json.loads(done.stdout) if done.returncode == 0 else [9, 0]
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(done.stdout)
 
 
 def main() -> int:

@@ -6,6 +6,7 @@ import importlib.util
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -444,6 +445,52 @@ def test_the_build_in_place(tmp_path, monkeypatch, capability):
     }
     monkeypatch.setenv("QFLUX_FAIL", "1")
     assert not gpu_object.build(tmp_path, capability)
+
+
+@pytest.mark.parametrize("cured", [True, False])
+def test_an_object_that_does_not_serve_is_built_anew(tmp_path, monkeypatch, cured):
+    states = [
+        {"why_not": "it has code for sm_80", "capability": [9, 0]},
+        {"why_not": None if cured else "interact gave NaN"},
+    ]
+    built = []
+    monkeypatch.setattr(gpu_object, "inspect_afresh", lambda name: states.pop(0))
+    monkeypatch.setattr(gpu_object, "build", lambda root, capability: built.append(capability) or 1)
+    monkeypatch.setattr(sys, "argv", ["gpu_object.py", "--facts", str(tmp_path / "facts.json")])
+    assert gpu_object.main() == (0 if cured else 1)
+    assert built == [[9, 0]] and states == []
+    facts = json.loads((tmp_path / "facts.json").read_text())
+    assert facts["the object was"] == "built in place"
+
+
+def test_an_object_that_ends_its_process(monkeypatch):
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    assert gpu_object.inspect_afresh("cpu") == {
+        "why_not": "a process that loaded it ended with status 1"
+    }
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+def test_make_needs_no_environment(tmp_path):
+    """PYTHON is taken as it is; without it the environment that exists, or else python3."""
+
+    def command(*words):
+        environment = {name: v for name, v in os.environ.items() if name != "PYTHON"}
+        done = subprocess.run(
+            ["make", "-n", "gpu-check", *words], cwd=ROOT, env=environment, text=True,
+            capture_output=True, check=True,
+        )  # fmt: skip
+        [line] = done.stdout.splitlines()
+        assert line.startswith(f"PYTHONPATH={ROOT} ")
+        return line.split(" ", 1)[1]
+
+    there = tmp_path / "there" / "bin" / "python"
+    there.parent.mkdir(parents=True)
+    there.touch()
+    assert command("VENV=/nowhere") == "python3 benchmarks/gpu_check.py"
+    assert command(f"VENV={tmp_path}/there") == f"{there} benchmarks/gpu_check.py"
+    words = (f"VENV={tmp_path}/there", "PYTHON=/x/python", "GPU_CHECK_ARGS=--minutes 5")
+    assert command(*words) == "/x/python benchmarks/gpu_check.py --minutes 5"
 
 
 def measured(operator, provider, mode, milliseconds, **columns):
