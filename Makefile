@@ -43,7 +43,8 @@ bench: $(VENV)/.tested
 
 # On a machine with a GPU, which may have no network: PYTHON if it is given, or else the environment
 # that exists, or python3. It installs nothing.
-GPU_PYTHON = $(if $(filter file,$(origin PYTHON)),$(or $(wildcard $(BIN)/python),$(PYTHON)),$(PYTHON))
+HERE_OR_ELSE = $(or $(wildcard $(BIN)/python),$(PYTHON))
+GPU_PYTHON = $(if $(filter file,$(origin PYTHON)),$(HERE_OR_ELSE),$(PYTHON))
 
 gpu-check:
 	PYTHONPATH=$(CURDIR) $(GPU_PYTHON) benchmarks/gpu_check.py $(GPU_CHECK_ARGS)

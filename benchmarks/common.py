@@ -58,7 +58,10 @@ def commit() -> str:
     """The commit measured, marked if the tree differs from it."""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=10", "--exclude=*"]
     folder = Path(__file__).resolve().parent
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    try:
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    except OSError:  # a machine without git
+        return "unknown"
     return done.stdout.strip() if done.returncode == 0 else "unknown"
 
 
