@@ -49,6 +49,13 @@ def serves(architectures: list[str], capability: tuple[int, int]) -> bool:
     return False
 
 
+def from_elsewhere(path: object, root: Path) -> str | None:
+    """Why an object is not of this tree: another tree that is installed may lend its own."""
+    if path is None or Path(str(path)).resolve().is_relative_to(root):
+        return None
+    return f"{path} is not of this tree, {root}"
+
+
 def inspect(name: str) -> dict[str, object]:
     """What this machine and the object are, and why the object does not serve, if so. Loads it."""
     import torch
@@ -59,7 +66,7 @@ def inspect(name: str) -> dict[str, object]:
     device = torch.device(name)
     found: dict[str, object] = {"name": machine_name(), "device": name}
     object_ = qflux_kernels.diagnostics()
-    reason = object_["load_error"]
+    reason = object_["load_error"] or from_elsewhere(object_["object"], ROOT)
     if device.type == "cuda":
         capability = torch.cuda.get_device_capability()
         properties = torch.cuda.get_device_properties(device)

@@ -40,6 +40,8 @@ def check(*words, **environment):
 @pytest.fixture(scope="module")
 def small_run(tmp_path_factory):
     """A run on the CPU: its folder, its status and what it printed."""
+    if not (ROOT / "qflux_kernels" / "_C.abi3.so").exists():
+        pytest.skip("there is no compiled object to measure")
     folder = tmp_path_factory.mktemp("gpu-check") / "out"
     # The minutes are for a machine that does much else.
     status, text = check("--device", "cpu", "--quick", "--minutes", 15, "--out", folder)
@@ -418,6 +420,12 @@ def test_pairs_and_slots():
 )
 def test_which_gpus_an_object_serves(built, capability, expected):
     assert gpu_object.serves(built, capability) is expected
+
+
+def test_an_object_of_another_tree_does_not_serve(tmp_path):
+    assert gpu_object.from_elsewhere(tmp_path / "qflux_kernels" / "_C.abi3.so", tmp_path) is None
+    reason = gpu_object.from_elsewhere("/elsewhere/_C.abi3.so", tmp_path)
+    assert reason == f"/elsewhere/_C.abi3.so is not of this tree, {tmp_path}"
 
 
 SETUP = """
