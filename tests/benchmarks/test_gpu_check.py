@@ -383,6 +383,41 @@ def test_a_case_that_killed_the_process_is_noted(worker):
     assert statuses(second) == ["crashed", "ok", "crashed", "left out", "left out"]
 
 
+def test_a_spoilt_process_is_left_and_what_spoilt_it_is_not_tried_again(worker, monkeypatch):
+    """On a GPU: after a capture that failed, and once the device does not answer."""
+    import gpu_timing
+    from gpu_cases import Case
+
+    tried, alive = [], [True]
+
+    def measure(call, device, effort, capture):
+        tried.append(capture)
+        note = "no CUDA graph: RuntimeError: not permitted" if capture else "not tried"
+        return gpu_timing.Timing("events", [2.0], [3.0], note)
+
+    monkeypatch.setattr(gpu_timing, "call_of", lambda *_: lambda: None)
+    monkeypatch.setattr(gpu_timing, "warm_up", lambda *_: None)
+    monkeypatch.setattr(gpu_timing, "measure", measure)
+    monkeypatch.setattr(gpu_timing, "answers", lambda _: alive[0])
+    cases = [Case("interact", "dense", "forward", 1, n, n, 0, "hard") for n in (8, 9, 10)]
+
+    def again():
+        made = worker()
+        made.device = torch.device("cuda")
+        return made, made.run(cases)
+
+    made, status = again()
+    assert status == gpu_timing.LOST and statuses(made) == ["failed"]
+    made, status = again()
+    # Their times count, and that they need a graph is still said.
+    assert status == 1 and statuses(made) == ["failed"] * 3 and tried == [True, False, False]
+    assert [row["device_ms"] for row in files.read_rows(made.output)] == ["2"] * 3
+    made.output.unlink()
+    alive[0] = False
+    made, status = again()
+    assert status == gpu_timing.LOST and made.mark.read_text() == str(cases[0])
+
+
 def test_no_case_begins_too_late(worker):
     made = worker(seconds=-1.0)
     assert made.run(interactions(8, 9)) == INCOMPLETE
