@@ -31,7 +31,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from gpu_report import facts, summary
-from gpu_schedule import NOTHING_HERE, SECONDS, Schedule, Step
+from gpu_schedule import NOTHING_HERE, UNTIL, Schedule, Step
 
 ROOT = Path(__file__).resolve().parents[1]
 SANITIZERS = ("memcheck", "racecheck", "synccheck")
@@ -58,7 +58,7 @@ def timing_steps(options: argparse.Namespace, work: Path) -> list[Step]:
         # One compilation takes longer than all that is timed.
         ("compile", 100.0, 20.0, 90.0),
     ):
-        words = ["--part", part, "--device", options.device, "--seconds", SECONDS]
+        words = ["--part", part, "--device", options.device, "--until", UNTIL]
         words += ["--output", str(options.out / "timings.csv"), "--work", str(work)]
         step = Step(
             f"timings of {part}",

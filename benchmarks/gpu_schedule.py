@@ -24,9 +24,10 @@ from files import write_atomically
 NOTHING_HERE, INCOMPLETE = 3, 4
 PASSED, FAILED, TIMED_OUT = "passed", "FAILED", "TIMED OUT"
 PARTLY, LEFT_OUT, NOT_HERE = "incomplete", "LEFT OUT", "not applicable"
-# Stands in a command for the seconds that the step may still use.
-SECONDS = "{seconds}"
-# What a step that counts its own seconds is told less than it gets, to end in good order.
+# Stands in a command for the time, in seconds of the epoch, at which the step should be done. An
+# amount of seconds would not count what a program takes to start.
+UNTIL = "{until}"
+# It is told this many seconds less than it gets, to end in good order.
 MARGIN = 4.0
 # What a step may take beyond its time to end.
 GRACE = 1.0
@@ -43,8 +44,8 @@ class Step:
         timeout: seconds after which it is ended.
         least: it is left out if fewer seconds are left, and the steps before it leave it as many.
         environment: variables beside those of this process.
-        mark: a file in which it notes what it is about to do. A step with one is started again
-            where it died, as long as the mark moves on.
+        mark: a file in which it notes what it is about to do, and in the end nothing. A step with
+            one is started again where it died, as long as the mark moves on.
         stall: it hangs if its mark stays for so many seconds, and is then ended as if it had died.
     """
 
@@ -218,7 +219,7 @@ class Schedule:
             rest = allowed - (time.monotonic() - start)
             place = content(step.mark)
             command = [
-                word.replace(SECONDS, f"{max(1.0, rest - min(MARGIN, rest / 4)):.1f}")
+                word.replace(UNTIL, f"{time.time() + rest - min(MARGIN, rest / 4):.1f}")
                 for word in step.command
             ]
             try:

@@ -1,6 +1,6 @@
 """Times the cases of `gpu_cases.py`, a row of a CSV each, on the disk as soon as it is measured.
 
-    python benchmarks/gpu_timing.py --part operators --output timings.csv --seconds 120
+    python benchmarks/gpu_timing.py --part operators --output timings.csv --work DIR
 
 On a GPU a case is captured as a CUDA graph, whose replays are timed by events: the time of the
 device alone. Beside it stands the time of a plain call by the host's clock, Python and launches
@@ -198,7 +198,7 @@ class Worker:
         device, sizes, effort: what and how.
         output: the CSV; cases that have a row there are done.
         mark: the file that tells the case under way.
-        seconds: what starts later is left out.
+        until: seconds of the epoch; what would start later is left out.
     """
 
     def __init__(
@@ -208,11 +208,10 @@ class Worker:
         effort: Effort,
         output: Path,
         mark: Path,
-        seconds: float,
+        until: float,
     ) -> None:
         self.device, self.sizes, self.effort = device, sizes, effort
-        self.output, self.mark = output, mark
-        self.deadline = time.monotonic() + seconds
+        self.output, self.mark, self.until = output, mark, until
         self.common = {k: v for k, v in environment(device).items() if k in COLUMNS}
         self.rows = read_rows(output)
         self.rates = {
@@ -248,7 +247,7 @@ class Worker:
             reason = not_here(case, self.device)
             if reason:
                 self.add(case, NOT_HERE, note=reason)
-            elif time.monotonic() > self.deadline:
+            elif time.time() > self.until:
                 self.add(case, LEFT_OUT, note="no time was left")
             elif self.alike(case, lambda row: row["status"] == CRASHED) >= CRASHES:
                 self.add(case, LEFT_OUT, note=f"{CRASHES} cases like it crashed")
@@ -256,7 +255,7 @@ class Worker:
                 write_atomically(self.mark, str(case))
                 if not self.take(case):
                     return LOST
-        self.mark.unlink(missing_ok=True)
+        write_atomically(self.mark, "")
         mine = {case.key for case in cases}
         found = Counter(
             row["status"] for row in self.rows if tuple(row[n] for n in IDENTITY) in mine
@@ -337,7 +336,9 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, required=True, help="CSV to add rows to")
     parser.add_argument("--work", type=Path, required=True, help="folder for plan and mark")
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
-    parser.add_argument("--seconds", type=float, default=math.inf)
+    parser.add_argument(
+        "--until", type=float, default=math.inf, help="seconds of the epoch, to begin no case after"
+    )
     parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that it works")
     return parser.parse_args(words)
 
@@ -350,7 +351,7 @@ def main() -> int:
     cases = cases_of(options.part, sizes)
     plan, mark = (options.work / f"{options.part}.{ending}" for ending in ("plan", "at"))
     write_atomically(plan, "".join(f"{case}\n" for case in cases))
-    worker = Worker(device, sizes, effort, options.output, mark, options.seconds)
+    worker = Worker(device, sizes, effort, options.output, mark, options.until)
     # A capture collects garbage first; what is here now will stay.
     gc.collect()
     gc.freeze()

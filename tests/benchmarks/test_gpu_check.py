@@ -4,6 +4,7 @@ import csv
 import importlib
 import importlib.util
 import json
+import math
 import os
 import re
 import shutil
@@ -120,7 +121,7 @@ def test_the_programs_understand_the_plan(tmp_path):
     assert all(step.command for step in steps)
     understood = 0
     for step in steps:
-        words = [word.replace(gpu_schedule.SECONDS, "9") for word in step.command]
+        words = [word.replace(gpu_schedule.UNTIL, "9") for word in step.command]
         for place, word in enumerate(words):
             if word.startswith("benchmarks/"):
                 module = importlib.import_module(Path(word).stem)
@@ -226,10 +227,18 @@ def test_nothing_to_run_on_ends_the_run(tmp_path):
     assert outcomes["b"] == ("LEFT OUT", "a found nothing to run on")
 
 
-def test_a_step_is_told_its_seconds(tmp_path):
-    schedule(tmp_path, shell("echo has {seconds}", timeout=9.0), seconds=30.0)
-    [seconds] = re.findall(r"^has ([\d.]+)$", (tmp_path / "steps.log").read_text(), re.MULTILINE)
-    assert 6.0 < float(seconds) < 8.0
+def test_a_step_is_told_its_end(tmp_path):
+    before = time.time()
+    schedule(tmp_path, shell("echo ends {until}", timeout=8.0), seconds=300.0)
+    [until] = re.findall(r"^ends ([\d.]+)$", (tmp_path / "steps.log").read_text(), re.MULTILINE)
+    assert 5.9 < float(until) - before < 8.0 + (time.time() - before)
+
+
+def test_a_step_may_take_longer_than_it_may_stay_at_one_place(tmp_path):
+    mark = tmp_path / "mark"
+    script = f"for n in a b c; do echo $n > {mark}; sleep 1.2; done; : > {mark}; sleep 1.2"
+    status, outcomes, _ = schedule(tmp_path, shell(script, mark=mark, stall=3.0))
+    assert status == 0 and outcomes["step"] == ("passed", "")
 
 
 # Goes through five items: dies at the second, hangs at the fourth.
@@ -331,10 +340,10 @@ def worker(tmp_path):
     import gpu_cases
     import gpu_timing
 
-    def make(seconds=600.0):
+    def make(until=math.inf):
         return gpu_timing.Worker(
             torch.device("cpu"), gpu_cases.QUICK, gpu_timing.Effort(0.0, 1, 1),
-            tmp_path / "rows.csv", tmp_path / "mark", seconds,
+            tmp_path / "rows.csv", tmp_path / "mark", until,
         )  # fmt: skip
 
     return make
@@ -365,7 +374,7 @@ def test_a_case_that_fails_does_not_block_the_next(worker, monkeypatch):
     assert made.run(interactions(8, 9, 10)) == 1
     assert statuses(made) == ["ok", "failed", "ok"]
     assert files.read_rows(made.output)[1]["note"] == "RuntimeError: no luck"
-    assert not made.mark.exists()
+    assert made.mark.read_text() == ""
     # Again: every case has its row, and what failed still has failed.
     assert worker().run(interactions(8, 9, 10)) == 1 and len(statuses(made)) == 3
 
@@ -419,7 +428,7 @@ def test_a_spoilt_process_is_left_and_what_spoilt_it_is_not_tried_again(worker, 
 
 
 def test_no_case_begins_too_late(worker):
-    made = worker(seconds=-1.0)
+    made = worker(until=time.time() - 1.0)
     assert made.run(interactions(8, 9)) == INCOMPLETE
     assert statuses(made) == ["left out", "left out"]
 
