@@ -41,8 +41,13 @@ bench: $(VENV)/.tested
 	$(BIN)/python benchmarks/issue_bound.py
 	$(BIN)/python benchmarks/kernels.py --full
 
-gpu-check: $(VENV)/.tested
-	$(BIN)/python benchmarks/gpu_check.py
+# On a machine with a GPU, which may have no network: PYTHON if it is given, or else the environment
+# that exists, or python3. It installs nothing.
+HERE_OR_ELSE = $(or $(wildcard $(BIN)/python),$(PYTHON))
+GPU_PYTHON = $(if $(filter file,$(origin PYTHON)),$(HERE_OR_ELSE),$(PYTHON))
+
+gpu-check:
+	PYTHONPATH=$(CURDIR) $(GPU_PYTHON) benchmarks/gpu_check.py $(GPU_CHECK_ARGS)
 
 # The style needs no build, so it is checked first.
 lint: style types

@@ -1,19 +1,17 @@
-"""How the benchmarks time, weigh and record: one CSV schema, paired ratios, peak memory."""
+"""How the benchmarks time and weigh: one CSV schema, paired ratios, peak memory."""
 
 from __future__ import annotations
 
-import csv
 import ctypes
 import datetime
 import gc
 import importlib.util
-import io
 import os
 import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -60,7 +58,10 @@ def commit() -> str:
     """The commit measured, marked if the tree differs from it."""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=10", "--exclude=*"]
     folder = Path(__file__).resolve().parent
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    try:
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    except OSError:  # a machine without git
+        return "unknown"
     return done.stdout.strip() if done.returncode == 0 else "unknown"
 
 
@@ -87,26 +88,6 @@ def nothing_missing() -> str | None:
 def missing_module(name: str) -> Callable[[], str | None]:
     """A provider's `missing`: it needs the module of that name."""
     return lambda: None if importlib.util.find_spec(name) else f"not installed: {name}"
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Replace the file at `path`: it holds the old text or all of the new, never a part."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        fresh.write_text(text, encoding="utf-8", newline="")
-        fresh.replace(path)
-    finally:
-        fresh.unlink(missing_ok=True)
-
-
-def write_csv(path: Path, columns: Sequence[str], rows: Sequence[dict[str, object]]) -> None:
-    """Replace the CSV at `path` with these rows."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, columns, restval="")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_atomically(path, text.getvalue())
 
 
 def percentile(samples: list[float], percent: float) -> float:

@@ -31,8 +31,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from common import commit, write_csv
+from common import commit
 from compare_worker import PARTS
+from files import write_csv
 
 ROOT = Path(__file__).resolve().parents[1]
 WORKER = Path(__file__).with_name("compare_worker.py")

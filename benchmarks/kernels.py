@@ -39,8 +39,8 @@ from common import (
     speed_up,
     time_in_turn,
     time_once,
-    write_csv,
 )
+from files import write_csv
 from transformer import TransformerConfig, TransformerLayer
 
 import qflux_kernels

@@ -32,8 +32,8 @@ from common import (
     speed_up,
     synchronize,
     time_in_turn,
-    write_csv,
 )  # fmt: skip
+from files import write_csv
 
 import qflux_kernels
 from qflux_kernels import Threshold

@@ -198,6 +198,23 @@ def test_no_recompilation_over_lengths(device, name, score):
             assert all(map(torch.equal, got, wanted))
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: interact(x).context,
+        lambda x: evolve(x, 0.1).states,
+        lambda x: qflux_kernels.project_norm(x, torch.ones(4, 2, device=x.device)),
+    ],
+    ids=["interact", "evolve", "project_norm"],
+)
+def test_compile_where_nothing_needs_a_gradient(device, function, mode):
+    states = torch.randn(3, 20, 2, device=device)
+    with mode():
+        compiled = torch.compile(function, fullgraph=True, backend="aot_eager")(states)
+        assert torch.equal(compiled, function(states))
+
+
 def test_compile_refuses_second_derivatives(device):
     @torch.compile(fullgraph=True, backend="aot_eager")
     def loss(states):

@@ -113,8 +113,11 @@ def test_autocast_keeps_float32():
 def test_more_than_two_to_the_31_elements():
     if torch.cuda.mem_get_info()[0] < 40 << 30:
         pytest.skip("needs 40 GiB of free GPU memory")
-    values = torch.zeros(1, 1, (1 << 31) + 8, device="cuda")
-    values[..., -1] = 3.0
-    states = torch.ones(1, 1, 2, device="cuda")
-    heard = interact(states, values=values, score=InverseGate())
-    torch.testing.assert_close(heard.context[..., -1], 3 * heard.strength)
+    keys, width = 1 << 15, (1 << 16) + 8
+    assert keys * width > 1 << 31
+    values = torch.zeros(1, keys, width, device="cuda")
+    values[..., -1, -1] = 3.0
+    states, points = (torch.ones(1, length, 2, device="cuda") for length in (1, keys))
+    heard = interact(states, points, values, score=InverseGate())
+    torch.testing.assert_close(heard.context[..., -1], 3 * heard.strength / keys)
+    assert not heard.context[..., :-1].any()

@@ -34,10 +34,8 @@ SCHEMA = Path(__file__).with_name("test_schema.py")
 F32, F64 = torch.float32, torch.float64
 INTERPRETED = backends.TRITON_INTERPRETED
 DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
-needs_kernels = pytest.mark.skipif(
-    not INTERPRETED and not torch.cuda.is_available(),
-    reason="no GPU; test_in_the_interpreter runs it",
-)
+HERE = INTERPRETED or torch.cuda.is_available()
+needs_kernels = pytest.mark.skipif(not HERE, reason="no GPU; test_in_the_interpreter runs it")
 
 
 def tensor(*shape, dtype=F64):
@@ -63,7 +61,7 @@ def gradients(function, backend, tensors, **options):
     return torch.autograd.grad(loss, leaves, materialize_grads=True)
 
 
-SIGMA = torch.tensor([0.3, 1.1], dtype=F64, device=DEVICE if INTERPRETED else None)
+SIGMA = torch.tensor([0.3, 1.1], dtype=F64, device=DEVICE if HERE else None)
 
 # rows, keys (None: the states), depth (None: the values are the keys), score, causal, reduction
 CASES = [
