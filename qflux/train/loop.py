@@ -24,7 +24,7 @@ from ..models.config import ModelConfig
 from ..models.presets import make_model
 from ..text.data import TextSplit
 from ..text.vocabulary import Vocabulary
-from ..text.windows import IGNORED_LABEL, TrainingWindows, evaluation_batches
+from ..text.windows import TrainingWindows
 from .checkpoint import (
     CONFIG_FILE,
     VOCABULARY_FILE,
@@ -34,6 +34,7 @@ from .checkpoint import (
     write_atomically,
 )
 from .display import Display
+from .evaluation import evaluate
 from .folder import check_vacant, clear, forget_trackers, sole_writer
 from .metrics import METRICS_FILE, Interval, append_line, drop_lines_after, peak_memory
 from .options import TrainingOptions
@@ -545,20 +546,3 @@ def _plain_errors(options: TrainingOptions) -> Iterator[None]:
 
 def _first_line(error: Exception) -> str:
     return str(error).strip().split("\n")[0] or type(error).__name__
-
-
-@torch.no_grad()
-def evaluate(model: CausalLM, works: list[Tensor], batch_size: int = 12) -> float:
-    """Mean loss in nats a token over every token of the works but the first of each.
-
-    A token is predicted from at most `context_length - 1` tokens before it. The model is put into
-    evaluation mode meanwhile.
-    """
-    device = next(model.parameters()).device
-    total, count = torch.zeros((), dtype=torch.float64, device=device), 0
-    with evaluating(model):
-        for ids, labels in evaluation_batches(works, model.config.context_length, batch_size):
-            scored = int((labels[:, 1:] != IGNORED_LABEL).sum())
-            total += model(ids.to(device), labels=labels.to(device)).loss * scored
-            count += scored
-    return total.item() / count
