@@ -31,7 +31,7 @@ from .text.vocabulary import (
     make_vocabulary,
 )
 from .train.checkpoint import load_model, read_config, read_vocabulary
-from .train.loop import NonFiniteLossError, resume_command, train
+from .train.loop import NonFiniteLossError, train
 from .train.options import TrackerName, TrainingOptions
 from .train.record import RunRecord, read_record
 from .train.start import read_start
@@ -277,9 +277,8 @@ class Train:
         print(f"  model    {result.validation_loss:.3f} (best {result.best_validation_loss:.3f})")
         for name, loss in baselines.items():
             print(f"  {name:8} {loss:.3f}")
-        folder = shlex.quote(str(options.output_dir))
-        print(f"next: qflux generate --model-path {folder}")
-        print(f"more: {resume_command(options.output_dir)} --max-steps {2 * result.steps}")
+        print(f"next: qflux generate --model-path {shlex.quote(str(options.output_dir))}")
+        print(f"more: {result.more}")
 
     def _new(self) -> _Run:
         """What to do for the options given."""

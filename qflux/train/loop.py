@@ -37,7 +37,7 @@ from .display import Display
 from .evaluation import evaluate
 from .folder import check_vacant, clear, forget_trackers, sole_writer
 from .metrics import METRICS_FILE, Interval, append_line, drop_lines_after, peak_memory
-from .options import TrainingOptions
+from .options import DEFAULT_EPOCHS, TrainingOptions
 from .record import changed_options, check_same_text, make_record, read_record
 from .schedules import radius_factor, radius_rate, radius_rules, shorten, window_length
 from .signals import Stopper, StopRequested, TrainingInterrupted
@@ -55,7 +55,8 @@ class NonFiniteLossError(RuntimeError):
 class TrainingResult:
     """The model of the last step, its validation loss in nats a token, and the run's extent.
 
-    seconds: of training, resumed runs included. reason: why the run ended, in words.
+    seconds: of training, resumed runs included. reason: why the run ended, in words. more: the
+    command that makes the run longer.
     """
 
     model: CausalLM
@@ -64,6 +65,7 @@ class TrainingResult:
     steps: int
     seconds: float
     reason: str = ""
+    more: str = ""
 
 
 def train(
@@ -111,7 +113,13 @@ def train(
         else:
             run.learn()
     return TrainingResult(
-        run.model.eval(), run.validation_loss, run.best, run.step, run.seconds(), run.reason()
+        run.model.eval(),
+        run.validation_loss,
+        run.best,
+        run.step,
+        run.seconds(),
+        run.reason(),
+        f"{resume_command(folder)} {run.longer()}",
     )
 
 
@@ -163,7 +171,7 @@ class _Run:
         if state is not None:
             seconds_before = state["seconds"]
             self._restore(state)
-        self.saved_step = self.step if state is not None else None
+        self.first_step, self.saved_step = self.step, self.step if state is not None else None
         self.start = time.perf_counter() - seconds_before
         self.display = Display(options.progress, self.total_steps)
         self.stopper = Stopper()
@@ -230,13 +238,26 @@ class _Run:
         if options.dry_run:
             return "dry run"
         if self._out_of_patience():
-            return (
-                f"no lower validation loss in {self.stale} evaluations "
-                f"(patience {options.patience})"
-            )
-        if self.total_steps is not None and self.step >= self.total_steps:
-            return options.limit(self.windows.steps_per_epoch)
-        return f"max_seconds {options.max_seconds:g}"
+            reason = f"patience {options.patience}: {self.stale} evaluations without a lower loss"
+        elif self._out_of_steps():
+            reason = options.limit(self.windows.steps_per_epoch)
+        else:
+            reason = f"max_seconds {options.max_seconds:g}"
+        return reason if self.step > self.first_step else f"{reason}; nothing was left to do"
+
+    def longer(self) -> str:
+        """The option that makes the run twice as long."""
+        options = self.options
+        if self._out_of_patience():
+            return f"--patience {2 * self.stale}"
+        if not self._out_of_steps():
+            return f"--max-seconds {2 * (options.max_seconds or 0):g}"
+        if self.total_steps == options.max_steps:
+            return f"--max-steps {2 * self.step}"
+        return f"--epochs {2 * (options.epochs or DEFAULT_EPOCHS):g}"
+
+    def _out_of_steps(self) -> bool:
+        return self.total_steps is not None and self.step >= self.total_steps
 
     def _out_of_patience(self) -> bool:
         return self.options.patience is not None and self.stale >= self.options.patience

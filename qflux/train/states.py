@@ -109,14 +109,13 @@ class States:
 def _read(path: Path, kept: dict[int, Path]) -> dict[str, Any]:
     others = [str(step) for step, file in kept.items() if file != path]
     remedy = f"resume_step {others[-1]} goes back to a kept state" if others else "no other is kept"
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
-    # A broken archive raises errors of zip, pickle, PyTorch and Python alike.
-    except Exception as error:
-        reason = str(error).split("\n")[0] or type(error).__name__
-        raise ValueError(f"{str(path)!r} cannot be read ({reason}); {remedy}") from None
+    with open(path, "rb") as stream:
+        try:
+            state = torch.load(stream, map_location="cpu", weights_only=True)
+        # A broken archive raises errors of zip, pickle, PyTorch and the system alike.
+        except Exception as error:
+            reason = str(error).split("\n")[0] or type(error).__name__
+            raise ValueError(f"{str(path)!r} cannot be read ({reason}); {remedy}") from None
     if not isinstance(state, dict) or not set(state) >= _KEYS:
         raise ValueError(f"{str(path)!r} is not a training state; {remedy}")
     return state
