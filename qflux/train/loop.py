@@ -168,6 +168,7 @@ class _Run:
         self.rules = radius_rules(self.model)
         self.step, self.validation_loss, self.best, self.stale = 0, math.nan, math.inf, 0
         self.interval, self.pending, seconds_before = Interval(), None, 0.0
+        self.last_batch: Tensor | None = None
         if state is not None:
             seconds_before = state["seconds"]
             self._restore(state)
@@ -349,7 +350,7 @@ class _Run:
         with radius_rate(self.rules, radius_factor(progress, options.radius_warmup)):
             taken = self.train_step(batch, progress, return_layers=measured)
         self.interval.add(taken.loss, batch.numel())
-        self.step += 1
+        self.step, self.last_batch = self.step + 1, batch
         self.display.step(self.step, self.progress())
         return taken, length
 
@@ -482,7 +483,8 @@ class _Run:
     @torch.no_grad()
     def _loss_is_finite(self) -> bool:
         """Whether the model, after its step, has a loss on the batch that it has just seen."""
-        batch = self.windows.batch(max(0, self.step - 1)).to(self.device)
+        batch = self.last_batch
+        assert batch is not None, "a state is saved after a step"
         with self._random_numbers_kept(), evaluating(self.model):
             return bool(self.model(batch, labels=batch).cross_entropy.isfinite())
 
