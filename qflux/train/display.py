@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -13,6 +14,8 @@ from tqdm import tqdm
 
 # Steps after which the time of a step is known: the first ones allocate and compile.
 STEPS_TO_TIME = 3
+# Of a terminal that does not say; tqdm hides a bar for which there is no row.
+UNKNOWN_SIZE = {"ncols": 80, "nrows": 20}
 
 
 class Display:
@@ -29,9 +32,8 @@ class Display:
         self.enabled, self.total_steps = enabled, total_steps
         self.terminal = enabled and _is_terminal()
         self._bar: Any = None
-        self._begin = self._first = 0.0
-        self._progress = 0.0
-        self._taken = 0
+        self._begin = self._first = self._progress = 0.0
+        self._taken, self._numbers = 0, ""
 
     def say(self, text: str) -> None:
         """A line of its own, above the bar."""
@@ -58,9 +60,9 @@ class Display:
             self._bar = tqdm(
                 total=1.0,
                 initial=progress,
-                bar_format="{percentage:3.0f}%|{bar:20}| {desc}",
+                bar_format="{percentage:3.0f}%|{bar}| {desc}",
                 file=sys.stderr,
-                leave=True,
+                **({"dynamic_ncols": True} if _has_size() else UNKNOWN_SIZE),
             )
         try:
             yield
@@ -87,20 +89,19 @@ class Display:
 
     def interval(self, line: dict[str, Any], progress: float) -> None:
         """A line of metrics has been measured."""
+        # All of a bar has to fit into 80 columns.
+        rate = "learning rate" if self._bar is None else "lr"
         self._numbers = (
-            f"loss {line['train_loss']:.3f}, {line['tokens_per_second']:,.0f} tokens/s, "
-            f"learning rate {line['learning_rate']:.2e}"
+            f": loss {line['train_loss']:.3f}, {line['tokens_per_second']:,.0f} tokens/s, "
+            f"{rate} {line['learning_rate']:.2e}"
         )
         if self._bar is None:
             self.say(self._place(line["step"], progress))
 
-    _numbers = ""
-
     def _place(self, step: int, progress: float) -> str:
         of = "" if self.total_steps is None else f" of {self.total_steps:,}"
         share = "" if self._bar is not None else f" ({100 * progress:.0f} %)"
-        numbers = f"{self._numbers}, " if self._numbers else ""
-        return f"step {step:,}{of}{share}: {numbers}{self._left(progress)}"
+        return f"step {step:,}{of}{share}, {self._left(progress)}{self._numbers}"
 
     def _left(self, progress: float) -> str:
         """The time until the end, as the time since the beginning suggests."""
@@ -143,4 +144,12 @@ def _is_terminal() -> bool:
     try:
         return sys.stderr.isatty()
     except (AttributeError, ValueError):
+        return False
+
+
+def _has_size() -> bool:
+    """Whether the terminal knows how large it is."""
+    try:
+        return os.get_terminal_size(sys.stderr.fileno()).columns > 0
+    except (OSError, ValueError, AttributeError):
         return False
