@@ -32,7 +32,7 @@ class Display:
         self.enabled, self.total_steps = enabled, total_steps
         self.terminal = enabled and _is_terminal()
         self._bar: Any = None
-        self._begin = self._first = self._progress = 0.0
+        self._begin = self._progress = 0.0
         self._taken, self._numbers = 0, ""
 
     def say(self, text: str) -> None:
@@ -76,9 +76,10 @@ class Display:
         self._taken += 1
         now = time.perf_counter()
         if self._taken == 1:
-            self._first = now
+            # The first step compiles and allocates, and says little about the others.
+            self._begin, self._progress = now, progress
         if self._taken == STEPS_TO_TIME and self.enabled:
-            seconds = (now - self._first) / (STEPS_TO_TIME - 1)
+            seconds = (now - self._begin) / (STEPS_TO_TIME - 1)
             self.say(
                 f"{'time':11} {seconds:.3g} s a step, {self._left(progress)}, evaluations aside"
             )
@@ -104,12 +105,12 @@ class Display:
         return f"step {step:,}{of}{share}, {self._left(progress)}{self._numbers}"
 
     def _left(self, progress: float) -> str:
-        """The time until the end, as the time since the beginning suggests."""
+        """The time until the end, as the time since the first step suggests."""
         made = progress - self._progress
-        if made <= 0:
+        if progress < 1 and made <= 0:
             return "time left unknown"
         elapsed = time.perf_counter() - self._begin
-        return f"{clock(elapsed * (1 - progress) / made)} left"
+        return f"{clock(elapsed * (1 - progress) / made if progress < 1 else 0.0)} left"
 
     @contextmanager
     def evaluating(self, model: nn.Module, tokens: int) -> Iterator[None]:

@@ -306,7 +306,10 @@ def test_a_terminal_gets_a_bar_with_the_time_left(monkeypatch):
     monkeypatch.setattr(sys, "stderr", screen)
     display = Display(True, None)
     with display.running(0.2):
-        clock.now += 10
+        clock.now += 1000  # for a first step that compiles
+        display.step(1, 0.25)
+        assert display._bar.desc == "step 1, time left unknown"
+        clock.now += 5
         display.interval(LINE, 0.3)
         display.step(2, 0.3)
         assert display._bar.desc == ("step 2, 01:10 left: loss 1.250, 1,234 tokens/s, lr 5.00e-03")
