@@ -15,7 +15,7 @@ from tqdm import tqdm
 # Steps after which the time of a step is known: the first ones allocate and compile.
 STEPS_TO_TIME = 3
 # Of a terminal that does not say; tqdm hides a bar for which there is no row.
-UNKNOWN_SIZE = {"ncols": 80, "nrows": 20}
+UNKNOWN_SIZE: dict[str, Any] = {"ncols": 80, "nrows": 20}
 
 
 class Display:
