@@ -57,12 +57,13 @@ class Display:
         """The bar is there meanwhile; `progress` of the run is behind, in [0, 1]."""
         self._begin, self._progress, self._taken = time.perf_counter(), progress, 0
         if self.terminal:
+            size: dict[str, Any] = {"dynamic_ncols": True} if _has_size() else UNKNOWN_SIZE
             self._bar = tqdm(
                 total=1.0,
                 initial=progress,
                 bar_format="{percentage:3.0f}%|{bar}| {desc}",
                 file=sys.stderr,
-                **({"dynamic_ncols": True} if _has_size() else UNKNOWN_SIZE),
+                **size,
             )
         try:
             yield
