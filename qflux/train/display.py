@@ -29,8 +29,9 @@ class Display:
     """
 
     def __init__(self, enabled: bool, total_steps: int | None = None) -> None:
-        self.enabled, self.total_steps = enabled, total_steps
-        self.terminal = enabled and _is_terminal()
+        # Without one, print would take standard output.
+        self.enabled, self.total_steps = enabled and sys.stderr is not None, total_steps
+        self.terminal = self.enabled and _is_terminal()
         self._bar: Any = None
         self._begin = self._progress = 0.0
         self._taken, self._numbers = 0, ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import socket
@@ -63,7 +64,10 @@ def _locked(path: Path, folder: Path) -> int:
                 f"output_dir {str(folder)!r} is being written by process {owner}: "
                 f"wait for its end, stop it, or choose another folder"
             ) from None
-        except BaseException:
+        except OSError as error:
+            # A file system without locks, some network drives say.
+            if error.errno in (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP):
+                return handle
             os.close(handle)
             raise
         # Whoever held the lock before has deleted the file, and another may be there by now.
@@ -89,16 +93,16 @@ def check_vacant(folder: Path) -> None:
     Raises:
         FileExistsError: what is there, and what to do.
     """
-    remedy = "choose another folder, or give overwrite to replace it"
+    remedy = "choose another folder, or replace it with --overwrite"
     if States(folder).exist():
         raise FileExistsError(
-            f"output_dir {str(folder)!r} holds a run already: resume it, {remedy}"
+            f"output_dir {str(folder)!r} holds a run already: resume it with --resume, {remedy}"
         )
     there = [name for name in OWN_FILES if (folder / name).exists()]
     if RUN_FILE in there and MODEL_FILE not in there:
         raise FileExistsError(
             f"output_dir {str(folder)!r} holds a run that was stopped before it saved a state: "
-            f"resume it to begin again, {remedy}"
+            f"resume it with --resume to begin again, {remedy}"
         )
     if there:
         raise FileExistsError(

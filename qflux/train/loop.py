@@ -101,6 +101,8 @@ def train(
         TrainingInterrupted: a signal stopped the run, and its state is saved.
     """
     folder, device = Path(options.output_dir), usable_device(options.device)
+    if options.resume and not folder.is_dir():
+        raise FileNotFoundError(f"nothing to resume: there is no folder {str(folder)!r}")
     with ExitStack() as stack:
         if not options.dry_run:
             stack.enter_context(sole_writer(folder))
@@ -485,6 +487,8 @@ class _Run:
         """Whether the model, after its step, has a loss on the batch that it has just seen."""
         batch = self.last_batch
         assert batch is not None, "a state is saved after a step"
+        # A part that is known to fit into memory.
+        batch = batch.chunk(self.options.accumulation)[0]
         with self._random_numbers_kept(), evaluating(self.model):
             return bool(self.model(batch, labels=batch).cross_entropy.isfinite())
 

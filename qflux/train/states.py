@@ -6,6 +6,7 @@ import io
 import os
 import re
 import shutil
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +112,11 @@ def _read(path: Path, kept: dict[int, Path]) -> dict[str, Any]:
     remedy = f"resume_step {others[-1]} goes back to a kept state" if others else "no other is kept"
     with open(path, "rb") as stream:
         try:
+            # PyTorch writes checksums and does not read them.
+            with zipfile.ZipFile(stream) as archive:
+                if (name := archive.testzip()) is not None:
+                    raise ValueError(f"the checksum of {name!r} is wrong")
+            stream.seek(0)
             state = torch.load(stream, map_location="cpu", weights_only=True)
         # A broken archive raises errors of zip, pickle, PyTorch and the system alike.
         except Exception as error:

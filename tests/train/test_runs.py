@@ -1,9 +1,11 @@
 """A run is a record: what its folder holds, what a resumed run may change, how it goes back."""
 
 import dataclasses
+import errno
 import json
 import math
 import os
+import random
 import subprocess
 import sys
 import threading
@@ -15,6 +17,7 @@ from qflux import QuantumFluxConfig, QuantumFluxLM, TextSplit, TrainingOptions, 
 from qflux.cli import main
 from qflux.text.vocabulary import CharacterVocabulary
 from qflux.text.windows import TrainingWindows
+from qflux.train import folder as folder_module
 from qflux.train import loop as loop_module
 from qflux.train import states as states_module
 from qflux.train.checkpoint import usable_device
@@ -335,6 +338,20 @@ def test_a_folder_has_one_writer(tmp_path):
     assert LOCK_FILE not in os.listdir(tmp_path)
 
 
+def test_a_file_system_without_locks_is_no_obstacle(tmp_path, monkeypatch):
+    def flock(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(folder_module.fcntl, "flock", flock)
+    assert run(tmp_path, max_steps=1).steps == 1
+
+
+def test_a_folder_that_is_not_there_is_not_made(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nothing to resume: there is no folder"):
+        run(tmp_path / "mistyped", resume=True)
+    assert os.listdir(tmp_path) == []
+
+
 def test_a_lock_is_of_the_file_that_is_there(tmp_path):
     """The one who waits for the file of a run that ends meanwhile takes the next file."""
     inside, counts = [], []
@@ -419,6 +436,26 @@ def test_a_broken_state_is_named_with_a_way_out(tmp_path, content):
     with pytest.raises(ValueError, match=r"training_state\.pt'.*resume_step 6"):
         run(tmp_path, eval_interval=6, resume=True)
     assert run(tmp_path, eval_interval=6, resume=True, resume_step=6).steps == 12
+
+
+def test_a_flipped_bit_in_a_state_is_found(tmp_path):
+    """PyTorch alone reads most of them as other weights."""
+    run(tmp_path, max_steps=4)
+    path = tmp_path / "training_state.pt"
+    good = path.read_bytes()
+    expected, draw = States(tmp_path).load()["model"], random.Random(0)
+    found = 0
+    for _ in range(40):
+        content = bytearray(good)
+        content[draw.randrange(len(good))] ^= 1 << draw.randrange(8)
+        path.write_bytes(content)
+        try:
+            state = States(tmp_path).load()["model"]
+        except ValueError:
+            found += 1
+        else:  # in what only fills the file up
+            assert all(torch.equal(state[name], value) for name, value in expected.items())
+    assert found > 10
 
 
 def test_a_state_of_another_network_is_no_traceback(tmp_path):

@@ -12,6 +12,7 @@ import torch
 
 from qflux import QuantumFluxConfig, TextSplit, TrainingOptions, load_model, make_config, train
 from qflux.cli import main
+from qflux.models.base import CausalLM
 from qflux.text.vocabulary import ByteVocabulary, CharacterVocabulary
 from qflux.train import display as display_module
 from qflux.train import step as step_module
@@ -256,10 +257,16 @@ def test_nothing_is_said_without_progress(tmp_path, capfd):
     assert capfd.readouterr() == ("", "")
 
 
-def test_a_sample_comes_with_every_evaluation_and_changes_nothing(tmp_path, capfd):
-    published = make_config(
-        "flux", VOCABULARY.size, num_layers=1, hidden_dim=8, context_length=12
-    )  # its time steps are random
+def test_a_sample_comes_with_every_evaluation_and_changes_nothing(tmp_path, capfd, monkeypatch):
+    # Its time steps are random in training, and a model may draw while it generates.
+    published = make_config("flux", VOCABULARY.size, num_layers=1, hidden_dim=8, context_length=12)
+    generate = CausalLM.generate
+
+    def drawing(*arguments, **options):
+        torch.rand(3)
+        return generate(*arguments, **options)
+
+    monkeypatch.setattr(CausalLM, "generate", drawing)
     for name, config in (("lm", CONFIG), ("flux", published)):
         run(tmp_path / name / "plain", config=config)
         run(tmp_path / name / "samples", config=config, sample_prompt="abc", sample_tokens=7,
@@ -340,7 +347,7 @@ def test_without_a_terminal_there_is_a_line_an_interval(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("broken", [None, "closed"])
-def test_a_missing_standard_error_is_no_error(monkeypatch, broken):
+def test_a_missing_standard_error_is_no_error(monkeypatch, capsys, broken):
     stream = None if broken is None else io.StringIO()
     if stream is not None:
         stream.close()
@@ -350,6 +357,7 @@ def test_a_missing_standard_error_is_no_error(monkeypatch, broken):
         display.step(1, 1 / 8)
         display.interval(LINE, 1 / 8)
         display.say("nobody hears this")
+    assert capsys.readouterr().out == ""
 
 
 def test_a_run_on_a_real_terminal_ends_with_a_full_bar(tmp_path, monkeypatch):

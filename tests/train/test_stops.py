@@ -173,7 +173,7 @@ def test_a_run_without_a_state_begins_again(tmp_path, monkeypatch):
         patch.setattr(States, "save", lambda *_: 1 / 0)
         signal_at(patch, 2, signal.SIGINT, times=2)
         run(tmp_path / "parts")
-    with pytest.raises(FileExistsError, match="resume it to begin again"):
+    with pytest.raises(FileExistsError, match="resume it with --resume to begin again"):
         run(tmp_path / "parts")
     run(tmp_path / "parts", resume=True)
     assert curve(tmp_path / "parts") == curve(tmp_path / "whole")
