@@ -8,7 +8,6 @@ import os
 import random
 import subprocess
 import sys
-import threading
 
 import pytest
 import torch
@@ -95,6 +94,20 @@ def test_the_record_has_options_text_vocabulary_and_versions(tmp_path):
     assert record["vocabulary"] == {"kind": "char", "size": 9}
     assert record["versions"]["torch"] == torch.__version__
     assert {"qflux", "python"} <= set(record["versions"])
+
+
+def test_the_record_keeps_where_the_text_came_from(tmp_path):
+    def stored():
+        return json.loads((tmp_path / "run.json").read_text())["source"]
+
+    options = {"max_steps": 1, "batch_size": 4, "progress": False}
+    train(CONFIG, PATTERN, VOCABULARY, TrainingOptions(tmp_path, **options), source={"a": 1})
+    assert stored() == {"a": 1}
+    again = TrainingOptions(tmp_path, **options, resume=True)
+    train(CONFIG, PATTERN, VOCABULARY, again)
+    assert stored() == {"a": 1}
+    train(CONFIG, PATTERN, VOCABULARY, again, source={"a": 2})
+    assert stored() == {"a": 2}
 
 
 def test_every_option_may_change_or_may_not():
@@ -352,26 +365,23 @@ def test_a_folder_that_is_not_there_is_not_made(tmp_path):
     assert os.listdir(tmp_path) == []
 
 
-def test_a_lock_is_of_the_file_that_is_there(tmp_path):
-    """The one who waits for the file of a run that ends meanwhile takes the next file."""
-    inside, counts = [], []
+def test_a_lock_is_of_the_file_that_is_there(tmp_path, monkeypatch):
+    """A run that ends while another one waits for its lock takes the file away."""
+    original, calls = folder_module.fcntl.flock, []
 
-    def work():
-        for _ in range(30):
-            try:
-                with sole_writer(tmp_path):
-                    inside.append(1)
-                    counts.append(len(inside))
-                    inside.pop()
-            except FileExistsError:
+    def flock(handle, operation):
+        if not calls:
+            (tmp_path / LOCK_FILE).unlink()
+        calls.append(handle)
+        return original(handle, operation)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(folder_module.fcntl, "flock", flock)
+        with sole_writer(tmp_path):
+            assert len(calls) == 2
+            with pytest.raises(FileExistsError, match=str(os.getpid())), sole_writer(tmp_path):
                 pass
-
-    threads = [threading.Thread(target=work) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert counts and set(counts) == {1}
+    assert os.listdir(tmp_path) == []
 
 
 # --- states ---
