@@ -1,4 +1,4 @@
-# make demo | test | sanitize | bench | gpu-check | lint | format | clean
+# make demo | test | soak | sanitize | bench | gpu-check | lint | format | clean
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV ?= .venv
@@ -15,7 +15,7 @@ BIN := $(VENV)/bin
 SOURCES := pyproject.toml setup.py $(shell find csrc -type f)
 CXX_SOURCES := git ls-files | grep -E '\.(h|cpp|cu|cuh)$$'
 
-.PHONY: demo test sanitize bench gpu-check lint style types format clean
+.PHONY: demo test soak sanitize bench gpu-check lint style types format clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.built
@@ -23,6 +23,12 @@ demo: $(VENV)/.built
 
 test: $(VENV)/.tested
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+# Training runs that are killed at random and resumed; the tests have ten of these kills.
+KILLS ?= 200
+
+soak: $(VENV)/.tested
+	$(BIN)/python tests/soak.py --kills $(KILLS)
 
 # The C++ of the loops and the emulated CUDA kernels, under the address and undefined-behaviour
 # sanitizers. Python itself has none, so their libraries are loaded first; its leaks are its own.

@@ -45,9 +45,9 @@ def main(argv: list[str] | None = None) -> int:
     except UsageError as error:
         print(f"{program}: {error}".replace("\n", " "), file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as stop:
+        print(f"{program}: {stop}" if str(stop) else "interrupted", file=sys.stderr)
+        return getattr(stop, "status", 130)
     return 0
 
 

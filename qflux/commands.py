@@ -5,8 +5,9 @@ Every option is a field of a dataclass: its docstring is the help, its default t
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -18,6 +19,7 @@ from tyro import conf
 
 from qflux_kernels import BackendUnavailableError
 
+from .models.config import ModelConfig
 from .models.presets import PRESETS, make_config
 from .text.data import TextSplit, load_dataset_text, load_text
 from .text.ngrams import ngram_losses
@@ -28,11 +30,22 @@ from .text.vocabulary import (
     Vocabulary,
     make_vocabulary,
 )
-from .train.checkpoint import load_model
+from .train.checkpoint import load_model, read_config, read_vocabulary
 from .train.loop import NonFiniteLossError, train
 from .train.options import TrackerName, TrainingOptions
+from .train.record import RunRecord, read_record
+from .train.start import read_start
 
-USER_ERRORS = (ValueError, OSError, ImportError, BackendUnavailableError, NonFiniteLossError)
+USER_ERRORS = (
+    ValueError,
+    OSError,
+    ImportError,
+    MemoryError,
+    BackendUnavailableError,
+    NonFiniteLossError,
+)
+# What of `TextOptions` says what a token is.
+TOKEN_OPTIONS = ("vocabulary", "vocab_size", "vocabulary_file")
 
 
 @dataclass(frozen=True)
@@ -245,28 +258,121 @@ class Train:
 
     def run(self) -> None:
         """Train, and print how the model and counting models do on the held-out text."""
-        given, learning = TextOptions(**self.text), self.training
-        if given.use_hebbian:
-            if learning.get("learning", "hebbian") != "hebbian":
-                raise ValueError(
-                    f"use_hebbian and learning={learning['learning']!r} contradict each other"
-                )
-            learning = {**learning, "learning": "hebbian"}
-        text = given.load()
-        vocabulary = given.make_vocabulary(text)
-        config = make_config(given.preset, vocabulary.size, **self.network)
-        options = TrainingOptions(**learning, trackers=self.tracker)
-        result = train(config, text, vocabulary, options)
+        record = None
+        if self.training.get("resume"):
+            record = read_record(Path(self.training["output_dir"]))
+        run = self._new() if record is None else self._resumed(record)
+        result = train(run.config, run.text, run.vocabulary, run.options, source=run.source)
+        options = run.options
+        if options.dry_run:
+            return
         baselines = ngram_losses(
-            [vocabulary.encode(work) for work in text.train.values()],
-            [vocabulary.encode(work) for work in text.validation.values()],
-            vocabulary.size,
+            [run.vocabulary.encode(work) for work in run.text.train.values()],
+            [run.vocabulary.encode(work) for work in run.text.validation.values()],
+            run.vocabulary.size,
         )
         print(f"{result.steps} steps in {result.seconds:.1f} s, files in {options.output_dir}")
+        print(f"ended at {result.reason}")
         print("validation loss, nats per token:")
         print(f"  model    {result.validation_loss:.3f} (best {result.best_validation_loss:.3f})")
         for name, loss in baselines.items():
             print(f"  {name:8} {loss:.3f}")
+        print(f"next: qflux generate --model-path {shlex.quote(str(options.output_dir))}")
+        print(f"more: {result.more}")
+
+    def _new(self) -> _Run:
+        """What to do for the options given."""
+        given = TextOptions(**self.text)
+        options = TrainingOptions(**self._learning(), trackers=self.tracker)
+        text = given.load()
+        if options.init_from is None:
+            vocabulary = given.make_vocabulary(text)
+            config = make_config(given.preset, vocabulary.size, **self.network)
+        else:
+            for name in ("preset", *TOKEN_OPTIONS):
+                if name in self.text:
+                    raise ValueError(
+                        f"{name} and init_from cannot both be given: the model of "
+                        f"{str(options.init_from)!r} has its own"
+                    )
+            config, vocabulary = read_start(options.init_from)
+            config = changed_config(config, self.network)
+        return _Run(config, text, vocabulary, options, _source(given))
+
+    def _resumed(self, record: RunRecord) -> _Run:
+        """What the run in a folder was to do, with the options that were given anew.
+
+        Raises:
+            ValueError: the text or the network is said to be another one.
+        """
+        learning = {**record.options, **self._learning()}
+        if self.tracker:
+            learning["trackers"] = self.tracker
+        folder = Path(learning["output_dir"])
+        try:
+            stored = TextOptions(**record.source)
+            options = TrainingOptions(**learning)
+        except TypeError as error:
+            raise ValueError(f"the run.json in {str(folder)!r} has a bad value: {error}") from None
+        for name in ("preset", "vocabulary", "vocab_size"):
+            if name in self.text and self.text[name] != getattr(stored, name):
+                raise ValueError(
+                    f"cannot resume with another {name}: {getattr(stored, name)!r} -> "
+                    f"{self.text[name]!r}"
+                )
+        given = replace(stored, **self.text)
+        try:
+            text = given.load()
+        except FileNotFoundError as error:
+            raise FileNotFoundError(
+                f"{error}; data says where the text of the run is now"
+            ) from None
+        anew = self.text.get("vocabulary_file") is not None
+        vocabulary = given.make_vocabulary(text) if anew else read_vocabulary(folder)
+        config = changed_config(read_config(folder), self.network)
+        return _Run(config, text, vocabulary, options, _source(given))
+
+    def _learning(self) -> dict[str, Any]:
+        """The options of training that were given."""
+        if not self.text.get("use_hebbian"):
+            return self.training
+        if self.training.get("learning", "hebbian") != "hebbian":
+            raise ValueError(
+                f"use_hebbian and learning={self.training['learning']!r} contradict each other"
+            )
+        return {**self.training, "learning": "hebbian"}
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What `train` takes."""
+
+    config: ModelConfig
+    text: TextSplit
+    vocabulary: Vocabulary
+    options: TrainingOptions
+    source: dict[str, Any]
+
+
+def _source(given: TextOptions) -> dict[str, Any]:
+    """The options of a text as a run keeps them: paths are good from every folder."""
+    kept = {name: value for name, value in asdict(given).items() if name != "use_hebbian"}
+    for name in ("data", "dataset", "vocabulary_file"):
+        if kept[name] is not None and Path(kept[name]).exists():
+            kept[name] = str(Path(kept[name]).resolve())
+    return kept
+
+
+def changed_config(config: ModelConfig, changes: Mapping[str, Any]) -> ModelConfig:
+    """The configuration with other values of some fields.
+
+    Raises:
+        ValueError: its family has no such field; named.
+    """
+    unknown = sorted(set(changes) - {field.name for field in fields(config)})
+    if unknown:
+        raise ValueError(f"the {config.architecture!r} network has no {', '.join(unknown)}")
+    return replace(config, **changes)
 
 
 @dataclass(frozen=True)

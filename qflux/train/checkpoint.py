@@ -1,16 +1,15 @@
-"""Models and training states on disk: complete files or none."""
+"""Models on disk: complete files or none."""
 
 from __future__ import annotations
 
-import io
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
 import torch
-from torch import Tensor
 
 from ..models.base import CausalLM
 from ..models.config import ModelConfig
@@ -20,13 +19,15 @@ from ..text.vocabulary import Vocabulary, vocabulary_from_json
 CONFIG_FILE = "config.json"
 VOCABULARY_FILE = "vocabulary.json"
 MODEL_FILE = "model.safetensors"
-STATE_FILE = "training_state.pt"
 
 
 def write_atomically(path: str | Path, content: bytes) -> None:
     """Replace the file at `path`: whatever happens, it holds the old content or all of the new.
 
     The content goes to a temporary name in the same folder, is flushed to the disk and renamed.
+
+    Raises:
+        OSError: it cannot be written, on a full disk say; names the file.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -36,8 +37,10 @@ def write_atomically(path: str | Path, content: bytes) -> None:
             stream.flush()
             os.fsync(stream.fileno())
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno is not None and error.filename is None:
+            raise OSError(error.errno, error.strerror, str(path)) from None
         raise
 
 
@@ -48,7 +51,10 @@ def usable_device(device: str | torch.device) -> torch.device:
         ValueError: there is no such device, or this PyTorch cannot use it.
     """
     try:
-        return torch.empty(0, device=device).device
+        found = torch.zeros(1, device=device)
+        # A device without memory, "meta" say, has no values to read.
+        found.item()
+        return found.device
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(
@@ -67,21 +73,58 @@ def save_model(folder: str | Path, model: CausalLM, vocabulary: Vocabulary) -> N
     write_atomically(folder / MODEL_FILE, safetensors.torch.save(weights))
 
 
+def read_config(folder: Path) -> ModelConfig:
+    """The configuration in `config.json` of a folder.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is broken, or has a bad value; names the file.
+    """
+    path = folder / CONFIG_FILE
+    try:
+        return config_from_json(path.read_text(encoding="utf-8"))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{str(path)!r}: {error}") from None
+
+
+def read_vocabulary(folder: Path) -> Vocabulary:
+    """The vocabulary in `vocabulary.json` of a folder.
+
+    Raises:
+        OSError: it cannot be read.
+        ImportError: it needs a package that is not installed.
+        ValueError: it is broken; names the file.
+    """
+    path = folder / VOCABULARY_FILE
+    try:
+        return vocabulary_from_json(path.read_text(encoding="utf-8"))
+    except (OSError, ImportError):
+        raise
+    except KeyError as error:
+        raise ValueError(f"{str(path)!r} lacks {error}") from None
+    # The package tokenizers raises nothing more specific.
+    except Exception as error:
+        raise ValueError(f"{str(path)!r} is not a vocabulary: {error}") from None
+
+
 def load_model(
     folder: str | Path, device: str | torch.device = "cpu"
 ) -> tuple[CausalLM, Vocabulary]:
     """Read what `save_model` wrote; the model is in evaluation mode.
 
+    Its backend is "auto", whatever it was trained with: it may have come from another machine.
+
     Raises:
         FileNotFoundError: the folder or one of its files is missing.
-        ValueError: weights that do not belong to the configuration, or no such device.
+        ValueError: a broken file (named), weights that do not belong to the configuration, or no
+            such device.
     """
     folder, device = Path(folder), usable_device(device)
     for name in (CONFIG_FILE, VOCABULARY_FILE, MODEL_FILE):
         if not (folder / name).is_file():
             raise FileNotFoundError(f"model folder {str(folder)!r} has no {name}")
-    config = config_from_json((folder / CONFIG_FILE).read_text())
-    vocabulary = vocabulary_from_json((folder / VOCABULARY_FILE).read_text())
+    config = replace(read_config(folder), backend="auto")
+    vocabulary = read_vocabulary(folder)
     model = make_model(config)
     try:
         model.load_state_dict(safetensors.torch.load((folder / MODEL_FILE).read_bytes()))
@@ -92,27 +135,10 @@ def load_model(
     return model.to(device).eval(), vocabulary
 
 
-def save_state(folder: str | Path, state: dict[str, Any]) -> None:
-    """Write a training state of tensors and plain values into `folder`."""
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    write_atomically(Path(folder) / STATE_FILE, buffer.getvalue())
-
-
-def load_state(folder: str | Path) -> dict[str, Any]:
-    """Read what `save_state` wrote, on the CPU.
-
-    Raises:
-        FileNotFoundError: there is no training state in `folder`.
-    """
-    path = Path(folder) / STATE_FILE
-    if not path.is_file():
-        raise FileNotFoundError(f"nothing to resume: {str(folder)!r} has no {STATE_FILE}")
-    return torch.load(path, map_location="cpu", weights_only=True)
-
-
 def check_same_model(state: dict[str, Any], config: ModelConfig, vocabulary: Vocabulary) -> None:
     """Raise unless a training state is of this configuration and this vocabulary.
+
+    The backend may differ: it says how the model is computed, and not what it is.
 
     Raises:
         ValueError: what differs.
@@ -122,24 +148,9 @@ def check_same_model(state: dict[str, Any], config: ModelConfig, vocabulary: Voc
     different = [
         f"{name} {saved.get(name)!r} -> {value!r}"
         for name, value in wanted.items()
-        if saved.get(name) != value
+        if saved.get(name) != value and name != "backend"
     ]
     if different:
         raise ValueError(f"cannot resume with another configuration: {', '.join(different)}")
     if state["vocabulary"] != vocabulary.to_json():
         raise ValueError("cannot resume with another vocabulary: the text or its kind has changed")
-
-
-def random_state(device: torch.device) -> dict[str, Tensor]:
-    """The state of the random numbers of the CPU and of a GPU."""
-    state = {"cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        state["cuda"] = torch.cuda.get_rng_state(device)
-    return state
-
-
-def set_random_state(state: dict[str, Tensor], device: torch.device) -> None:
-    """The inverse of `random_state`."""
-    torch.set_rng_state(state["cpu"])
-    if "cuda" in state and device.type == "cuda":
-        torch.cuda.set_rng_state(state["cuda"], device)

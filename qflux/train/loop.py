@@ -1,16 +1,22 @@
-"""Training of a language model: one loop, read from top to bottom."""
+"""Training of a language model: a run from its first step to its last, stops and returns included.
+
+`train` prepares; `_Run.learn` is the loop.
+"""
 
 from __future__ import annotations
 
-import json
 import math
+import shlex
 import time
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
+from torch._dynamo.exc import TorchDynamoException
 
 from ..inference.generate import evaluating
 from ..models.base import CausalLM
@@ -18,213 +24,552 @@ from ..models.config import ModelConfig
 from ..models.presets import make_model
 from ..text.data import TextSplit
 from ..text.vocabulary import Vocabulary
-from ..text.windows import IGNORED_LABEL, TrainingWindows, evaluation_batches
+from ..text.windows import TrainingWindows
 from .checkpoint import (
-    STATE_FILE,
+    CONFIG_FILE,
+    VOCABULARY_FILE,
     check_same_model,
-    load_state,
-    random_state,
     save_model,
-    save_state,
-    set_random_state,
     usable_device,
+    write_atomically,
 )
-from .metrics import METRICS_FILE, Interval, drop_lines_after, peak_memory
-from .options import TrainingOptions
+from .display import Display
+from .evaluation import evaluate
+from .folder import check_vacant, clear, forget_trackers, sole_writer
+from .metrics import METRICS_FILE, Interval, append_line, drop_lines_after, peak_memory
+from .options import DEFAULT_EPOCHS, TrainingOptions
+from .record import changed_options, check_same_text, make_record, read_record
 from .schedules import radius_factor, radius_rate, radius_rules, shorten, window_length
-from .step import TrainStep, checkpoint_layers
+from .signals import Stopper, StopRequested, TrainingInterrupted
+from .start import load_start
+from .states import States, all_finite, random_state, set_random_state
+from .step import StepResult, TrainStep, checkpoint_layers
 from .trackers import open_trackers
 
 
 class NonFiniteLossError(RuntimeError):
-    """The training loss became NaN or infinite."""
+    """A loss, or what a step left of the weights, became NaN or infinite."""
 
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """The model of the last step, its validation loss in nats a token, and the run's extent."""
+    """The model of the last step, its validation loss in nats a token, and the run's extent.
+
+    seconds: of training, resumed runs included. reason: why the run ended, in words. more: the
+    command that makes the run longer.
+    """
 
     model: CausalLM
     validation_loss: float
     best_validation_loss: float
     steps: int
     seconds: float
+    reason: str = ""
+    more: str = ""
 
 
 def train(
-    config: ModelConfig, text: TextSplit, vocabulary: Vocabulary, options: TrainingOptions
+    config: ModelConfig,
+    text: TextSplit,
+    vocabulary: Vocabulary,
+    options: TrainingOptions,
+    *,
+    source: Mapping[str, Any] | None = None,
 ) -> TrainingResult:
     """Train a new model on `text.train`, or resume one, and validate it on `text.validation`.
 
     A run that was stopped and resumed from its last saved state continues exactly as if it had
     not been stopped: same batches, same losses, same weights (with `max_seconds` the schedule
-    depends on the clock, and only the batches are the same).
+    depends on the clock, and only the batches are the same). Ctrl-C, SIGTERM and SIGHUP save the
+    state first; a second one ends the process at once. A state is saved only if the model it holds
+    has a finite loss.
+
+    Args:
+        config, text, vocabulary, options: as their classes say.
+        source: where the text came from, kept in `run.json` as it is given; None: what a resumed
+            run has there stays.
 
     Raises:
-        FileNotFoundError: `resume` without a saved state.
-        FileExistsError: a saved state in `output_dir` that `resume` does not ask for.
-        ValueError: a text too short for the context, a resumed run with another model, or no such
-            device.
-        NonFiniteLossError: the loss became NaN or infinite.
+        FileNotFoundError: `resume` without a run, `resume_step` without that state, or no model
+            in `init_from`.
+        FileExistsError: `output_dir` holds a run or a model and neither `resume` nor `overwrite`
+            is given, or another process is writing there.
+        ValueError: a text too short for the context; a resumed run with another text, model or
+            option that may not change; a broken file of the run; or no such device.
+        NonFiniteLossError: a loss became NaN or infinite; the states saved before are kept.
+        MemoryError: the device has too little memory; says which options need less.
+        TrainingInterrupted: a signal stopped the run, and its state is saved.
     """
     folder, device = Path(options.output_dir), usable_device(options.device)
-    folder.mkdir(parents=True, exist_ok=True)
-    if not options.resume and (folder / STATE_FILE).exists():
-        raise FileExistsError(
-            f"output_dir {str(folder)!r} holds a run already: resume it, or choose another folder"
+    if options.resume and not folder.is_dir():
+        raise FileNotFoundError(f"nothing to resume: there is no folder {str(folder)!r}")
+    with ExitStack() as stack:
+        if not options.dry_run:
+            stack.enter_context(sole_writer(folder))
+        if not (options.resume or options.overwrite):
+            check_vacant(folder)
+        stack.enter_context(_plain_errors(options))
+        run = _Run(config, text, vocabulary, options, device, source)
+        if options.dry_run:
+            print(run.rehearse())
+        else:
+            run.learn()
+    return TrainingResult(
+        run.model.eval(),
+        run.validation_loss,
+        run.best,
+        run.step,
+        run.seconds(),
+        run.reason(),
+        f"{resume_command(folder)} {run.longer()}",
+    )
+
+
+class _Run:
+    """A run: the model that learns, how far it is, and its files.
+
+    Nothing is written before `learn`.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        text: TextSplit,
+        vocabulary: Vocabulary,
+        options: TrainingOptions,
+        device: torch.device,
+        source: Mapping[str, Any] | None,
+    ) -> None:
+        self.config, self.vocabulary, self.options = config, vocabulary, options
+        self.folder, self.device = Path(options.output_dir), device
+        self.states = States(self.folder, options.keep_states)
+        self.record = make_record(text, vocabulary, options, source)
+        self.changes: dict[str, tuple[Any, Any]] = {}
+        state = self._find_state(source) if options.resume else None
+
+        works = [vocabulary.encode(work) for work in text.train.values()]
+        self.held_out = [vocabulary.encode(work) for work in text.validation.values()]
+        self.windows = TrainingWindows(
+            works, config.context_length, options.batch_size, options.seed
         )
+        if max(map(len, self.held_out), default=0) < 2:
+            raise ValueError("the validation text must have a work of at least 2 tokens")
+        self.prompt = self._encode_prompt()
+        self.total_steps = options.total_steps(self.windows.steps_per_epoch)
+        self.sizes = [
+            (len(part), sum(map(len, part))) for part in (works, self.held_out)
+        ]  # works and tokens
 
-    works = [vocabulary.encode(work) for work in text.train.values()]
-    held_out = [vocabulary.encode(work) for work in text.validation.values()]
-    windows = TrainingWindows(works, config.context_length, options.batch_size, options.seed)
-    if max(map(len, held_out), default=0) < 2:
-        raise ValueError("the validation text must have a work of at least 2 tokens")
-    total_steps = math.ceil(options.epochs * windows.steps_per_epoch)
-    if options.max_steps is not None:
-        total_steps = min(total_steps, options.max_steps)
+        torch.manual_seed(options.seed)
+        self.model = make_model(config).to(device)
+        if options.init_from is not None and state is None:
+            load_start(self.model, options.init_from)
+        if options.gradient_checkpointing:
+            checkpoint_layers(self.model)
+        self.train_step = TrainStep(self.model, options, device)
+        self.rules = radius_rules(self.model)
+        self.step, self.validation_loss, self.best, self.stale = 0, math.nan, math.inf, 0
+        self.interval, self.pending, seconds_before = Interval(), None, 0.0
+        self.last_batch: Tensor | None = None
+        if state is not None:
+            seconds_before = state["seconds"]
+            self._restore(state)
+        self.first_step, self.saved_step = self.step, self.step if state is not None else None
+        self.start = time.perf_counter() - seconds_before
+        self.display = Display(options.progress, self.total_steps)
+        self.stopper = Stopper()
 
-    torch.manual_seed(options.seed)
-    model = make_model(config).to(device)
-    if options.gradient_checkpointing:
-        checkpoint_layers(model)
-    train_step = TrainStep(model, options, device)
-    rules = radius_rules(model)
-    step, seconds_before, validation_loss, best, stale = 0, 0.0, math.nan, math.inf, 0
-    if options.resume:
-        state = load_state(folder)
-        check_same_model(state, config, vocabulary)
-        model.load_state_dict(state["model"])
-        train_step.load_state_dict(state["learner"])
-        set_random_state(state["random_state"], device)
-        step, seconds_before = state["step"], state["seconds"]
-        validation_loss, best = state["validation_loss"], state["best_validation_loss"]
-        stale = state["stale"]
-    drop_lines_after(folder, step)
+    def _find_state(self, source: Mapping[str, Any] | None) -> dict[str, Any] | None:
+        """The state to resume from; None if the run was stopped before it saved one.
 
-    start = time.perf_counter() - seconds_before
+        The record takes over where the text came from, if that is not said anew.
+        """
+        stored = read_record(self.folder)
+        if stored is not None:
+            self.changes = changed_options(stored, self.options)
+            check_same_text(stored.text, self.record.text)
+            if source is None:
+                self.record.source.update(stored.source)
+            if not self.states.exist() and self.options.resume_step is None:
+                return None
+        return self.states.load(self.options.resume_step)
 
-    def progress_made() -> float:
-        progress = step / total_steps
+    def _restore(self, state: dict[str, Any]) -> None:
+        check_same_model(state, self.config, self.vocabulary)
+        try:
+            self.model.load_state_dict(state["model"])
+            self.train_step.load_state_dict(state["learner"])
+            set_random_state(state["random_state"], self.device)
+            self.step, self.stale = state["step"], state["stale"]
+            self.validation_loss = state["validation_loss"]
+            self.best = state["best_validation_loss"]
+            # States of older versions were saved between intervals only.
+            if state.get("interval") is not None:
+                self.interval.load_state_dict(state["interval"], self.device)
+            self.pending = state.get("pending")
+        except (RuntimeError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"the training state in {str(self.folder)!r} does not fit this run: "
+                f"{_first_line(error)}"
+            ) from None
+
+    def _encode_prompt(self) -> Tensor | None:
+        if self.options.sample_prompt is None:
+            return None
+        try:
+            return self.vocabulary.encode(self.options.sample_prompt)[None].to(self.device)
+        except ValueError as error:
+            raise ValueError(f"sample_prompt: {error}") from None
+
+    def seconds(self) -> float:
+        """How long the run has taken, its earlier parts included."""
+        return time.perf_counter() - self.start
+
+    def progress(self) -> float:
+        """How much of the run is behind, in [0, 1]."""
+        options = self.options
+        progress = 0.0 if self.total_steps is None else self.step / self.total_steps
         if options.max_seconds is not None:
-            progress = max(progress, (time.perf_counter() - start) / options.max_seconds)
-        if options.patience is not None and stale >= options.patience:
+            progress = max(progress, self.seconds() / options.max_seconds)
+        if self._out_of_patience():
             progress = 1.0
         return min(progress, 1.0)
 
-    def writes_line(step: int) -> bool:
+    def reason(self) -> str:
+        """Why the run ended."""
+        options = self.options
+        if options.dry_run:
+            return "dry run"
+        if self._out_of_patience():
+            reason = f"patience {options.patience}: {self.stale} evaluations without a lower loss"
+        elif self._out_of_steps():
+            reason = options.limit(self.windows.steps_per_epoch)
+        else:
+            reason = f"max_seconds {options.max_seconds:g}"
+        return reason if self.step > self.first_step else f"{reason}; nothing was left to do"
+
+    def longer(self) -> str:
+        """The option that makes the run twice as long."""
+        options = self.options
+        if self._out_of_patience():
+            return f"--patience {2 * self.stale}"
+        if not self._out_of_steps():
+            return f"--max-seconds {2 * (options.max_seconds or 0):g}"
+        if self.total_steps == options.max_steps:
+            return f"--max-steps {2 * self.step}"
+        return f"--epochs {2 * (options.epochs or DEFAULT_EPOCHS):g}"
+
+    def _out_of_steps(self) -> bool:
+        return self.total_steps is not None and self.step >= self.total_steps
+
+    def _out_of_patience(self) -> bool:
+        return self.options.patience is not None and self.stale >= self.options.patience
+
+    def learn(self) -> None:
+        """Step after step until the end, with the files of the run."""
+        if self.options.overwrite:
+            forget_trackers(self.folder)
+        with open_trackers(
+            self.options.trackers, self.folder, self.config, self.step
+        ) as self.trackers:
+            self._prepare_folder()
+            self.display.header(self.header())
+            with self.stopper.listening(), self.display.running(self.progress()):
+                self.model.train()
+                if self.pending is not None:
+                    self._close_interval(self.pending, evaluate_now=True)
+                while (progress := self.progress()) < 1:
+                    taken, length = self._take_step(progress)
+                    last = self.progress() >= 1
+                    if last or self._writes_line(self.step):
+                        line = self._measure(taken, length)
+                        self._close_interval(line, last or self._due(self.options.eval_interval))
+                    if self.stopper.signal is not None and not last:
+                        self._save_and_stop()
+
+    def _prepare_folder(self) -> None:
+        """Write down what the run is, and forget what it will do again."""
+        if self.options.overwrite:
+            clear(self.folder)
+        if self.options.resume_step is not None:
+            self.states.go_back(self.options.resume_step)
+        self.record.write(self.folder)
+        write_atomically(self.folder / CONFIG_FILE, self.config.to_json().encode())
+        write_atomically(self.folder / VOCABULARY_FILE, self.vocabulary.to_json().encode())
+        bad = drop_lines_after(self.folder, self.step)
+        if bad:
+            self.display.say(
+                f"warning: {bad} lines of {str(self.folder / METRICS_FILE)!r} were no lines of "
+                f"metrics and are gone"
+            )
+
+    def header(self) -> list[tuple[str, str]]:
+        """What is trained on what, and for how long: names and text."""
+        options, (works, tokens), (held_works, held_tokens) = self.options, *self.sizes
+        share = 100 * held_tokens / (tokens + held_tokens)
+        batch = f"{options.batch_size} x {self.config.context_length} tokens"
+        length = "steps until max_seconds" if self.total_steps is None else (
+            f"{self.total_steps:,} steps"
+        )  # fmt: skip
+        rows = [
+            ("text", f"{_count(works, 'work')} of {tokens:,} tokens to train on, "
+                     f"{_count(held_works, 'work')} of {held_tokens:,} held out ({share:.3g} %)"),
+            ("vocabulary", f"{self.vocabulary.kind}, {self.vocabulary.size:,} tokens"),
+            ("model", f"{self.config.architecture}, {parameters(self.model):,} parameters, "
+                      f"context {self.config.context_length}"),
+            ("device", f"{self.device}, {options.precision}, {torch.get_num_threads()} threads"),
+            ("run", f"{length} of {batch} into {options.output_dir} "
+                    f"(ends at {options.limit(self.windows.steps_per_epoch)})"),
+        ]  # fmt: skip
+        if options.max_seconds is not None:
+            rows.append(("time", f"at most {options.max_seconds:g} s (max_seconds)"))
+        if options.init_from is not None and not options.resume:
+            rows.append(("starts from", str(options.init_from)))
+        if options.resume:
+            rows.append(("resumes", f"after step {self.step:,}"))
+        rows += [("changed", f"{name} {old} -> {new}") for name, (old, new) in self.changes.items()]
+        return rows
+
+    def _writes_line(self, step: int) -> bool:
+        options = self.options
         intervals = (options.log_interval, options.eval_interval, options.save_interval)
-        return any(_due(step, interval) for interval in intervals)
+        return any(interval is not None and step % interval == 0 for interval in intervals)
 
-    interval = Interval()
-    bar = tqdm(
-        total=total_steps if options.max_seconds is None else None,
-        initial=step,
-        unit="step",
-        disable=None if options.progress else True,
-    )
-    model.train()
-    with (
-        bar,
-        open(folder / METRICS_FILE, "a", encoding="utf-8") as metrics,
-        open_trackers(options.trackers, folder, config) as trackers,
-    ):
-        while (progress := progress_made()) < 1:
-            length = window_length(progress, config.context_length, options)
-            batch = shorten(windows.batch(step), length).to(device)
-            # With a time limit any step may turn out to be the last, which has a line.
-            measured = writes_line(step + 1) or step + 1 == total_steps or options.max_seconds
-            with radius_rate(rules, radius_factor(progress, options.radius_warmup)):
-                taken = train_step(batch, progress, return_layers=bool(measured))
-            interval.add(taken.loss, batch.numel())
-            step += 1
-            bar.update()
+    def _due(self, interval: int | None) -> bool:
+        return interval is not None and self.step % interval == 0
 
-            last = progress_made() >= 1
-            if not last and not writes_line(step):
-                continue
-            evaluate_now = last or _due(step, options.eval_interval)
-            numbers = interval.fetch(taken)
-            _check_finite(numbers.losses, step, taken.rate)
-            now = time.perf_counter()
-            line = {
-                "step": step,
-                "epoch": step / windows.steps_per_epoch,
-                "train_loss": sum(numbers.losses) / len(numbers.losses),
-                "learning_rate": taken.rate,
-                "gradient_norm": numbers.gradient_norm,
-                "window_length": length,
-                "tokens_per_second": interval.tokens_per_second(now),
-                "peak_memory_mb": peak_memory(device) / 2**20,
-                "elapsed_seconds": now - start,
-                **numbers.layers,
-            }
-            bar.set_postfix_str(
-                f"loss {line['train_loss']:.3f}, {line['tokens_per_second']:.0f} tokens/s"
-            )
-            if evaluate_now:
-                validation_loss = evaluate(model, held_out, options.batch_size)
-                line["val_loss"] = validation_loss
-                if options.progress:
-                    bar.write(
-                        f"step {step}: training loss {line['train_loss']:.3f}, "
-                        f"validation loss {validation_loss:.3f} nats/token"
-                    )
-            metrics.write(json.dumps(line) + "\n")
-            metrics.flush()
-            for tracker in trackers:
-                tracker.log(step, line)
-            if evaluate_now:
-                stale += 1
-                if validation_loss < best:
-                    best, stale = validation_loss, 0
-                    save_model(folder, model, vocabulary)
-            if evaluate_now or _due(step, options.save_interval):
-                save_state(
-                    folder,
-                    {
-                        "config": config.to_json(),
-                        "vocabulary": vocabulary.to_json(),
-                        "model": model.state_dict(),
-                        "learner": train_step.state_dict(),
-                        "random_state": random_state(device),
-                        "step": step,
-                        "seconds": time.perf_counter() - start,
-                        "validation_loss": validation_loss,
-                        "best_validation_loss": best,
-                        "stale": stale,
-                    },
-                )
-            interval = Interval()
-    seconds = time.perf_counter() - start
-    return TrainingResult(model.eval(), validation_loss, best, step, seconds)
+    def _take_step(self, progress: float) -> tuple[StepResult, int]:
+        """Learn from the next batch; returns also the length of its windows."""
+        options = self.options
+        length = window_length(progress, self.config.context_length, options)
+        batch = shorten(self.windows.batch(self.step), length).to(self.device)
+        # With a time limit any step may turn out to be the last, which has a line.
+        measured = (
+            self._writes_line(self.step + 1)
+            or self.step + 1 == self.total_steps
+            or options.max_seconds is not None
+        )
+        with radius_rate(self.rules, radius_factor(progress, options.radius_warmup)):
+            taken = self.train_step(batch, progress, return_layers=measured)
+        self.interval.add(taken.loss, batch.numel())
+        self.step, self.last_batch = self.step + 1, batch
+        self.display.step(self.step, self.progress())
+        return taken, length
 
+    def _measure(self, taken: StepResult, length: int) -> dict[str, Any]:
+        """The line of metrics of the interval that ends here."""
+        numbers = self.interval.fetch(taken)
+        self._check_losses(numbers.losses, taken.rate)
+        line = {
+            "step": self.step,
+            "epoch": self.step / self.windows.steps_per_epoch,
+            "train_loss": sum(numbers.losses) / len(numbers.losses),
+            "learning_rate": taken.rate,
+            "gradient_norm": numbers.gradient_norm,
+            "window_length": length,
+            "tokens_per_second": self.interval.tokens_per_second(time.perf_counter()),
+            "peak_memory_mb": peak_memory(self.device) / 2**20,
+            "elapsed_seconds": self.seconds(),
+            **numbers.layers,
+        }
+        self.display.interval(line, self.progress())
+        return line
 
-@torch.no_grad()
-def evaluate(model: CausalLM, works: list[Tensor], batch_size: int = 12) -> float:
-    """Mean loss in nats a token over every token of the works but the first of each.
+    def _close_interval(self, line: dict[str, Any], evaluate_now: bool) -> None:
+        """Evaluate if it is time, write the line and the files, and begin a new interval."""
+        self.interval, self.pending = Interval(), None
+        if evaluate_now:
+            self._evaluate(line)
+        append_line(self.folder / METRICS_FILE, line)
+        for tracker in self.trackers:
+            tracker.log(self.step, line)
+        if evaluate_now:
+            self.stale += 1
+            if self.validation_loss < self.best:
+                self.best, self.stale = self.validation_loss, 0
+                save_model(self.folder, self.model, self.vocabulary)
+        if evaluate_now or self._due(self.options.save_interval):
+            self._save(known_good=evaluate_now)
+        self.interval = Interval()
 
-    A token is predicted from at most `context_length - 1` tokens before it. The model is put into
-    evaluation mode meanwhile.
-    """
-    device = next(model.parameters()).device
-    total, count = torch.zeros((), dtype=torch.float64, device=device), 0
-    with evaluating(model):
-        for ids, labels in evaluation_batches(works, model.config.context_length, batch_size):
-            scored = int((labels[:, 1:] != IGNORED_LABEL).sum())
-            total += model(ids.to(device), labels=labels.to(device)).loss * scored
-            count += scored
-    return total.item() / count
+    def _evaluate(self, line: dict[str, Any]) -> None:
+        """Add the validation loss to the line, and a sample if one is wanted.
 
-
-def _due(step: int, interval: int | None) -> bool:
-    return interval is not None and step % interval == 0
-
-
-def _check_finite(losses: list[float], step: int, rate: float) -> None:
-    """Raise for the first loss that is not finite; the last one is of `step`."""
-    for at, loss in enumerate(losses, start=step - len(losses) + 1):
+        A signal meanwhile saves the state as it was before.
+        """
+        before, tokens = random_state(self.device), self.sizes[1][1]
+        try:
+            with (
+                self.display.evaluating(self.model, tokens),
+                self.stopper.interrupting(self.model),
+            ):
+                loss = evaluate(self.model, self.held_out, self.options.batch_size)
+        except StopRequested:
+            set_random_state(before, self.device)
+            self.pending = line
+            self._save_and_stop()
         if not math.isfinite(loss):
+            raise NonFiniteLossError(f"the validation loss is {loss} at step {self.step}; "
+                                     f"{self._remedy()}")  # fmt: skip
+        self.validation_loss = line["val_loss"] = loss
+        self.display.say(
+            f"step {self.step:,}: training loss {line['train_loss']:.3f}, "
+            f"validation loss {loss:.3f} nats/token"
+        )
+        if self.prompt is not None:
+            with self._random_numbers_kept():
+                line["sample"] = self._sample(self.prompt)
+            self.display.say(line["sample"])
+
+    def _sample(self, prompt: Tensor) -> str:
+        generator = torch.Generator(self.device).manual_seed(self.options.seed)
+        ids = self.model.generate(
+            prompt, self.options.sample_tokens, temperature=0.8, generator=generator
+        )
+        return self.vocabulary.decode(ids[0])
+
+    @contextmanager
+    def _random_numbers_kept(self) -> Iterator[None]:
+        before = random_state(self.device)
+        try:
+            yield
+        finally:
+            set_random_state(before, self.device)
+
+    def _save_and_stop(self) -> None:
+        """Save the state and leave, as a signal asked.
+
+        Raises:
+            TrainingInterrupted: always, unless the state is not finite.
+        """
+        if self.saved_step != self.step:
+            self._save()
+        assert self.stopper.signal is not None
+        raise TrainingInterrupted(
+            f"stopped by {self.stopper.name} and saved at step {self.step:,}; go on with: "
+            f"{resume_command(self.folder)}",
+            self.stopper.signal,
+        )
+
+    def _save(self, known_good: bool = False) -> None:
+        """Write the state, if the model in it is good: its loss is finite, and so are its numbers.
+
+        Where no model was validated yet, the model file has this one.
+        """
+        state = {
+            "config": self.config.to_json(),
+            "vocabulary": self.vocabulary.to_json(),
+            "model": self.model.state_dict(),
+            "learner": self.train_step.state_dict(),
+            "random_state": random_state(self.device),
+            "step": self.step,
+            "seconds": self.seconds(),
+            "validation_loss": self.validation_loss,
+            "best_validation_loss": self.best,
+            "stale": self.stale,
+            "interval": self.interval.state_dict(),
+            "pending": self.pending,
+        }
+        if not (known_good or self._loss_is_finite()) or not all_finite(
+            (state["model"], state["learner"])
+        ):
             raise NonFiniteLossError(
-                f"the training loss is {loss} at step {at}, learning rate {rate:.3g}; "
-                f"a lower learning_rate or max_gradient_norm usually helps"
+                f"step {self.step} left weights that are not finite or have no finite loss; "
+                f"{self._remedy()}"
             )
+        if self.best == math.inf:
+            save_model(self.folder, self.model, self.vocabulary)
+        self.states.save(state)
+        self.saved_step = self.step
+
+    @torch.no_grad()
+    def _loss_is_finite(self) -> bool:
+        """Whether the model, after its step, has a loss on the batch that it has just seen."""
+        batch = self.last_batch
+        assert batch is not None, "a state is saved after a step"
+        # A part that is known to fit into memory.
+        batch = batch.chunk(self.options.accumulation)[0]
+        with self._random_numbers_kept(), evaluating(self.model):
+            return bool(self.model(batch, labels=batch).cross_entropy.isfinite())
+
+    def _check_losses(self, losses: list[float], rate: float) -> None:
+        """Raise for the first loss that is not finite; the last one is of this step."""
+        for at, loss in enumerate(losses, start=self.step - len(losses) + 1):
+            if not math.isfinite(loss):
+                raise NonFiniteLossError(f"the training loss is {loss} at step {at}, learning "
+                                         f"rate {rate:.3g}; {self._remedy()}")  # fmt: skip
+
+    def _remedy(self) -> str:
+        advice = "a lower learning_rate or max_gradient_norm usually helps"
+        if self.saved_step is None:
+            return f"{advice}; no state was saved before"
+        return (
+            f"{advice}; the state of step {self.saved_step:,} is kept: "
+            f"{resume_command(self.folder)} --learning-rate {self.options.learning_rate / 4:.2g}"
+        )
+
+    def rehearse(self) -> str:
+        """What a run would be like: header, shapes, memory, and one step on the first batch."""
+        window = self.windows.batch(self.step)
+        shapes = {name: tuple(p.shape) for name, p in self.model.named_parameters()}
+        width = max(map(len, shapes))
+        weights = sum(p.numel() * p.element_size() for p in self.model.parameters())
+        progress = self.progress()
+        length = window_length(progress, self.config.context_length, self.options)
+        batch = shorten(window, length).to(self.device)
+        self.model.train()
+        begin = time.perf_counter()
+        with radius_rate(self.rules, radius_factor(progress, self.options.radius_warmup)):
+            loss = self.train_step(batch, progress).loss.item()
+        seconds = time.perf_counter() - begin
+        rows = [f"{name:11} {text}" for name, text in self.header()]
+        rows += ["parameters", *(f"  {name:{width}} {shape}" for name, shape in shapes.items())]
+        rows += [
+            f"memory      {weights / 2**20:,.1f} MB of weights, "
+            f"{peak_memory(self.device) / 2**20:,.0f} MB in all after one step",
+            f"first batch {tuple(batch.shape)} tokens, loss {loss:.3f} nats/token, "
+            f"{seconds:.3g} s with what happens once",
+            f"its window  {self.vocabulary.decode(batch[0][:60])!r}",
+            "dry run: nothing was written",
+        ]
+        return "\n".join(rows)
+
+
+def resume_command(folder: Path) -> str:
+    """What to type to go on with the run in `folder`."""
+    return f"qflux train --output-dir {shlex.quote(str(folder))} --resume"
+
+
+def parameters(model: torch.nn.Module) -> int:
+    """How many numbers a model learns."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _count(number: int, thing: str) -> str:
+    return f"{number:,} {thing}{'' if number == 1 else 's'}"
+
+
+@contextmanager
+def _plain_errors(options: TrainingOptions) -> Iterator[None]:
+    """Errors for want of memory or of a compiler say what helps."""
+    try:
+        yield
+    except TorchDynamoException as error:
+        raise ValueError(
+            f"torch.compile does not work here ({_first_line(error)}): leave out compile"
+        ) from error
+    except (MemoryError, RuntimeError) as error:
+        message = _first_line(error)
+        texts = ("out of memory", "can't allocate memory", "not enough memory")
+        known = isinstance(error, MemoryError | torch.OutOfMemoryError)
+        if not known and not any(text in message.lower() for text in texts):
+            raise
+        raise MemoryError(
+            f"{options.device} has not enough memory ({message}): lower "
+            f"batch_size ({options.batch_size}) or the context_length, raise accumulation "
+            f"({options.accumulation}), or give gradient_checkpointing"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0] or type(error).__name__

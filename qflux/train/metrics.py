@@ -7,7 +7,7 @@ import math
 import sys
 import time
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -37,6 +37,18 @@ class Interval:
         self.losses: list[Tensor] = []
         self.tokens = 0
         self.start = time.perf_counter()
+
+    def state_dict(self) -> dict[str, Any]:
+        """What has to be kept to finish the interval in another process."""
+        losses = torch.stack(self.losses).cpu() if self.losses else torch.zeros(0)
+        seconds = time.perf_counter() - self.start
+        return {"losses": losses, "tokens": self.tokens, "seconds": seconds}
+
+    def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
+        """The inverse of `state_dict`."""
+        self.losses = list(state["losses"].to(device))
+        self.tokens = state["tokens"]
+        self.start = time.perf_counter() - state["seconds"]
 
     def add(self, loss: Tensor, tokens: int) -> None:
         """Count a step with this loss over so many tokens."""
@@ -74,10 +86,51 @@ def peak_memory(device: torch.device) -> float:
     return float(unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 
 
-def drop_lines_after(folder: Path, step: int) -> None:
-    """Forget lines of steps that a resumed run will take again, or of an earlier run."""
+def append_line(path: Path, line: dict[str, object]) -> None:
+    """Add a line to the file at `path`, handed to the system before this returns.
+
+    Raises:
+        OSError: it cannot be written; names the file.
+    """
+    try:
+        with open(path, "a", encoding="utf-8") as stream:
+            stream.write(json.dumps(line, ensure_ascii=False) + "\n")
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
+
+
+def drop_lines_after(folder: Path, step: int) -> int:
+    """Forget lines of steps that a resumed run will take again.
+
+    What is no line of metrics goes too: the end of a line that a crash cut off, blank lines, and
+    whatever else got into the file.
+
+    Returns:
+        how many whole lines were neither blank nor lines of metrics.
+    """
     path = folder / METRICS_FILE
-    if path.exists():
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-        write_atomically(path, "".join(kept).encode())
+    if not path.exists():
+        return 0
+    kept, bad = [], 0
+    content = path.read_bytes()
+    for line in content.splitlines(keepends=True):
+        if not line.endswith(b"\n") or not line.strip():
+            continue
+        at = _step_of(line)
+        if at is None:
+            bad += 1
+        elif at <= step:
+            kept.append(line)
+    if b"".join(kept) != content:
+        write_atomically(path, b"".join(kept))
+    return bad
+
+
+def _step_of(line: bytes) -> int | None:
+    """The step of a line of metrics, None for another line."""
+    try:
+        given = json.loads(line)
+    except ValueError:
+        return None
+    step = given.get("step") if isinstance(given, dict) else None
+    return step if isinstance(step, int) and not isinstance(step, bool) else None

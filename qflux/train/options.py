@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
@@ -17,6 +18,33 @@ LEARNING: tuple[str, ...] = get_args(Learning)
 PRECISIONS: tuple[str, ...] = get_args(Precision)
 ERRORS: tuple[str, ...] = get_args(OutputError)
 TRACKERS: tuple[str, ...] = get_args(TrackerName)
+
+# How long the run is when nothing says so.
+DEFAULT_EPOCHS = 5.0
+
+# What a resumed run may do otherwise than before: how long it is, what it reports and keeps, where
+# it runs, how it saves memory, and the two remedies for a run that diverges.
+MAY_CHANGE = (
+    "epochs",
+    "max_steps",
+    "max_seconds",
+    "patience",
+    "log_interval",
+    "eval_interval",
+    "save_interval",
+    "keep_states",
+    "sample_prompt",
+    "sample_tokens",
+    "trackers",
+    "device",
+    "compile",
+    "accumulation",
+    "gradient_checkpointing",
+    "learning_rate",
+    "max_gradient_norm",
+)
+# What is said of a call and is no part of the run.
+OF_THE_CALL = ("output_dir", "progress", "resume", "resume_step", "overwrite", "dry_run")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,10 +86,12 @@ class TrainingOptions(OptimizerOptions):
     """How to train; the options of `OptimizerOptions` are given by name beside these.
 
     Args:
-        output_dir: folder for `config.json`, `vocabulary.json`, `model.safetensors` (the weights
-            with the lowest validation loss so far), `training_state.pt` (the latest state, to
-            resume from) and `metrics.jsonl`.
-        epochs: passes over the training works, > 0.
+        output_dir: folder for `run.json` (options, text and versions of the run), `config.json`,
+            `vocabulary.json`, `model.safetensors` (the weights with the lowest validation loss so
+            far, or before the first evaluation the latest), `training_state.pt` (the latest state,
+            to resume from) and `metrics.jsonl`.
+        epochs: passes over the training works, > 0; None: no such limit where `max_steps` or
+            `max_seconds` is given, else 5.
         batch_size: windows in a step, >= 1. A window has the configuration's `context_length`.
         accumulation: parts in which a batch is worked through, >= 1; their gradients add up to
             those of the whole batch in less memory.
@@ -76,9 +106,10 @@ class TrainingOptions(OptimizerOptions):
             "float16" (with loss scaling). States evolve in float32, and evaluation is float32.
         gradient_checkpointing: recompute each layer in the backward pass instead of keeping what
             it computed.
-        max_steps: at most so many steps, whatever `epochs` says; None: no such limit.
-        max_seconds: stop when so much time has passed, resumed runs included, evaluations too; the
-            learning rate then decays with the time; None: no such limit.
+        max_steps: at most so many steps, >= 1; None: no such limit. Of several limits the one that
+            is reached first ends the run.
+        max_seconds: stop when so much time has passed, > 0, resumed runs included, evaluations
+            too; the learning rate then decays with the time; None: no such limit.
         seed: of the initial weights, the order of the windows and dropout, in [0, 2**40).
         curriculum_length: window length to begin with, >= 2; it doubles in equal parts of the run
             until it is `context_length`. A step then has more windows, not fewer tokens. None:
@@ -93,10 +124,25 @@ class TrainingOptions(OptimizerOptions):
             the end.
         save_interval: steps between training states saved without an evaluation, >= 1; a killed
             run loses at most so many steps. None: states are saved with the evaluations only.
+        keep_states: states to keep, >= 1: the latest and those before it, as
+            `training_state-STEP.pt`, to go back to with `resume_step`.
+        sample_prompt: text that the model continues at every evaluation, to be seen and in
+            `metrics.jsonl`; None: none.
+        sample_tokens: tokens that it adds to the prompt, >= 1.
         device: where to train, as PyTorch names it, such as cpu, cuda or cuda:1.
+        compile: run the steps through `torch.compile`; only with `learning` "backprop".
         trackers: services that get the metrics too: "tensorboard", "wandb".
-        progress: show a progress bar, if standard error is a terminal.
-        resume: continue the run in `output_dir`.
+        init_from: folder of a model, as training or export wrote it, whose weights to start with.
+            From the command line it gives network and vocabulary too. None: new weights.
+        progress: say on standard error what is trained and how it goes: a bar on a terminal, else
+            a line for each line of `metrics.jsonl`.
+        resume: continue the run in `output_dir`, with the options that it had. Those for its
+            length, reports, device and memory, the learning rate and the largest gradient norm may
+            be given anew; all others are refused if they differ.
+        resume_step: with `resume`, go back to the kept state of this step, >= 1, and forget states
+            and metrics after it; None: the latest.
+        overwrite: replace the run or the model that `output_dir` holds.
+        dry_run: show shapes, memory and the first batch, take one step, and write nothing.
 
     Raises:
         TypeError, ValueError: naming the option, its value and the allowed values.
@@ -106,7 +152,7 @@ class TrainingOptions(OptimizerOptions):
     """
 
     output_dir: str | Path
-    epochs: float = 5.0
+    epochs: float | None = None
     batch_size: int = 4
     accumulation: int = 1
     learning: Learning = "backprop"
@@ -124,20 +170,28 @@ class TrainingOptions(OptimizerOptions):
     log_interval: int = 10
     eval_interval: int | None = 500
     save_interval: int | None = None
+    keep_states: int = 2
+    sample_prompt: str | None = None
+    sample_tokens: int = 100
     device: str = "cpu"
+    compile: bool = False
     trackers: tuple[TrackerName, ...] = ()
+    init_from: str | Path | None = None
     progress: bool = True
     resume: bool = False
+    resume_step: int | None = None
+    overwrite: bool = False
+    dry_run: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("epochs", "hebbian_rate"):
-            check_real(name, getattr(self, name), above=0)
+        check_real("hebbian_rate", self.hebbian_rate, above=0)
         check_real("curriculum_share", self.curriculum_share, above=0, maximum=1)
         check_real("radius_warmup", self.radius_warmup, minimum=0, below=1)
-        if self.max_seconds is not None:
-            check_real("max_seconds", self.max_seconds, above=0)
-        for name in ("batch_size", "accumulation", "log_interval"):
+        for name in ("epochs", "max_seconds"):
+            if getattr(self, name) is not None:
+                check_real(name, getattr(self, name), above=0)
+        for name in ("batch_size", "accumulation", "log_interval", "keep_states", "sample_tokens"):
             check_integer(name, getattr(self, name), 1)
         check_integer("seed", self.seed, 0, 2**40 - 1)
         for name, minimum in (
@@ -146,6 +200,7 @@ class TrainingOptions(OptimizerOptions):
             ("patience", 1),
             ("eval_interval", 1),
             ("save_interval", 1),
+            ("resume_step", 1),
         ):
             value = getattr(self, name)
             if value is not None:
@@ -155,10 +210,42 @@ class TrainingOptions(OptimizerOptions):
         check_choice("precision", self.precision, PRECISIONS)
         for name in self.trackers:
             check_choice("trackers", name, TRACKERS)
-        for name in ("gradient_checkpointing", "progress", "resume"):
+        for name in (
+            "gradient_checkpointing", "compile", "progress", "resume", "overwrite", "dry_run"
+        ):  # fmt: skip
             check_flag(name, getattr(self, name))
+        if self.sample_prompt == "":
+            raise ValueError("sample_prompt must have at least one character, got ''")
+        if self.resume and self.overwrite:
+            raise ValueError("resume and overwrite contradict each other: give one of them")
+        if self.resume_step is not None and not self.resume:
+            raise ValueError(f"resume_step needs resume, got {self.resume_step!r} without it")
+        if self.compile and self.learning != "backprop":
+            raise ValueError(f"compile needs learning='backprop', got {self.learning!r}")
         if self.learning == "hybrid" and self.precision == "float16":
             raise ValueError(
                 "precision must be 'float32' or 'bfloat16' for learning='hybrid', "
                 "whose gradients are not scaled, got 'float16'"
             )
+
+    def total_steps(self, steps_per_epoch: int) -> int | None:
+        """Steps until `epochs` or `max_steps` ends the run; None where only the time does."""
+        epochs = self.epochs
+        if epochs is None and self.max_steps is None and self.max_seconds is None:
+            epochs = DEFAULT_EPOCHS
+        limits = [] if epochs is None else [math.ceil(epochs * steps_per_epoch)]
+        limits += [] if self.max_steps is None else [self.max_steps]
+        return min(limits, default=None)
+
+    def limit(self, steps_per_epoch: int) -> str:
+        """The limit that `total_steps` obeys, in words: "5 epochs", "max_steps 30"."""
+        total = self.total_steps(steps_per_epoch)
+        if total is None:
+            return f"max_seconds {self.max_seconds:g}"
+        if total == self.max_steps:
+            return f"max_steps {total:,}"
+        epochs = DEFAULT_EPOCHS if self.epochs is None else self.epochs
+        words = f"{epochs:g} epoch{'' if epochs == 1 else 's'}"
+        if self.max_steps is not None:
+            words += f", which come before max_steps {self.max_steps:,}"
+        return words

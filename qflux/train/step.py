@@ -43,6 +43,8 @@ class TrainStep:
 
     def __init__(self, model: CausalLM, options: TrainingOptions, device: torch.device) -> None:
         self.model, self.options = model, options
+        # Evaluation and sampling stay with the model itself: their shapes would compile it anew.
+        self.forward = torch.compile(model) if options.compile else model
         own_rule = model.head.parameters() if options.learning == "hybrid" else ()
         self.optimizer = make_optimizer(model, options, exclude=own_rule)
         self.moved = [p for group in self.optimizer.param_groups for p in group["params"]]
@@ -72,7 +74,7 @@ class TrainStep:
         loss, layers = torch.zeros((), device=batch.device), ()
         for part in batch.chunk(self.options.accumulation):
             with self.autocast():
-                output = self.model(part, labels=part, return_layers=return_layers)
+                output = self.forward(part, labels=part, return_layers=return_layers)
             mean = output.loss * (len(part) / len(batch))
             self.scaler.scale(mean).backward()
             loss, layers = loss + mean.detach(), output.layers

@@ -55,13 +55,16 @@ def named_scalars(line: dict[str, Any]) -> dict[str, float]:
 
 
 class TensorBoardTracker:
-    """Event files in `folder/tensorboard`; needs the package tensorboard."""
+    """Event files in `folder/tensorboard`; needs the package tensorboard.
 
-    def __init__(self, folder: Path, config: ModelConfig) -> None:
+    What earlier files have of steps after `step` is hidden, since they are taken again.
+    """
+
+    def __init__(self, folder: Path, config: ModelConfig, step: int = 0) -> None:
         require("tensorboard", "tracking with TensorBoard", extra="tensorboard")
         from torch.utils.tensorboard import SummaryWriter
 
-        self.writer = SummaryWriter(str(folder / "tensorboard"))
+        self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
         self.writer.add_text("config", f"```json\n{config.to_json()}```")
 
     def log(self, step: int, line: dict[str, Any]) -> None:
@@ -79,20 +82,30 @@ class WandbTracker:
 
     A resumed run continues the one whose id `folder/wandb_id` holds. Project, mode
     (`WANDB_MODE=offline`) and the like come from wandb's environment variables.
+
+    Raises:
+        ValueError: wandb does not start, for want of a login say.
     """
 
-    def __init__(self, folder: Path, config: ModelConfig) -> None:
+    def __init__(self, folder: Path, config: ModelConfig, step: int = 0) -> None:
         wandb = require("wandb", "tracking with Weights & Biases", extra="wandb")
         file = folder / "wandb_id"
         if not file.exists():
             write_atomically(file, uuid.uuid4().hex[:8].encode())
-        self.run = wandb.init(
-            name=folder.name,
-            id=file.read_text(),
-            resume="allow",
-            dir=str(folder),
-            config=json.loads(config.to_json()),
-        )
+        try:
+            self.run = wandb.init(
+                name=folder.name,
+                id=file.read_text(),
+                resume="allow",
+                dir=str(folder),
+                config=json.loads(config.to_json()),
+            )
+        # Its errors have no base of their own.
+        except Exception as error:
+            raise ValueError(
+                f"Weights & Biases does not start: {error}; log in with `wandb login`, "
+                f"set WANDB_MODE=offline, or leave out the tracker"
+            ) from error
 
     def log(self, step: int, line: dict[str, Any]) -> None:
         """Send the scalars of a line."""
@@ -103,7 +116,7 @@ class WandbTracker:
         self.run.finish()
 
 
-CLASSES: dict[TrackerName, Callable[[Path, ModelConfig], Tracker]] = {
+CLASSES: dict[TrackerName, Callable[[Path, ModelConfig, int], Tracker]] = {
     "tensorboard": TensorBoardTracker,
     "wandb": WandbTracker,
 }
@@ -111,16 +124,17 @@ CLASSES: dict[TrackerName, Callable[[Path, ModelConfig], Tracker]] = {
 
 @contextmanager
 def open_trackers(
-    names: Sequence[TrackerName], folder: Path, config: ModelConfig
+    names: Sequence[TrackerName], folder: Path, config: ModelConfig, step: int = 0
 ) -> Iterator[list[Tracker]]:
-    """The trackers of these names for a run in `folder`, closed at the end.
+    """The trackers of these names for a run in `folder` after `step`, closed at the end.
 
     Raises:
         ImportError: a package is missing; the message says which and how to install it.
+        ValueError: a service does not start.
     """
     with ExitStack() as stack:
         trackers = []
         for name in names:
-            trackers.append(CLASSES[name](folder, config))
+            trackers.append(CLASSES[name](folder, config, step))
             stack.callback(trackers[-1].close)
         yield trackers

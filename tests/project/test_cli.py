@@ -59,7 +59,9 @@ def test_train_writes_a_model_and_prints_losses(trained):
         "config.json",
         "metrics.jsonl",
         "model.safetensors",
+        "run.json",
         "training_state.pt",
+        "training_state-3.pt",
         "vocabulary.json",
     }
     config = json.loads((root / "run" / "config.json").read_text())
@@ -136,7 +138,7 @@ def test_presets_train_and_given_options_override_them(tmp_path, run, preset):
 def test_use_hebbian_chooses_the_rule_and_its_rate(tmp_path, run, monkeypatch):
     seen = []
 
-    def stop(config, text, vocabulary, options):
+    def stop(config, text, vocabulary, options, source):
         seen.append(options)
         raise ValueError("enough")
 

@@ -99,6 +99,55 @@ def test_tensorboard_files_hold_the_scalars(tmp_path):
             assert found.value == pytest.approx(value, rel=1e-5)
 
 
+def test_steps_that_are_taken_again_are_purged(tmp_path, monkeypatch):
+    seen = []
+
+    class Writer:
+        def __init__(self, folder, purge_step):
+            seen.append(purge_step)
+
+        def __getattr__(self, name):
+            return lambda *_: None
+
+    torch_utils = types.ModuleType("torch.utils.tensorboard")
+    torch_utils.SummaryWriter = Writer
+    monkeypatch.setitem(sys.modules, "tensorboard", types.ModuleType("tensorboard"))
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", torch_utils)
+    run(tmp_path, "tensorboard")
+    run(tmp_path, "tensorboard", resume=True, resume_step=3)
+    assert seen == [1, 4]
+
+
+def test_a_tensorboard_shows_a_step_once(tmp_path):
+    pytest.importorskip("tensorboard", reason="tensorboard reads its files")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run(tmp_path, "tensorboard")
+    run(tmp_path, "tensorboard", resume=True, resume_step=3, max_steps=8)
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("train/loss")] == [
+        line["step"] for line in lines(tmp_path)
+    ]
+
+
+def test_a_service_that_does_not_start_is_one_line(tmp_path, monkeypatch):
+    """As wandb without a login."""
+
+    class UsageError(Exception):
+        pass
+
+    def init(**options):
+        raise UsageError("No API key configured.")
+
+    wandb = FakeWandb()
+    monkeypatch.setattr(wandb, "init", init)
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    with pytest.raises(ValueError, match=r"No API key.*wandb login.*WANDB_MODE=offline"):
+        run(tmp_path, "wandb")
+    assert not (tmp_path / "run.json").exists()
+
+
 @pytest.mark.parametrize("name", ["tensorboard", "wandb"])
 def test_a_missing_package_says_how_to_install_it(tmp_path, monkeypatch, name):
     monkeypatch.setitem(sys.modules, name, None)
