@@ -36,18 +36,30 @@ __device__ __forceinline__ void read_records(const T* from, T (&to)[kCount][kWid
   for (int n = 0; n < kCount * kWidth; ++n) to[n / kWidth][n % kWidth] = flat[n];
 }
 
+// A record at any place, and one put there by fetch(record).
+template <int kWidth, class T>
+__device__ __forceinline__ void read_record(const T* from, T (&to)[kWidth]) {
+#pragma unroll
+  for (int c = 0; c < kWidth; ++c) to[c] = from[c];
+}
+template <int kWidth, class T, class Fetch>
+__device__ __forceinline__ void put_record(T* place, const Fetch& fetch) {
+  T record[kWidth] = {};
+  fetch(record);
+#pragma unroll
+  for (int c = 0; c < kWidth; ++c) place[c] = record[c];
+}
+
 // Fills records 0 .. count - 1 by fetch(n, record), and one of zeros after an odd count for the
 // tiles that are read in twos.
 template <int kWidth, class T, class Fetch>
 __device__ __forceinline__ void stage(T* tile, int count, int threads, const Fetch& fetch) {
   // Unrolled, the addresses in flight would cost the registers of the pair loop.
 #pragma unroll 1
-  for (int n = threadIdx.x; n < count + count % 2; n += threads) {
-    T record[kWidth] = {};
-    if (n < count) fetch(n, record);
-#pragma unroll
-    for (int c = 0; c < kWidth; ++c) tile[n * kWidth + c] = record[c];
-  }
+  for (int n = threadIdx.x; n < count + count % 2; n += threads)
+    put_record<kWidth>(tile + n * kWidth, [&](T(&record)[kWidth]) {
+      if (n < count) fetch(n, record);
+    });
 }
 
 }  // namespace qflux::cuda

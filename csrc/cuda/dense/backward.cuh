@@ -21,6 +21,12 @@ __device__ __forceinline__ void load_gradients(const InteractBackwardParams<T>& 
       column == 0 && params.grad_strength ? scale * params.grad_strength.at(b, row) : T(0);
 }
 
+template <class T>
+__device__ __forceinline__ void put_gradient(const View<T>& view, BatchIndex b, int i,
+                                             Point<T> gradient, bool adds) {
+  adds ? add_point(view, b, i, gradient) : store_point(view, b, i, gradient);
+}
+
 template <int kColumns, class T>
 __device__ __forceinline__ T dot(const T* a, const T* b, T start) {
 #pragma unroll
@@ -87,12 +93,8 @@ struct RowPass : OwnsRows<T, Score, InteractBackwardParams<T>>, BackwardColumns<
             Score::coefficient_vjp(grad, load_point(params.pair.states, b, row));
     }
     if (!params.grad_states) return;
-    Point<T> pulled = Score::query_vjp(grad, params.pair.coefficient[b]);
-    if (params.accumulate) {
-      const Point<T> old = load_point(as_const(params.grad_states), b, row);
-      pulled = {old.x + pulled.x, old.y + pulled.y};
-    }
-    store_point(params.grad_states, b, row, pulled);
+    put_gradient(params.grad_states, b, row, Score::query_vjp(grad, params.pair.coefficient[b]),
+                 params.accumulate);
   }
 };
 
@@ -158,12 +160,8 @@ struct KeyPass : OwnsKeys<T, Score, InteractBackwardParams<T>>, BackwardColumns<
           params.grad_values.at(b, key, column + c) = inside ? sums[c] : T(0);
     }
     if (!last || !params.grad_keys) return;
-    Point<T> grad{inside ? sums[kColumnSums] : T(0), inside ? sums[kColumnSums + 1] : T(0)};
-    if (params.keys_are_states) {
-      const Point<T> old = load_point(as_const(params.grad_keys), b, key);
-      grad = {old.x + grad.x, old.y + grad.y};
-    }
-    store_point(params.grad_keys, b, key, grad);
+    const Point<T> grad{inside ? sums[kColumnSums] : T(0), inside ? sums[kColumnSums + 1] : T(0)};
+    put_gradient(params.grad_keys, b, key, grad, params.keys_are_states);
   }
 };
 

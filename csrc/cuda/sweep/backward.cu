@@ -33,10 +33,9 @@ struct FarRows : RowPass<T, HardThreshold<T>, kOwn> {
   __device__ __forceinline__ void keep(const Sweep<T>& sweep, int64_t at, int row,
                                        int column) const {
     if (!params.grad_keys && !params.grad_values) return;
-    T record[Slots::kRecord];
-    Keys(params, b).fetch(row, column, record);
-#pragma unroll
-    for (int c = 0; c < Slots::kRecord; ++c) sweep.records[at * Slots::kRecord + c] = record[c];
+    put_record<Slots::kRecord>(
+        sweep.records + at * Slots::kRecord,
+        [&](T(&record)[Slots::kRecord]) { Keys(params, b).fetch(row, column, record); });
   }
   // Sums of (g, g q) over the rows of each block and of the super-block, in the slots of values.
   // There is a barrier between them and keep().
@@ -178,9 +177,8 @@ __global__ void __launch_bounds__(kKeyThreads, 2)
           for (int rank = begin; rank < lesser(begin + kRankBlock, where.rows()); rank += kWarp) {
             const T* from =
                 sweep.records + (sequence * p.rows + where.row_begin + rank) * Slots::kRecord;
-            T record[Keys::Sizes::kWidth];
-#pragma unroll
-            for (int c = 0; c < Slots::kRecord; ++c) record[c] = from[c];
+            T record[Slots::kRecord];
+            read_record(from, record);
             pass.accumulate(met, record, true, sums);
           }
         }

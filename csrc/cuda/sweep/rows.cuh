@@ -148,12 +148,19 @@ __global__ void __launch_bounds__(kSuperThreads, 1)
     const Pass pass(params, super.b);
     const int first = super.first + warp * kRankBlock + lane;
     const bool no_rows = first - lane >= where.rows();
+    const auto is_row = [&](int r) { return first + r * kWarp < where.rows(); };
     const Ranked* order = sweep.order + super.sequence * p.rows + where.row_begin;
-    typename Pass::Owner owner[kLaneRows] = {};
+    const auto for_each_row = [&](const auto& visit) {
 #pragma unroll
-    for (int r = 0; r < kLaneRows; ++r)
-      if (first + r * kWarp < where.rows())
-        owner[r] = pass.load(row_of(order[first + r * kWarp]), column);
+      for (int r = 0; r < kLaneRows; ++r)
+        if (is_row(r)) visit(r, row_of(order[first + r * kWarp]));
+    };
+    const auto put = [&](int n, int key) {
+      put_record<kWidth>(tile.at + n * kWidth,
+                         [&](T(&record)[kWidth]) { pass.fetch(key, column, record); });
+    };
+    typename Pass::Owner owner[kLaneRows] = {};
+    for_each_row([&](int r, int row) { owner[r] = pass.load(row, column); });
 
     double all_sum = 0, own_sum = 0, total[kLaneRows][kSums] = {};
     int listed = 0;
@@ -166,12 +173,7 @@ __global__ void __launch_bounds__(kSuperThreads, 1)
         tame = sweep.tame[super.sequence * p.keys + key] != 0;
         const Point<T> at = load_point(p.key_points, super.b, key);
         certainty = classify(views[kSuperBlocks], white_key(whiten, at, tame));
-        if (certainty == Certainty::kAll) {
-          T record[kWidth] = {};
-          pass.fetch(key, column, record);
-#pragma unroll
-          for (int c = 0; c < kWidth; ++c) tile.at[threadIdx.x * kWidth + c] = record[c];
-        }
+        if (certainty == Certainty::kAll) put(threadIdx.x, key);
       }
       const unsigned certain = __ballot_sync(kWholeWarp, certainty == Certainty::kAll);
       const unsigned tested = __ballot_sync(kWholeWarp, certainty == Certainty::kTest);
@@ -191,12 +193,8 @@ __global__ void __launch_bounds__(kSuperThreads, 1)
 #pragma unroll 1
       for (int chunk = 0; chunk < listed; chunk += kTile) {
         const int count = lesser(kTile, listed - chunk);
-        if (static_cast<int>(threadIdx.x) < count) {
-          T record[kWidth] = {};
-          pass.fetch(point_of(list.at[chunk + threadIdx.x]), column, record);
-#pragma unroll
-          for (int c = 0; c < kWidth; ++c) tile.at[threadIdx.x * kWidth + c] = record[c];
-        }
+        if (static_cast<int>(threadIdx.x) < count)
+          put(threadIdx.x, point_of(list.at[chunk + threadIdx.x]));
         __syncthreads();
         T sums[kLaneRows][kSums] = {};
 #pragma unroll 1
@@ -211,13 +209,11 @@ __global__ void __launch_bounds__(kSuperThreads, 1)
           unsigned pairs = __ballot_sync(kWholeWarp, own == Certainty::kTest);
 #pragma unroll 1
           for (; pairs != 0; pairs &= pairs - 1) {
-            const T* at = tile.at + (group + __ffs(pairs) - 1) * kWidth;
             T record[kWidth];
-#pragma unroll
-            for (int c = 0; c < kWidth; ++c) record[c] = at[c];
+            read_record(tile.at + (group + __ffs(pairs) - 1) * kWidth, record);
 #pragma unroll
             for (int r = 0; r < kLaneRows; ++r)
-              pass.accumulate(owner[r], record, first + r * kWarp < where.rows(), sums[r]);
+              pass.accumulate(owner[r], record, is_row(r), sums[r]);
           }
         }
 #pragma unroll
@@ -238,11 +234,10 @@ __global__ void __launch_bounds__(kSuperThreads, 1)
     __syncwarp();
     // Rows without geometry have tested every pair, and must not meet sums of zero with a NaN.
     const bool certain = views[warp].high == views[warp].high;
-#pragma unroll
-    for (int r = 0; r < kLaneRows; ++r)
-      if (first + r * kWarp < where.rows())
-        pass.add(sweep, super.sequence, row_of(order[first + r * kWarp]), column, owner[r],
-                 certain ? slots.at + warp * kWarp : nullptr, total[r]);
+    for_each_row([&](int r, int row) {
+      pass.add(sweep, super.sequence, row, column, owner[r],
+               certain ? slots.at + warp * kWarp : nullptr, total[r]);
+    });
     __syncthreads();
   }
 }
