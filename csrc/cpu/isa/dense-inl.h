@@ -1,5 +1,5 @@
 // Every pair of a sequence, forward and backward. Each lane of a vector owns a row (or, in the key
-// pass, a key), keeps its sums in registers and meets the others one by one, broadcast: no sum is
+// pass, a key), keeps its sums in registers and meets its sources one by one, broadcast: no sum is
 // ever taken across lanes, and what a lane adds up depends on nothing but its owner.
 #pragma once
 
@@ -16,9 +16,9 @@ namespace dense {
 // Two vectors of owners share each broadcast and hide the latency of the sums; more would not fit
 // the sixteen registers of AVX2.
 constexpr int kVectors = 2;
-// Others whose sums are taken in T from zero: their rounding stays below that of a score, and
+// Sources whose sums are taken in T from zero: their rounding stays below that of a score, and
 // passing them on to the totals costs a few percent. The general path stages a tile's weights too:
-// 128 others x 2 vectors x 64 bytes are 16 KB of L1.
+// 128 sources x 2 vectors x 64 bytes are 16 KB of L1.
 constexpr int64_t kTile = 128;
 // Value columns accumulated together.
 constexpr int kColumns = 4;
@@ -58,7 +58,7 @@ struct Total<double> {
   double get(int lane) const { return CompensatedSum<double>{value[lane], error[lane]}.get(); }
 };
 
-// The owners of one pass: vectors of consecutive ones, and the others that each vector meets.
+// The owners of one pass: vectors of consecutive ones, and the sources that each vector meets.
 template <class T>
 struct Group {
   static constexpr int kWidth = Vector<T>::kWidth;
@@ -341,11 +341,11 @@ void backward_keys_keys(const Sequence<T>& s, int64_t first, int64_t last,
   }
 }
 
-// Numbers of a group's pairs with one tile of others, staged between the loops over them.
+// Numbers of a group's pairs with one tile of sources, staged between the loops over them.
 template <class T>
 using Staged = T[kTile][kVectors][Vector<T>::kWidth];
 
-// totals[column][r] += sum over a tile of weight * (the other's column), for columns of `records`.
+// totals[column][r] += sum over a tile of weight * (the source's column), for columns of `records`.
 template <class T, class Each>
 void add_columns(const Each& each, int64_t tile, const Staged<T>& weight, const T* records,
                  int64_t stride, int64_t value_dim, Total<T>* totals) {
@@ -371,7 +371,7 @@ void add_columns(const Each& each, int64_t tile, const Staged<T>& weight, const 
   for (; column < value_dim; ++column) chunk(column, Constant<1>());
 }
 
-// product = start(r, j) + sum over columns of (owner's column) * (the other's column).
+// product = start(r, j) + sum over columns of (owner's column) * (the source's column).
 template <class T, class Each, class Start>
 void dot_columns(const Each& each, int64_t tile, const Group<T>& group, const T* planes,
                  int64_t plane_stride, const T* records, int64_t stride, int64_t value_dim,
