@@ -34,7 +34,8 @@ soak: $(VENV)/.tested
 # sanitizers. Python itself has none, so their libraries are loaded first; its leaks are its own.
 SANITIZER := CXX="g++ -fsanitize=address,undefined -fno-sanitize-recover=undefined"
 SANITIZED_TESTS := tests/emulator tests/kernels/test_interact.py tests/kernels/test_evolve.py \
-	tests/kernels/test_project_norm.py tests/kernels/test_sweep.py
+	tests/kernels/test_project_norm.py tests/kernels/test_sweep.py \
+	tests/kernels/test_batch_strides.py
 
 sanitize: $(VENV)/.tested
 	$(SANITIZER) QFLUX_CUDA=0 $(BIN)/python setup.py -q build --build-lib build/sanitized

@@ -130,16 +130,14 @@ class BuildObject(build_ext):
         if nvcc:
             binding += ["-DQFLUX_CUDA", "-DUSE_CUDA"]
         csrc = ROOT / "csrc"
-        units = [
-            (binding, csrc / "library.cpp", "library"),
-            *((binding, path, f"ops_{path.stem}") for path in sorted((csrc / "ops").glob("*.cpp"))),
-        ]
         loops = csrc / "cpu" / "isa" / "loops.cpp"
-        units += [
-            ([*binding, "-O3"], path, f"cpu_{path.stem}")
-            for path in sorted((csrc / "cpu").rglob("*.cpp"))
-            if path != loops
-        ]
+        units = [(binding, csrc / "library.cpp", "library")]
+        for folder, command in (("ops", binding), ("cpu", [*binding, "-O3"])):
+            units += [
+                (command, path, f"{path.parent.name}_{path.stem}")
+                for path in sorted((csrc / folder).rglob("*.cpp"))
+                if path != loops
+            ]
         sets = X86_SETS if is_x86() else {"baseline": []}
         units += [([*cxx, *LOOPS, *flags], loops, f"loops_{name}") for name, flags in sets.items()]
         if nvcc:

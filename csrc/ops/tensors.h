@@ -58,10 +58,10 @@ struct MergedDimensions {
 // `split_` as the outer one, the others as the inner one.
 class Batch {
  public:
-  // The dimensions of `tensor` but the last `others`.
-  Batch(const Tensor& tensor, int64_t others) {
+  // The dimensions of `tensor` but the last `rest`.
+  Batch(const Tensor& tensor, int64_t rest) {
     const auto sizes = tensor.sizes();
-    sizes_.assign(sizes.begin(), sizes.end() - others);
+    sizes_.assign(sizes.begin(), sizes.end() - rest);
   }
 
   // front, *batch, back

@@ -48,9 +48,10 @@ def differentiable(score, eps):
     """
     if isinstance(score, InverseGate):
         return torch.full((2,), 0.3, dtype=F64), lambda alpha: InverseGate(alpha, eps)
-    if score.shrinkage == "soft":
-        sigma = torch.full((2,), score.sigma, dtype=F64)
-        return sigma, lambda sigma: dataclasses.replace(score, sigma=sigma)
+    if score.kind.limit_vjp:
+        name = score.per_sequence[0]
+        value = torch.full((2,), score.coefficient, dtype=F64)
+        return value, lambda value: dataclasses.replace(score, **{name: value})
     return None, None
 
 

@@ -85,6 +85,7 @@ LAYOUTS = {
 BATCHES = [(), (3,), (2, 3), (2, 1, 2), (0,), (2, 0)]
 if backends.TRITON_INTERPRETED:  # at the speed of Python; test_triton.py runs this file in it
     BATCHES = [(), (2, 3), (2, 0)]
+    LAYOUTS = {name: LAYOUTS[name] for name in ("batch inside", "expanded")}
 # What stands before and behind the batch dimensions of a tensor; rows are keys here.
 ROWS, STEPS, VALUE_DIM = 5, 2, 3
 HEADS = {"dt": (STEPS,), "skip": (1,), "tape": (STEPS, schema.TAPE_PLANES)}

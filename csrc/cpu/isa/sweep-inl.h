@@ -55,7 +55,7 @@ void view_keys(const Frame& frame, const CellMap& map, Interval h, const T* key_
 
 // sum += v in twice the precision of double. Differences of such sums lose nothing, however much
 // larger what was added and taken away again may have been.
-QFLUX_INLINE void add_twice(double* sum, double* error, Vector<double> v) {
+QFLUX_INLINE void add_doubled(double* sum, double* error, Vector<double> v) {
   Vector<double> total = load(sum);
   store(error, load(error) + add_exactly(total, v));
   store(sum, total);
@@ -74,17 +74,17 @@ void add_spans(const double* vectors, int64_t width, const Span* spans, int64_t 
     double* stop = bins + 2 * width * (wraps ? end - blocks : end);
     for (int64_t c = 0; c < width; c += Vector<double>::kWidth) {
       const Vector<double> v = load(from + c);
-      add_twice(begin + c, begin + width + c, v);
+      add_doubled(begin + c, begin + width + c, v);
       if (whole) continue;
-      add_twice(stop + c, stop + width + c, zero - v);
-      if (wraps) add_twice(bins + c, bins + width + c, v);
+      add_doubled(stop + c, stop + width + c, zero - v);
+      if (wraps) add_doubled(bins + c, bins + width + c, v);
     }
   }
 }
 
 void add_bins(double* sums, const double* bin, int64_t width) {
   for (int64_t c = 0; c < width; c += Vector<double>::kWidth) {
-    add_twice(sums + c, sums + width + c, load(bin + c));
+    add_doubled(sums + c, sums + width + c, load(bin + c));
     store(sums + width + c, load(sums + width + c) + load(bin + width + c));
   }
 }
@@ -92,7 +92,7 @@ void add_bins(double* sums, const double* bin, int64_t width) {
 void add_vectors(double* sums, const double* vectors, int64_t count, int64_t width) {
   for (int64_t c = 0; c < width; c += Vector<double>::kWidth)
     for (int64_t i = 0; i < count; ++i)
-      add_twice(sums + c, sums + width + c, load(vectors + i * width + c));
+      add_doubled(sums + c, sums + width + c, load(vectors + i * width + c));
 }
 
 template <class T>

@@ -554,7 +554,7 @@ class Sweep {
 
     const bool key_pass = backward() && gradients_->key;
     const int64_t columns = 2 + (s_.values ? value_dim_ : 0);
-    const auto chunkd = room<T>(key_pass ? entries * columns : 0);
+    const auto entry_grads = room<T>(key_pass ? entries * columns : 0);
     const Sequence<T> keys = from_key(s_, where.key_begin);
     each(count, [&](int64_t b) {
       const int64_t first = (begin + b) * kRankBlock;
@@ -569,7 +569,7 @@ class Sweep {
         results.meet(s, 0, last - first);
         if (key_pass)
           for (int64_t j = 0; j < size; j += kBlock)
-            record_keys(s, j, std::min(j + kBlock, size), &chunkd[(n + j) * columns]);
+            record_keys(s, j, std::min(j + kBlock, size), &entry_grads[(n + j) * columns]);
       }
       results.add_to(&set.row[first], last - first);
     });
@@ -579,7 +579,7 @@ class Sweep {
       for (int64_t b = 0; b < count; ++b)
         for (int64_t n = starts[b * parts + chunk]; n < starts[b * parts + chunk + 1]; ++n) {
           const int64_t key = where.key_begin + list[n];
-          const T* from = &chunkd[n * columns];
+          const T* from = &entry_grads[n * columns];
           gradients_->key[2 * key] += from[0];
           gradients_->key[2 * key + 1] += from[1];
           for (int64_t c = 2; c < columns; ++c)
