@@ -70,17 +70,17 @@ def test_nothing_but_its_table_leaves_an_instruction_set(name, tmp_path):
 def test_a_function_that_leaves_is_found(tmp_path):
     """The test above, on loops that somebody moved out of their anonymous namespace."""
     csrc = shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
-    dense = csrc / "cpu" / "isa" / "dense-inl.h"
-    text = dense.read_text()
+    sweep = csrc / "cpu" / "isa" / "sweep-inl.h"
+    text = sweep.read_text()
     for there, then in (
-        ("namespace {\nnamespace dense {", "namespace dense {"),
-        ("}  // namespace dense\n}  // namespace\n", "}  // namespace dense\n"),
+        ("namespace {\nnamespace sweep {", "namespace sweep {"),
+        ("}  // namespace sweep\n}  // namespace\n", "}  // namespace sweep\n"),
     ):
         assert text.count(there) == 1
         text = text.replace(there, then)
-    dense.write_text(text)
+    sweep.write_text(text)
     visible, _ = symbols(csrc, "baseline", tmp_path / "loops.o")
-    assert any("qflux::cpu::dense::" in symbol for symbol in visible), visible
+    assert any("qflux::cpu::sweep::" in symbol for symbol in visible), visible
 
 
 CALLS = """
