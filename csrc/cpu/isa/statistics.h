@@ -19,7 +19,7 @@ struct Windows {
   const Moments* before;   // of the keys in front of each tile of kMomentsTile
   double sigma, eps;
 
-  Point<double> shift() const { return {double(key_x[0]), double(key_y[0])}; }
+  QFLUX_INLINE Point<double> shift() const { return {double(key_x[0]), double(key_y[0])}; }
 };
 
 template <class T>
