@@ -40,11 +40,11 @@ def _check_device(name: str, tensor: torch.Tensor, states: torch.Tensor) -> None
 
 def _expand(name: str, tensor: torch.Tensor, shape: torch.Size) -> torch.Tensor:
     """Broadcast `tensor` to exactly `shape`, or raise naming it."""
+    if tensor.shape == shape:
+        return tensor
     excess = tensor.dim() - len(shape)
     if excess > 0 and all(size == 1 for size in tensor.shape[:excess]):
         tensor = tensor.reshape(tensor.shape[excess:])
-    if tensor.shape == shape:
-        return tensor
     try:
         return tensor.expand(shape)
     except RuntimeError:
@@ -143,7 +143,8 @@ class InteractArguments:
 
 def widen(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor in the dtype of the computation: half precision is for storage only."""
-    return tensor.to(COMPUTE_DTYPES[tensor.dtype])
+    dtype = COMPUTE_DTYPES[tensor.dtype]
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
 class InteractOptions(TypedDict, total=False):
@@ -194,22 +195,25 @@ def interact_arguments(
     check_flag("causal", causal)
     check_choice("reduction", reduction, REDUCTIONS)
 
-    result_dtype = _common_dtype(given, states.device.type)
-    try:
-        batch = torch.broadcast_shapes(*(tensor.shape[:-2] for tensor in given.values()))
-    except RuntimeError:
-        shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in given.items())
-        raise ValueError(f"batch dimensions must broadcast together, got {shapes}") from None
-    # Half precision is cast before a batch shares it.
-    points = {
-        name: _expand(name, tensor.to(result_dtype), batch + tensor.shape[-2:])
-        for name, tensor in given.items()
-    }
-    states = points["states"]
+    result_dtype, batch = states.dtype, states.shape[:-2]
+    # What changes nothing costs as much as a kernel on a few tokens.
+    if any(t.dtype != result_dtype or t.shape[:-2] != batch for t in (keys, values) if t is not None):
+        result_dtype = _common_dtype(given, states.device.type)
+        try:
+            batch = torch.broadcast_shapes(*(tensor.shape[:-2] for tensor in given.values()))
+        except RuntimeError:
+            shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in given.items())
+            raise ValueError(f"batch dimensions must broadcast together, got {shapes}") from None
+        # Half precision is cast before a batch shares it.
+        given = {
+            name: _expand(name, tensor.to(result_dtype), batch + tensor.shape[-2:])
+            for name, tensor in given.items()
+        }
+        states = given["states"]
     return InteractArguments(
         states=states,
-        keys=points.get("keys"),
-        values=points.get("values"),
+        keys=given.get("keys"),
+        values=given.get("values"),
         causal=causal,
         score=_canonical_score(score, states, batch),
         reduction=reduction,

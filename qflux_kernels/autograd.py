@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch._C._functorch import is_batchedtensor
+from torch.autograd import forward_ad
 
 from .arguments import EvolveArguments, InteractArguments, widen
 from .options import ALGORITHMS, Radius
@@ -45,6 +46,22 @@ class OpFunction(torch.autograd.Function):
         cls.forward.__signature__ = signature  # pyright: ignore[reportFunctionMemberAccess]
         names = list(signature.parameters)
         cls.Inputs = namedtuple(f"{cls.__name__}Inputs", names, defaults=(None,) * len(names))
+
+    @classmethod
+    def run(cls, *arguments):
+        """`apply`, in eager mode without what costs more than a kernel on a few tokens."""
+        if (
+            torch.compiler.is_compiling()
+            or torch._C._are_functorch_transforms_active()
+            or forward_ad._current_level >= 0
+        ):
+            return cls.apply(*arguments)
+        if not torch.is_grad_enabled() or not any(
+            isinstance(argument, torch.Tensor) and argument.requires_grad for argument in arguments
+        ):
+            return cls.forward(*arguments)
+        # `Function.apply` would bind the arguments to the signature; it ends here too.
+        return super(torch.autograd.Function, cls).apply(*arguments)
 
     @classmethod
     def vmap(cls, info, in_dims, *inputs):
@@ -82,7 +99,7 @@ class Gradient(OpFunction):
     def run(cls, *arguments):
         """How the backward of another Function runs this one."""
         # Dynamo traces no Function inside a backward, and refuses second derivatives itself.
-        return (cls.forward if torch.compiler.is_compiling() else cls.apply)(*arguments)
+        return (cls.forward if torch.compiler.is_compiling() else super().run)(*arguments)
 
 
 def with_mapped(tensor: torch.Tensor, mapped: int | None, size: int, at: int) -> torch.Tensor:
@@ -93,7 +110,9 @@ def with_mapped(tensor: torch.Tensor, mapped: int | None, size: int, at: int) ->
 
 
 def _run(op: Op, family: str, options: dict[str, Any], **tensors: torch.Tensor | None):
-    return getattr(torch.ops.qflux_kernels, family + op.name).default(**tensors, **options)
+    values = tensors | options
+    # By position, which the dispatcher reads faster than names.
+    return _HANDLES[family + op.name](*[values[name] for name in op.names])
 
 
 def _wide(tensor: torch.Tensor | None) -> torch.Tensor | None:
@@ -277,7 +296,7 @@ def interact(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Context `(*batch, S, D)`, strength and degree `(*batch, S)` in the dtype of computation."""
     coefficient, min_gate, pair = _pair(args, algorithm)
-    context, strength, degree, _ = _Interact.apply(
+    context, strength, degree, _ = _Interact.run(
         args.states, args.keys, args.values, coefficient, min_gate, args.lengths, pair, family
     )
     return context, strength, degree
@@ -312,7 +331,7 @@ def evolve(
     save = torch.is_grad_enabled() and any(
         map(_may_need_grad, (args.states, dt, skip, coefficient))
     )
-    states, strength, degree, _ = _Evolve.apply(
+    states, strength, degree, _ = _Evolve.run(
         args.states, dt, skip, coefficient, min_gate, args.lengths, save, pair, step, family
     )
     return states, strength, degree
@@ -380,6 +399,10 @@ _FAKES = {
 }
 
 
+# The ops of the families that are loaded, by name.
+_HANDLES: dict[str, torch._ops.OpOverload] = {}
+
+
 def by_name(op: Op, rule: Callable[..., Any]) -> Callable[..., Any]:
     """A kernel of the op, from a rule that takes and returns its records."""
     return lambda *arguments: tuple(rule(op.Arguments(*arguments)))
@@ -388,4 +411,6 @@ def by_name(op: Op, rule: Callable[..., Any]) -> Callable[..., Any]:
 def register(family: str) -> None:
     """Attach the fake kernels to the ops of a family that is loaded."""
     for op in FAMILY_OPS:
-        torch.library.register_fake(f"qflux_kernels::{family}{op.name}", by_name(op, _FAKES[op]))
+        name = family + op.name
+        torch.library.register_fake(f"qflux_kernels::{name}", by_name(op, _FAKES[op]))
+        _HANDLES[name] = getattr(torch.ops.qflux_kernels, name).default

@@ -72,7 +72,9 @@ def interact(
         return reference.interact_checked(args)
     context, strength, degree = autograd.interact(args, algorithm, OP_FAMILIES[chosen])
     dtype = args.result_dtype
-    return Interaction(context.to(dtype), strength.to(dtype), degree)
+    if context.dtype != dtype:
+        context, strength = context.to(dtype), strength.to(dtype)
+    return Interaction(context, strength, degree)
 
 
 def evolve(
@@ -129,4 +131,6 @@ def evolve(
         return reference.evolve_checked(args)
     moved, strength, degree = autograd.evolve(args, algorithm, OP_FAMILIES[chosen])
     dtype = args.result_dtype
-    return Evolution(moved.to(dtype), strength.to(dtype), degree)
+    if moved.dtype != dtype:
+        moved, strength = moved.to(dtype), strength.to(dtype)
+    return Evolution(moved, strength, degree)

@@ -66,6 +66,11 @@ class Op:
     results: tuple[Field, ...]
 
     @cached_property
+    def names(self) -> tuple[str, ...]:
+        """Those of the arguments."""
+        return tuple(field.name for field in self.arguments)
+
+    @cached_property
     def Arguments(self) -> type:
         """The arguments by name: a named tuple."""
         return record(f"{self.name}_arguments", self.arguments)

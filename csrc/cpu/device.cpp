@@ -87,13 +87,30 @@ void write_key_gradient(const InteractBackwardParams<T>& params, BatchIndex b, i
       params.grad_values.at(b, j, c) = static_cast<T>(values[c]);
 }
 
+// Numbers of a block's owners, `width` each. A few stand on the stack.
+template <class T>
+class BlockRoom {
+ public:
+  explicit BlockRoom(int64_t width)
+      : many_(width > kFew ? room<T>(kBlock * width) : nullptr),
+        numbers_(many_ ? many_.get() : few_) {}
+  BlockRoom(const BlockRoom&) = delete;
+  T* get() const { return numbers_; }
+
+ private:
+  static constexpr int64_t kFew = 8;
+  T few_[kBlock * kFew];
+  const std::unique_ptr<T[]> many_;
+  T* const numbers_;
+};
+
 template <class T>
 void forward_block(const InteractParams<T>& params, const Staging<T>& staging, BatchIndex b,
                    int64_t block) {
   const Sequence<T> sequence = staging.sequence(b);
   const Owners rows(block, params.pair.rows, sequence.visibility.row_end);
   const int64_t value_dim = staging.value_dim;
-  const std::unique_ptr<T[]> context = room<T>(kBlock * value_dim);
+  const BlockRoom<T> context(value_dim);
   T strength[kBlock];
   int32_t degree[kBlock];
   if (rows.first < rows.last)
@@ -101,7 +118,7 @@ void forward_block(const InteractParams<T>& params, const Staging<T>& staging, B
                              {context.get(), strength, params.degree ? degree : nullptr});
   for (int64_t i = rows.first; i < rows.end; ++i) {
     const int64_t n = i - rows.first;
-    write_row(params, b, sequence.visibility, i, sequence.limit[i], &context[n * value_dim],
+    write_row(params, b, sequence.visibility, i, sequence.limit[i], context.get() + n * value_dim,
               strength[n], degree[n], value_dim);
   }
 }
@@ -127,8 +144,9 @@ void backward_key_block(const InteractBackwardParams<T>& params, const Staging<T
   const Sequence<T> sequence = staging.sequence(b);
   const Owners keys(block, p.keys, sequence.visibility.key_end);
   T point[2 * kBlock] = {};
-  const std::unique_ptr<T[]> values(
-      new T[p.values ? static_cast<size_t>(kBlock * staging.value_dim) : 0]());
+  const int64_t value_dim = p.values ? staging.value_dim : 0;
+  const BlockRoom<T> values(value_dim);
+  std::fill(values.get(), values.get() + kBlock * value_dim, T(0));
   if (keys.first < keys.last)
     loops<T>().dense.backward_keys(sequence, keys.first, keys.last, {point, values.get()});
   for (int64_t j = keys.first; j < keys.end; ++j) {

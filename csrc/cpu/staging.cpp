@@ -138,18 +138,28 @@ void Staging<T>::stage_queries(BatchIndex b, Range range) const {
 template <class T>
 void Staging<T>::stage_gradients(const InteractBackwardParams<T>& backward, BatchIndex b,
                                  Range range) const {
+  const int64_t first = range.first, last = range.last;
   const Visibility visibility = p_.visibility(b);
-  T *limit = row_plane(b, 2), *strength = row_plane(b, 3 + value_dim);
-  for (int64_t i = range.first; i < range.last; ++i) {
-    const T scale = p_.reduction_scale(visibility.visible_keys(i));
-    limit[i] = backward.threshold.at(b, i);
-    for (int64_t c = 0; c < value_dim; ++c) {
-      const T grad = scale * backward.grad_context.at(b, i, c);
-      row_plane(b, 3 + c)[i] = grad;
-      if (copies_grads_) grad_record(b, i)[c] = grad;
-    }
-    strength[i] = backward.grad_strength ? scale * backward.grad_strength.at(b, i) : T(0);
-  }
+  T scale[kTile];
+  for (int64_t i = first; i < last; ++i)
+    scale[i - first] = p_.reduction_scale(visibility.visible_keys(i));
+  // A plane of a component of the rows, from a view of them.
+  const auto stage = [&](int64_t plane, const View<const T>& from, int64_t component, bool scaled) {
+    T* to = row_plane(b, plane);
+    const T* at = from.sequence(b) + component * from.component;
+    for (int64_t i = first; i < last; ++i)
+      to[i] = at[i * from.token] * (scaled ? scale[i - first] : T(1));
+  };
+  stage(2, backward.threshold, 0, false);
+  for (int64_t c = 0; c < value_dim; ++c) stage(3 + c, backward.grad_context, c, true);
+  T* strength = row_plane(b, 3 + value_dim);
+  if (backward.grad_strength)
+    stage(3 + value_dim, backward.grad_strength, 0, true);
+  else
+    std::fill(strength + first, strength + last, T(0));
+  if (copies_grads_)
+    for (int64_t i = first; i < last; ++i)
+      for (int64_t c = 0; c < value_dim; ++c) grad_record(b, i)[c] = row_plane(b, 3 + c)[i];
 }
 
 // [batch][tiles]: moments of the keys in front of a tile.

@@ -65,13 +65,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> interact_backward(
   for (Tensor* tensor : {&grad_context, &grad_strength, &threshold}) batch.include(*tensor);
   batch.settle();
 
-  const Tensor grad_states = zeros_like(states);
-  const Tensor grad_keys = keys ? zeros_like(*keys) : nothing(states);
-  const Tensor grad_values = values ? zeros_like(*values) : nothing(states);
+  const bool pairs = pair.any_pairs(), limit_vjp = has_limit_vjp(pair.kind());
+  // Zero where no kernel writes.
+  const auto output = [&](const Shape& shape, bool written) {
+    return pairs && written ? empty(states, shape) : zeros(states, shape);
+  };
+  const Tensor grad_states = output(shape_of(states), need_rows);
+  const Tensor grad_keys = keys ? output(shape_of(*keys), need_keys) : nothing(states);
+  const Tensor grad_values = values ? output(shape_of(*values), need_keys) : nothing(states);
   const Tensor coefficient_parts = pair.coefficient_parts(batch);
-  const bool limit_vjp = has_limit_vjp(pair.kind());
-  const Tensor grad_threshold = limit_vjp ? zeros(states, rows) : nothing(states);
-  if (pair.any_pairs())
+  const Tensor grad_threshold = limit_vjp ? output(rows, need_rows) : nothing(states);
+  if (pairs)
     with_dtype(states, [&](auto zero) {
       using T = decltype(zero);
       InteractBackwardParams<T> params{};

@@ -21,10 +21,11 @@ inline Tensor empty(const Tensor& like, const Shape& shape) {
 inline Tensor zeros(const Tensor& like, const Shape& shape) {
   return torch::stable::new_zeros(like, shape);
 }
-inline Tensor zeros_like(const Tensor& like) {
-  const auto sizes = like.sizes();
-  return zeros(like, {sizes.begin(), sizes.end()});
+inline Shape shape_of(const Tensor& tensor) {
+  const auto sizes = tensor.sizes();
+  return {sizes.begin(), sizes.end()};
 }
+inline Tensor zeros_like(const Tensor& like) { return zeros(like, shape_of(like)); }
 // The gradient of what was not given.
 inline Tensor nothing(const Tensor& like) { return empty(like, {0}); }
 
