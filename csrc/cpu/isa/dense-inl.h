@@ -9,12 +9,61 @@ namespace qflux::cpu {
 namespace {
 namespace dense {
 
-// Fast path: values are the keys.
-template <class Score, bool kDegree, class T>
-void forward_keys(const Sequence<T>& s, int64_t first, int64_t last, const ForwardBlock<T>& out) {
+// Values that are narrow enough for all sums of a pair to stay in registers: the keys themselves
+// ...
+template <class T>
+struct KeysAsValues {
+  static constexpr int kCount = 2;
+  static constexpr bool kApart = false;
+  // A dropped pair of the threshold is finite and may be left out of a sum instead of entering it
+  // as zero, which saves the select; a dropped pair of the gate may be infinite and has to show.
+  template <class Score>
+  static constexpr bool kLeavesOutDropped = Score::kThresholded;
+
+  explicit KeysAsValues(const Sequence<T>&) {}
+  template <class Index>
+  QFLUX_INLINE Vector<T> column(Index c, int64_t, Vector<T> kx, Vector<T> ky) const {
+    return c == 0 ? kx : ky;
+  }
+  QFLUX_INLINE Vector<T> dot(const Vector<T>* grad, int64_t, Vector<T> kx, Vector<T> ky,
+                             Vector<T> start) const {
+    return inner_product(grad[0], grad[1], kx, ky, start);
+  }
+};
+
+// ... or kColumns columns, as many as a model's cylinders usually have. Every lane adds up what it
+// adds up on the general path, in the same order.
+template <class T>
+struct ColumnValues {
+  static constexpr int kCount = kColumns;
+  // Sixteen registers hold the sums for one vector of owners, thirty-two for all.
+  static constexpr bool kApart = sizeof(Vector<float>) < 64;
+  // A value that is not finite has to show, whatever its weight.
+  template <class Score>
+  static constexpr bool kLeavesOutDropped = false;
+
+  const T* values;
+  int64_t stride;
+  explicit ColumnValues(const Sequence<T>& s) : values(s.values), stride(s.value_stride) {}
+  template <class Index>
+  QFLUX_INLINE Vector<T> column(Index c, int64_t j, Vector<T>, Vector<T>) const {
+    return Vector<T>(values[j * stride + c]);
+  }
+  QFLUX_INLINE Vector<T> dot(const Vector<T>* grad, int64_t j, Vector<T>, Vector<T>,
+                             Vector<T> sum) const {
+    each_column<kCount>([&](auto c) QFLUX_INLINE_LAMBDA {
+      sum = multiply_add(grad[c], Vector<T>(values[j * stride + c]), sum);
+    });
+    return sum;
+  }
+};
+
+template <class Score, class Values, bool kDegree, class T>
+void forward_narrow(const Sequence<T>& s, int64_t first, int64_t last, const ForwardBlock<T>& out) {
   using V = Vector<T>;
-  constexpr int kWidth = V::kWidth;
+  constexpr int kWidth = V::kWidth, kCount = Values::kCount;
   const V bias(static_cast<T>(Score::kBias)), eps(s.eps), min_gate(s.min_gate);
+  const Values values(s);
   for (int64_t row = first; row < last; row += Group<T>::kOwners) {
     const Group<T> group = row_group(s, row, last);
     V qx[kVectors], qy[kVectors];
@@ -24,65 +73,71 @@ void forward_keys(const Sequence<T>& s, int64_t first, int64_t last, const Forwa
       qy[r] = load(s.query_y + group.start(r));
       pair[r] = Score::make(load(s.limit + group.start(r)), eps, min_gate);
     });
-    Total<T> totals[3][kVectors];
+    Total<T> contexts[kCount][kVectors], strengths[kVectors];
     int32_t degrees[kVectors * kWidth] = {};
     for (int64_t tile = 0; tile < group.highest(); tile += kTile) {
-      V cx[kVectors], cy[kVectors], strength[kVectors];
+      V context[kVectors][kCount], strength[kVectors];
       typename V::Bits degree[kVectors];
       each_vector([&](auto r) QFLUX_INLINE_LAMBDA {
-        cx[r] = cy[r] = strength[r] = V(T(0));
+        each_column<kCount>([&](auto c) QFLUX_INLINE_LAMBDA { context[r][c] = V(T(0)); });
+        strength[r] = V(T(0));
         degree[r] = typename V::Bits{};
       });
-      each_key(group, tile, tile + kTile,
-               [&](auto r, int64_t j, const Mask<T>* visible) QFLUX_INLINE_LAMBDA {
-                 const V kx(s.key_x[j]), ky(s.key_y[j]);
-                 const V p = inner_product(qx[r], qy[r], kx, ky, bias);
-                 const Mask<T> kept = kept_and_visible(pair[r].kept(p), visible);
-                 if constexpr (kLeavesOutDropped<Score>) {
-                   const V w = pair[r].weight(p);
-                   cx[r] = add_kept(visible, kept, w, kx, cx[r]);
-                   cy[r] = add_kept(visible, kept, w, ky, cy[r]);
-                   strength[r] = add_where(kept, w, strength[r]);
-                 } else {
-                   const V w = pair[r].weight(p, kept);
-                   cx[r] = add_visible(visible, w, kx, cx[r]);
-                   cy[r] = add_visible(visible, w, ky, cy[r]);
-                   strength[r] = add_visible(visible, w, V(T(1)), strength[r]);
-                 }
-                 if constexpr (kDegree) count(kept, degree[r]);
-               });
+      each_key<Values::kApart>(
+          group, tile, tile + kTile,
+          [&](auto r, int64_t j, const Mask<T>* visible) QFLUX_INLINE_LAMBDA {
+            const V kx(s.key_x[j]), ky(s.key_y[j]);
+            const V p = inner_product(qx[r], qy[r], kx, ky, bias);
+            const Mask<T> kept = kept_and_visible(pair[r].kept(p), visible);
+            if constexpr (Values::template kLeavesOutDropped<Score>) {
+              const V w = pair[r].weight(p);
+              each_column<kCount>([&](auto c) QFLUX_INLINE_LAMBDA {
+                context[r][c] =
+                    add_kept(visible, kept, w, values.column(c, j, kx, ky), context[r][c]);
+              });
+              strength[r] = add_where(kept, w, strength[r]);
+            } else {
+              const V w = pair[r].weight(p, kept);
+              each_column<kCount>([&](auto c) QFLUX_INLINE_LAMBDA {
+                context[r][c] = add_visible(visible, w, values.column(c, j, kx, ky), context[r][c]);
+              });
+              strength[r] = add_visible(visible, w, V(T(1)), strength[r]);
+            }
+            if constexpr (kDegree) count(kept, degree[r]);
+          });
       each_vector([&](auto r) QFLUX_INLINE_LAMBDA {
-        totals[0][r].add(cx[r]);
-        totals[1][r].add(cy[r]);
-        totals[2][r].add(strength[r]);
+        each_column<kCount>([&](auto c) QFLUX_INLINE_LAMBDA { contexts[c][r].add(context[r][c]); });
+        strengths[r].add(strength[r]);
         if constexpr (kDegree) add_counts<T>(degree[r], degrees + r * kWidth);
       });
     }
-    take(group, first, totals[0], 0, 2, out.context);
-    take(group, first, totals[1], 1, 2, out.context);
-    take(group, first, totals[2], 0, 1, out.strength);
-    if constexpr (kDegree)
-      for (int64_t i = group.first; i < group.last; ++i)
-        out.degree[i - first] = degrees[i - group.first];
+    each_column<kCount>([&](auto c) QFLUX_INLINE_LAMBDA {
+      take(group, first, contexts[c], c, kCount, out.context);
+    });
+    take(group, first, strengths, 0, 1, out.strength);
+    if constexpr (kDegree) take_degrees(group, first, degrees, out.degree);
   }
 }
 
-// The fast path's gradients of the queries.
-template <class Score, class T>
-void backward_rows_keys(const Sequence<T>& s, int64_t first, int64_t last,
-                        const BackwardBlock<T>& out) {
+// The gradients of the queries.
+template <class Score, class Values, class T>
+void backward_rows_narrow(const Sequence<T>& s, int64_t first, int64_t last,
+                          const BackwardBlock<T>& out) {
   using V = Vector<T>;
+  constexpr int kCount = Values::kCount;
   const V bias(static_cast<T>(Score::kBias)), eps(s.eps), min_gate(s.min_gate);
+  const Values values(s);
   for (int64_t row = first; row < last; row += Group<T>::kOwners) {
     const Group<T> group = row_group(s, row, last);
-    V qx[kVectors], qy[kVectors], gx[kVectors], gy[kVectors], gs[kVectors];
+    V qx[kVectors], qy[kVectors], grad[kVectors][kCount], gs[kVectors];
     Score pair[kVectors];
     each_vector([&](auto r) QFLUX_INLINE_LAMBDA {
       const int64_t start = group.start(r);
       qx[r] = load(s.query_x + start);
       qy[r] = load(s.query_y + start);
-      gx[r] = load(s.grad + start);
-      gy[r] = load(s.grad + s.row_stride + start);
+      each_column<kCount>([&](auto c) QFLUX_INLINE_LAMBDA {
+        grad[r][c] = load(s.grad + c * s.row_stride + start);
+      });
       gs[r] = load(s.grad_strength + start);
       pair[r] = Score::make(load(s.limit + start), eps, min_gate);
     });
@@ -90,16 +145,17 @@ void backward_rows_keys(const Sequence<T>& s, int64_t first, int64_t last,
     for (int64_t tile = 0; tile < group.highest(); tile += kTile) {
       V ax[kVectors], ay[kVectors], al[kVectors];
       each_vector([&](auto r) QFLUX_INLINE_LAMBDA { ax[r] = ay[r] = al[r] = V(T(0)); });
-      each_key(group, tile, tile + kTile,
-               [&](auto r, int64_t j, const Mask<T>* visible) QFLUX_INLINE_LAMBDA {
-                 const V kx(s.key_x[j]), ky(s.key_y[j]);
-                 const V p = inner_product(qx[r], qy[r], kx, ky, bias);
-                 const Mask<T> kept = kept_and_visible(pair[r].kept(p), visible);
-                 const V d = pair[r].derivative(p, inner_product(gx[r], gy[r], kx, ky, gs[r]));
-                 ax[r] = add_kept(visible, kept, d, kx, ax[r]);
-                 ay[r] = add_kept(visible, kept, d, ky, ay[r]);
-                 if constexpr (Score::kLimitVjp) al[r] = add_where(kept, d, al[r]);
-               });
+      each_key<Values::kApart>(group, tile, tile + kTile,
+                               [&](auto r, int64_t j, const Mask<T>* visible) QFLUX_INLINE_LAMBDA {
+                                 const V kx(s.key_x[j]), ky(s.key_y[j]);
+                                 const V p = inner_product(qx[r], qy[r], kx, ky, bias);
+                                 const Mask<T> kept = kept_and_visible(pair[r].kept(p), visible);
+                                 const V d =
+                                     pair[r].derivative(p, values.dot(grad[r], j, kx, ky, gs[r]));
+                                 ax[r] = add_kept(visible, kept, d, kx, ax[r]);
+                                 ay[r] = add_kept(visible, kept, d, ky, ay[r]);
+                                 if constexpr (Score::kLimitVjp) al[r] = add_where(kept, d, al[r]);
+                               });
       each_vector([&](auto r) QFLUX_INLINE_LAMBDA {
         totals[0][r].add(ax[r]);
         totals[1][r].add(ay[r]);
@@ -112,7 +168,7 @@ void backward_rows_keys(const Sequence<T>& s, int64_t first, int64_t last,
   }
 }
 
-// The fast path's gradients of the keys, as keys and as values at once.
+// The gradients of the keys, as keys and as values at once.
 template <class Score, class T>
 void backward_keys_keys(const Sequence<T>& s, int64_t first, int64_t last,
                         const BackwardBlock<T>& out) {
@@ -262,9 +318,7 @@ void forward_values(const Sequence<T>& s, int64_t first, int64_t last, const For
     }
     take_columns(group, first, contexts.get(), s.value_dim, out.context);
     take(group, first, strengths, 0, 1, out.strength);
-    if (out.degree)
-      for (int64_t i = group.first; i < group.last; ++i)
-        out.degree[i - first] = degrees[i - group.first];
+    if (out.degree) take_degrees(group, first, degrees, out.degree);
   }
 }
 
@@ -359,112 +413,7 @@ void backward_keys_values(const Sequence<T>& s, int64_t first, int64_t last,
   }
 }
 
-// Values of kColumns columns, as many as a model's cylinders usually have: all sums of a pair stay
-// in registers, and no weight is staged. Every lane adds up what it adds up on the general path, in
-// the same order.
-template <class Score, class T>
-void forward_columns(const Sequence<T>& s, int64_t first, int64_t last,
-                     const ForwardBlock<T>& out) {
-  using V = Vector<T>;
-  constexpr int kWidth = V::kWidth;
-  const V bias(static_cast<T>(Score::kBias)), eps(s.eps), min_gate(s.min_gate);
-  for (int64_t row = first; row < last; row += Group<T>::kOwners) {
-    const Group<T> group = row_group(s, row, last);
-    V qx[kVectors], qy[kVectors];
-    Score pair[kVectors];
-    each_vector([&](auto r) QFLUX_INLINE_LAMBDA {
-      qx[r] = load(s.query_x + group.start(r));
-      qy[r] = load(s.query_y + group.start(r));
-      pair[r] = Score::make(load(s.limit + group.start(r)), eps, min_gate);
-    });
-    Total<T> totals[kColumns][kVectors], strengths[kVectors];
-    int32_t degrees[kVectors * kWidth] = {};
-    for (int64_t tile = 0; tile < group.highest(); tile += kTile) {
-      V acc[kVectors][kColumns], strength[kVectors];
-      typename V::Bits degree[kVectors];
-      each_vector([&](auto r) QFLUX_INLINE_LAMBDA {
-        each_column([&](auto c) QFLUX_INLINE_LAMBDA { acc[r][c] = V(T(0)); });
-        strength[r] = V(T(0));
-        degree[r] = typename V::Bits{};
-      });
-      each_key<kApart>(group, tile, tile + kTile,
-                       [&](auto r, int64_t j, const Mask<T>* visible) QFLUX_INLINE_LAMBDA {
-                         const T* value = s.values + j * s.value_stride;
-                         const V p =
-                             inner_product(qx[r], qy[r], V(s.key_x[j]), V(s.key_y[j]), bias);
-                         const Mask<T> kept = kept_and_visible(pair[r].kept(p), visible);
-                         const V w = pair[r].weight(p, kept);
-                         strength[r] = add_visible(visible, w, V(T(1)), strength[r]);
-                         count(kept, degree[r]);
-                         each_column([&](auto c) QFLUX_INLINE_LAMBDA {
-                           acc[r][c] = add_visible(visible, w, V(value[c]), acc[r][c]);
-                         });
-                       });
-      each_vector([&](auto r) QFLUX_INLINE_LAMBDA {
-        each_column([&](auto c) QFLUX_INLINE_LAMBDA { totals[c][r].add(acc[r][c]); });
-        strengths[r].add(strength[r]);
-        add_counts<T>(degree[r], degrees + r * kWidth);
-      });
-    }
-    each_column([&](auto c) QFLUX_INLINE_LAMBDA {
-      take(group, first, totals[c], c, kColumns, out.context);
-    });
-    take(group, first, strengths, 0, 1, out.strength);
-    if (out.degree)
-      for (int64_t i = group.first; i < group.last; ++i)
-        out.degree[i - first] = degrees[i - group.first];
-  }
-}
-
-template <class Score, class T>
-void backward_rows_columns(const Sequence<T>& s, int64_t first, int64_t last,
-                           const BackwardBlock<T>& out) {
-  using V = Vector<T>;
-  const V bias(static_cast<T>(Score::kBias)), eps(s.eps), min_gate(s.min_gate);
-  for (int64_t row = first; row < last; row += Group<T>::kOwners) {
-    const Group<T> group = row_group(s, row, last);
-    V qx[kVectors], qy[kVectors], gs[kVectors], grad[kVectors][kColumns];
-    Score pair[kVectors];
-    each_vector([&](auto r) QFLUX_INLINE_LAMBDA {
-      qx[r] = load(s.query_x + group.start(r));
-      qy[r] = load(s.query_y + group.start(r));
-      gs[r] = load(s.grad_strength + group.start(r));
-      each_column([&](auto c) QFLUX_INLINE_LAMBDA {
-        grad[r][c] = load(s.grad + c * s.row_stride + group.start(r));
-      });
-      pair[r] = Score::make(load(s.limit + group.start(r)), eps, min_gate);
-    });
-    Total<T> totals[3][kVectors];
-    for (int64_t tile = 0; tile < group.highest(); tile += kTile) {
-      V ax[kVectors], ay[kVectors], al[kVectors];
-      each_vector([&](auto r) QFLUX_INLINE_LAMBDA { ax[r] = ay[r] = al[r] = V(T(0)); });
-      each_key<kApart>(group, tile, tile + kTile,
-                       [&](auto r, int64_t j, const Mask<T>* visible) QFLUX_INLINE_LAMBDA {
-                         const T* value = s.values + j * s.value_stride;
-                         const V kx(s.key_x[j]), ky(s.key_y[j]);
-                         const V p = inner_product(qx[r], qy[r], kx, ky, bias);
-                         const Mask<T> kept = kept_and_visible(pair[r].kept(p), visible);
-                         V u = gs[r];
-                         each_column([&](auto c) QFLUX_INLINE_LAMBDA {
-                           u = multiply_add(grad[r][c], V(value[c]), u);
-                         });
-                         const V d = pair[r].derivative(p, u);
-                         ax[r] = add_kept(visible, kept, d, kx, ax[r]);
-                         ay[r] = add_kept(visible, kept, d, ky, ay[r]);
-                         if constexpr (Score::kLimitVjp) al[r] = add_where(kept, d, al[r]);
-                       });
-      each_vector([&](auto r) QFLUX_INLINE_LAMBDA {
-        totals[0][r].add(ax[r]);
-        totals[1][r].add(ay[r]);
-        if constexpr (Score::kLimitVjp) totals[2][r].add(al[r]);
-      });
-    }
-    take(group, first, totals[0], 0, 2, out.point);
-    take(group, first, totals[1], 1, 2, out.point);
-    if constexpr (Score::kLimitVjp) take_limit(group, first, totals[2], out.limit);
-  }
-}
-
+// The gradients of keys and of kColumns columns of values.
 template <class Score, class T>
 void backward_keys_columns(const Sequence<T>& s, int64_t first, int64_t last,
                            const BackwardBlock<T>& out) {
@@ -476,7 +425,7 @@ void backward_keys_columns(const Sequence<T>& s, int64_t first, int64_t last,
     each_vector([&](auto r) QFLUX_INLINE_LAMBDA {
       kx[r] = load(s.key_x + group.start(r));
       ky[r] = load(s.key_y + group.start(r));
-      each_column([&](auto c) QFLUX_INLINE_LAMBDA {
+      each_column<kColumns>([&](auto c) QFLUX_INLINE_LAMBDA {
         value[r][c] = load(s.value_planes + c * s.key_stride + group.start(r));
       });
     });
@@ -485,36 +434,36 @@ void backward_keys_columns(const Sequence<T>& s, int64_t first, int64_t last,
       V ax[kVectors], ay[kVectors], acc[kVectors][kColumns];
       each_vector([&](auto r) QFLUX_INLINE_LAMBDA {
         ax[r] = ay[r] = V(T(0));
-        each_column([&](auto c) QFLUX_INLINE_LAMBDA { acc[r][c] = V(T(0)); });
+        each_column<kColumns>([&](auto c) QFLUX_INLINE_LAMBDA { acc[r][c] = V(T(0)); });
       });
-      each_row<kApart>(group, tile, tile + kTile,
-                       [&](auto r, int64_t i, const Mask<T>* visible) QFLUX_INLINE_LAMBDA {
-                         const T* grad = s.grad_records + i * kColumns;
-                         const V qx(s.query_x[i]), qy(s.query_y[i]);
-                         const Score pair = Score::make(V(s.limit[i]), eps, min_gate);
-                         const V p = inner_product(qx, qy, kx[r], ky[r], bias);
-                         const Mask<T> kept = kept_and_visible(pair.kept(p), visible);
-                         V u(s.grad_strength[i]);
-                         each_column([&](auto c) QFLUX_INLINE_LAMBDA {
-                           u = multiply_add(value[r][c], V(grad[c]), u);
-                         });
-                         const V d = pair.derivative(p, u);
-                         ax[r] = add_kept(visible, kept, d, qx, ax[r]);
-                         ay[r] = add_kept(visible, kept, d, qy, ay[r]);
-                         const V w = where(kept, pair.weight(p));
-                         each_column([&](auto c) QFLUX_INLINE_LAMBDA {
-                           acc[r][c] = add_visible(visible, w, V(grad[c]), acc[r][c]);
-                         });
-                       });
+      each_row<ColumnValues<T>::kApart>(
+          group, tile, tile + kTile,
+          [&](auto r, int64_t i, const Mask<T>* visible) QFLUX_INLINE_LAMBDA {
+            const T* grad = s.grad_records + i * kColumns;
+            const V qx(s.query_x[i]), qy(s.query_y[i]);
+            const Score pair = Score::make(V(s.limit[i]), eps, min_gate);
+            const V p = inner_product(qx, qy, kx[r], ky[r], bias);
+            const Mask<T> kept = kept_and_visible(pair.kept(p), visible);
+            V u(s.grad_strength[i]);
+            each_column<kColumns>(
+                [&](auto c) QFLUX_INLINE_LAMBDA { u = multiply_add(value[r][c], V(grad[c]), u); });
+            const V d = pair.derivative(p, u);
+            ax[r] = add_kept(visible, kept, d, qx, ax[r]);
+            ay[r] = add_kept(visible, kept, d, qy, ay[r]);
+            const V w = where(kept, pair.weight(p));
+            each_column<kColumns>([&](auto c) QFLUX_INLINE_LAMBDA {
+              acc[r][c] = add_visible(visible, w, V(grad[c]), acc[r][c]);
+            });
+          });
       each_vector([&](auto r) QFLUX_INLINE_LAMBDA {
         points[0][r].add(ax[r]);
         points[1][r].add(ay[r]);
-        each_column([&](auto c) QFLUX_INLINE_LAMBDA { values[c][r].add(acc[r][c]); });
+        each_column<kColumns>([&](auto c) QFLUX_INLINE_LAMBDA { values[c][r].add(acc[r][c]); });
       });
     }
     take(group, first, points[0], 0, 2, out.point);
     take(group, first, points[1], 1, 2, out.point);
-    each_column([&](auto c) QFLUX_INLINE_LAMBDA {
+    each_column<kColumns>([&](auto c) QFLUX_INLINE_LAMBDA {
       take(group, first, values[c], c, kColumns, out.values);
     });
   }
@@ -524,30 +473,31 @@ template <class T>
 void forward(const Sequence<T>& s, int64_t first, int64_t last, const ForwardBlock<T>& out) {
   visit_score(s.score, [&](auto tag) {
     using Score = typename decltype(tag)::template of<Vector<T>>;
-    if (s.values && s.value_dim == kColumns) return forward_columns<Score>(s, first, last, out);
-    if (s.values) return forward_values<Score>(s, first, last, out);
-    return out.degree ? forward_keys<Score, true>(s, first, last, out)
-                      : forward_keys<Score, false>(s, first, last, out);
+    if (!s.values)
+      return out.degree ? forward_narrow<Score, KeysAsValues<T>, true>(s, first, last, out)
+                        : forward_narrow<Score, KeysAsValues<T>, false>(s, first, last, out);
+    if (s.value_dim == kColumns && out.degree)
+      return forward_narrow<Score, ColumnValues<T>, true>(s, first, last, out);
+    return forward_values<Score>(s, first, last, out);
   });
 }
 template <class T>
 void backward_rows(const Sequence<T>& s, int64_t first, int64_t last, const BackwardBlock<T>& out) {
   visit_score(s.score, [&](auto tag) {
     using Score = typename decltype(tag)::template of<Vector<T>>;
-    if (s.values && s.value_dim == kColumns)
-      return backward_rows_columns<Score>(s, first, last, out);
-    return s.values ? backward_rows_values<Score>(s, first, last, out)
-                    : backward_rows_keys<Score>(s, first, last, out);
+    if (!s.values) return backward_rows_narrow<Score, KeysAsValues<T>>(s, first, last, out);
+    return s.value_dim == kColumns
+               ? backward_rows_narrow<Score, ColumnValues<T>>(s, first, last, out)
+               : backward_rows_values<Score>(s, first, last, out);
   });
 }
 template <class T>
 void backward_keys(const Sequence<T>& s, int64_t first, int64_t last, const BackwardBlock<T>& out) {
   visit_score(s.score, [&](auto tag) {
     using Score = typename decltype(tag)::template of<Vector<T>>;
-    if (s.values && s.value_dim == kColumns)
-      return backward_keys_columns<Score>(s, first, last, out);
-    return s.values ? backward_keys_values<Score>(s, first, last, out)
-                    : backward_keys_keys<Score>(s, first, last, out);
+    if (!s.values) return backward_keys_keys<Score>(s, first, last, out);
+    return s.value_dim == kColumns ? backward_keys_columns<Score>(s, first, last, out)
+                                   : backward_keys_values<Score>(s, first, last, out);
   });
 }
 

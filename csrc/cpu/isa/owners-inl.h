@@ -19,8 +19,6 @@ constexpr int kVectors = 2;
 constexpr int64_t kTile = 128;
 // Value columns accumulated together.
 constexpr int kColumns = 4;
-// Sixteen registers hold the sums of kColumns columns for one vector of owners, thirty-two for all.
-constexpr bool kApart = sizeof(Vector<float>) < 64;
 
 static_assert(kPadding % (kVectors * Vector<float>::kWidth) == 0, "a group may overhang a plane");
 static_assert(kBlock % (kVectors * Vector<float>::kWidth) == 0, "a block is made of whole groups");
@@ -115,14 +113,13 @@ QFLUX_INLINE void each_vector(const Body& body) {
   static_assert(kVectors == 2, "one call for each vector");
 }
 
-// The same for each of kColumns columns.
-template <class Body>
+// The same for each of a few columns.
+template <int kCount, int kColumn = 0, class Body>
 QFLUX_INLINE void each_column(const Body& body) {
-  body(Constant<0>());
-  body(Constant<1>());
-  body(Constant<2>());
-  body(Constant<3>());
-  static_assert(kColumns == 4, "one call for each column");
+  if constexpr (kColumn < kCount) {
+    body(Constant<kColumn>());
+    each_column<kCount, kColumn + 1>(body);
+  }
 }
 
 // Calls body(r, j, visible) for the keys j of a tile that vector r of rows meets: first those that
@@ -192,11 +189,6 @@ QFLUX_INLINE Mask<T> kept_and_visible(Mask<T> kept, const Mask<T>* visible) {
   return visible ? both(kept, *visible) : kept;
 }
 
-// A dropped pair of the threshold is finite and may be left out of a sum instead of entering it as
-// zero, which saves the select; a dropped pair of the gate may be infinite and has to show.
-template <class Score>
-constexpr bool kLeavesOutDropped = Score::kThresholded;
-
 template <class T>
 void add_counts(const typename Vector<T>::Bits& counter, int32_t* counts) {
   for (int l = 0; l < Vector<T>::kWidth; ++l) counts[l] += static_cast<int32_t>(counter[l]);
@@ -211,6 +203,11 @@ void take(const Group<T>& group, int64_t block_first, const Total<T>* totals, in
     out[(i - block_first) * width + which] =
         totals[n / Group<T>::kWidth].get(static_cast<int>(n % Group<T>::kWidth));
   }
+}
+
+template <class T>
+void take_degrees(const Group<T>& group, int64_t block_first, const int32_t* counts, int32_t* out) {
+  for (int64_t i = group.first; i < group.last; ++i) out[i - block_first] = counts[i - group.first];
 }
 
 // d w / d limit = -1 for every pair kept.
