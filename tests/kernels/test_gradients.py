@@ -8,6 +8,7 @@ import pytest
 import torch
 from assertions import assert_no_missing_gradient, assert_relative, count_borderline
 from inputs import SCORES, layouts
+from torch.autograd import forward_ad
 
 import qflux_kernels
 from qflux_kernels import InverseGate, Radius, Threshold, evolve, interact, reference
@@ -653,6 +654,33 @@ def test_second_derivatives_are_refused(device):
     (grad,) = torch.autograd.grad(evolves(states), dt, create_graph=True)
     with pytest.raises(RuntimeError, match="second derivative"):
         grad.sum().backward()
+
+
+@pytest.mark.parametrize(
+    "function", [interact, lambda x: evolve(x, 0.1)], ids=["interact", "evolve"]
+)
+def test_a_dual_number_is_refused(function):
+    """The kernels have no forward mode; a tangent must not be lost on the way."""
+    states = torch.randn(5, 2)
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(states, torch.ones_like(states))
+        with pytest.raises(NotImplementedError, match="jvp"):
+            function(dual)
+    assert torch.equal(function(states)[0], function(states)[0])
+
+
+def test_nothing_is_recorded_where_nothing_needs_a_gradient():
+    states, values = torch.randn(7, 2), torch.randn(7, 3)
+    learned = states.clone().requires_grad_()
+    wanted = interact(learned, values=values)
+    assert wanted.context.grad_fn is not None and wanted.strength.requires_grad
+    with torch.no_grad():
+        unrecorded = interact(learned, values=values)
+    for result in (interact(states, values=values), unrecorded):
+        assert result.context.grad_fn is None and not result.strength.requires_grad
+        assert all(map(torch.equal, result, wanted))
+    with torch.inference_mode():
+        assert all(map(torch.equal, interact(learned, values=values), wanted))
 
 
 def test_the_reference_has_second_derivatives():
