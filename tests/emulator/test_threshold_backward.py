@@ -156,6 +156,7 @@ def test_a_gradient_of_sigma_that_is_not_wanted(emulator):
 def test_sums_have_one_order(emulator, case, dtype):
     inputs = Inputs.random(case)
     first = run(emulator, inputs, dtype)
+    assert all(np.isfinite(array).all() for array in first.values())
     for order, blocks in [(REVERSED, ALL_BLOCKS), (SHUFFLED, ALL_BLOCKS), (REVERSED, 2)]:
         emulator.configure(order, blocks)
         for name, array in run(emulator, inputs, dtype).items():
@@ -181,6 +182,7 @@ def test_a_sequence_sums_alike_in_any_batch(emulator):
 def test_what_is_not_finite_reaches_what_has_to_do_with_it(emulator, rows, value):
     clean = Inputs.random(Case(rows, keys=rows, soft=True))
     before = run(emulator, clean)
+    assert all(np.isfinite(array).all() for array in before.values())
     late = 7 * rows // 10
 
     dirty = replace(clean, keys=clean.keys.copy())
