@@ -197,9 +197,7 @@ def interact_arguments(
 
     result_dtype, batch = states.dtype, states.shape[:-2]
     # What changes nothing costs as much as a kernel on a few tokens.
-    if any(
-        t.dtype != result_dtype or t.shape[:-2] != batch for t in (keys, values) if t is not None
-    ):
+    if any(t.dtype != result_dtype or t.shape[:-2] != batch for t in given.values()):
         result_dtype = _common_dtype(given, states.device.type)
         try:
             batch = torch.broadcast_shapes(*(tensor.shape[:-2] for tensor in given.values()))

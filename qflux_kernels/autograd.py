@@ -61,7 +61,8 @@ class OpFunction(torch.autograd.Function):
         ):
             return cls.forward(*arguments)
         # `Function.apply` would bind the arguments to the signature; it ends here too.
-        return super(torch.autograd.Function, cls).apply(*arguments)
+        function: Any = super(torch.autograd.Function, cls)
+        return function.apply(*arguments)
 
     @classmethod
     def vmap(cls, info, in_dims, *inputs):
