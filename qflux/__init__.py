@@ -37,11 +37,11 @@ if TYPE_CHECKING:
     from .text.vocabulary import make_vocabulary as make_vocabulary
     from .train.checkpoint import load_model as load_model
     from .train.checkpoint import save_model as save_model
+    from .train.evaluation import evaluate as evaluate
     from .train.hebbian import apply_update as apply_update
     from .train.hebbian import delta_rule as delta_rule
     from .train.loop import TrainingOptions as TrainingOptions
     from .train.loop import TrainingResult as TrainingResult
-    from .train.loop import evaluate as evaluate
     from .train.loop import train as train
 
 __all__ = [
@@ -97,7 +97,8 @@ _HOMES = {
     ),
     ".train.checkpoint": ("load_model", "save_model"),
     ".train.hebbian": ("apply_update", "delta_rule"),
-    ".train.loop": ("TrainingOptions", "TrainingResult", "evaluate", "train"),
+    ".train.evaluation": ("evaluate",),
+    ".train.loop": ("TrainingOptions", "TrainingResult", "train"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 # The names that the published family had before it was called so.

@@ -9,16 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
-from ..inference.generate import evaluating
 from ..models.base import CausalLM
 from ..models.config import ModelConfig
 from ..models.presets import make_model
 from ..text.data import TextSplit
 from ..text.vocabulary import Vocabulary
-from ..text.windows import IGNORED_LABEL, TrainingWindows, evaluation_batches
+from ..text.windows import TrainingWindows
 from .checkpoint import (
     STATE_FILE,
     check_same_model,
@@ -29,6 +27,7 @@ from .checkpoint import (
     set_random_state,
     usable_device,
 )
+from .evaluation import evaluate
 from .metrics import METRICS_FILE, Interval, drop_lines_after, peak_memory
 from .options import TrainingOptions
 from .schedules import radius_factor, radius_rate, radius_rules, shorten, window_length
@@ -197,23 +196,6 @@ def train(
             interval = Interval()
     seconds = time.perf_counter() - start
     return TrainingResult(model.eval(), validation_loss, best, step, seconds)
-
-
-@torch.no_grad()
-def evaluate(model: CausalLM, works: list[Tensor], batch_size: int = 12) -> float:
-    """Mean loss in nats a token over every token of the works but the first of each.
-
-    A token is predicted from at most `context_length - 1` tokens before it. The model is put into
-    evaluation mode meanwhile.
-    """
-    device = next(model.parameters()).device
-    total, count = torch.zeros((), dtype=torch.float64, device=device), 0
-    with evaluating(model):
-        for ids, labels in evaluation_batches(works, model.config.context_length, batch_size):
-            scored = int((labels[:, 1:] != IGNORED_LABEL).sum())
-            total += model(ids.to(device), labels=labels.to(device)).loss * scored
-            count += scored
-    return total.item() / count
 
 
 def _due(step: int, interval: int | None) -> bool:
