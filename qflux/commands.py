@@ -19,12 +19,15 @@ from tyro import conf
 from qflux_kernels import BackendUnavailableError
 
 from .models.presets import PRESETS, make_config
-from .text.data import TextSplit, load_dataset_text, load_text
+from .text.files import check_path
 from .text.ngrams import ngram_losses
+from .text.sources import TextSource, open_dataset, open_text
+from .text.tokens import encode_text
 from .text.vocabulary import (
     DEFAULT_BPE_SIZE,
     VOCABULARIES,
     BpeVocabulary,
+    CharacterVocabulary,
     Vocabulary,
     make_vocabulary,
 )
@@ -41,42 +44,73 @@ class TextOptions:
 
     Args:
         preset: network: "lm" is the recommended one, "flux" and "qfnn" are the documents'.
-        data: text file, or folder of .txt files; None: the Shakespeare that comes with the package.
+        data: text file, or folder of .txt files (.txt.xz, .txt.gz and .txt.bz2 too); None: the
+            Shakespeare that comes with the package.
         dataset: instead of `data`, name of a Hugging Face dataset, or its folder.
         dataset_config: configuration of the dataset.
+        dataset_streaming: read the dataset over the network each time instead of downloading it.
         text_column: column of the dataset that holds the text.
+        validation_share: share of the characters that is held out to validate on, in (0, 1); None:
+            0.1, or what the folder or the dataset says.
+        validation_works: names of the files, or splits of the dataset, that are held out instead.
         vocabulary: what a token is: a byte, a character, or a frequent run of bytes.
         vocab_size: number of tokens of the vocabulary "bpe".
         vocabulary_file: GPT-2's vocab.json (beside merges.txt) or a tokenizer.json, instead of
             `vocabulary`.
         use_hebbian: the same as `learning` "hebbian".
+
+    Raises:
+        ValueError: a name of a file or of a dataset that is empty.
     """
 
     preset: str = "lm"
     data: str | None = None
     dataset: str | None = None
     dataset_config: str | None = None
+    dataset_streaming: bool = False
     text_column: str = "text"
+    validation_share: float | None = None
+    validation_works: tuple[str, ...] = ()
     vocabulary: str = "char"
     vocab_size: int = DEFAULT_BPE_SIZE
     vocabulary_file: str | None = None
     use_hebbian: bool = False
 
-    def load(self) -> TextSplit:
-        """The text of the file, the folder or the dataset."""
+    def __post_init__(self) -> None:
+        for name in ("data", "dataset", "vocabulary_file"):
+            if getattr(self, name) is not None:
+                check_path(name, getattr(self, name))
+
+    def load(self) -> TextSource:
+        """The text of the file, the folder or the dataset, to be read when it is needed."""
+        division = {
+            "validation_share": self.validation_share,
+            "validation_works": self.validation_works,
+        }
         if self.dataset is None:
-            return load_text(self.data)
+            return open_text(self.data, **division)
         if self.data is not None:
             raise ValueError("data and dataset cannot both be given")
-        return load_dataset_text(self.dataset, self.dataset_config, column=self.text_column)
+        return open_dataset(
+            self.dataset,
+            self.dataset_config,
+            column=self.text_column,
+            streaming=self.dataset_streaming,
+            **division,
+        )
 
-    def make_vocabulary(self, text: TextSplit) -> Vocabulary:
+    def make_vocabulary(self, text: TextSource) -> Vocabulary:
         """The vocabulary of that text, or the one in `vocabulary_file`."""
         if self.vocabulary_file is not None:
             return BpeVocabulary.read(self.vocabulary_file)
+        if self.vocabulary != CharacterVocabulary.kind:
+            return make_vocabulary(self.vocabulary, text.read_train(), self.vocab_size)
         # Characters of the held-out works need ids; their pairs must not be counted.
-        source = text.text if self.vocabulary == "char" else "".join(text.train.values())
-        return make_vocabulary(self.vocabulary, source, self.vocab_size)
+        characters = text.characters
+        if len(text.parts[0]) > 1 and not set(characters) & {"\n", " "}:
+            # Works that are joined need something between them.
+            characters += "\n"
+        return make_vocabulary(self.vocabulary, characters, self.vocab_size)
 
 
 @dataclass(frozen=True)
@@ -257,11 +291,9 @@ class Train:
         config = make_config(given.preset, vocabulary.size, **self.network)
         options = TrainingOptions(**learning, trackers=self.tracker)
         result = train(config, text, vocabulary, options)
-        baselines = ngram_losses(
-            [vocabulary.encode(work) for work in text.train.values()],
-            [vocabulary.encode(work) for work in text.validation.values()],
-            vocabulary.size,
-        )
+        encoded = encode_text(text, vocabulary, options.output_dir)
+        held_out = encoded.validation_sample(options.eval_tokens, config.context_length)
+        baselines = ngram_losses(encoded.train, held_out, vocabulary.size)
         print(f"{result.steps} steps in {result.seconds:.1f} s, files in {options.output_dir}")
         print("validation loss, nats per token:")
         print(f"  model    {result.validation_loss:.3f} (best {result.best_validation_loss:.3f})")

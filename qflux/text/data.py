@@ -20,14 +20,18 @@ class TextSplit:
         """Everything, for counting characters."""
         return "".join([*self.train.values(), *self.validation.values()])
 
+    # What `TextSource` says of a text that is not in memory.
+    stamp, unchanged, changed_at = None, True, 0
+    unused, empty = (), ()
+
     @property
-    def source(self) -> TextSource:
-        """The same as works that are read in pieces."""
+    def parts(self) -> tuple[list[Work], list[Work]]:
+        """The works to train on and those held out, to be read in pieces."""
         train, validation = (
             [text_work(name, text) for name, text in part.items()]
             for part in (self.train, self.validation)
         )
-        return TextSource(train, validation)
+        return train, validation
 
 
 def load_text(

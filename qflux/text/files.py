@@ -13,6 +13,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
+import torch
+from torch import Tensor
+
 PIECE = 2**20
 TEXT_SUFFIXES = tuple(".txt" + packed for packed in ("", ".xz", ".gz", ".bz2"))
 
@@ -136,6 +139,17 @@ def _unpacked(stream: io.BufferedReader, file: Path) -> IO[bytes]:
             "get it again, or rename it if it is plain text"
         )
     return stream
+
+
+def code_points(text: str) -> Tensor:
+    """The number of each character, int64."""
+    if not text:
+        return torch.zeros(0, dtype=torch.int64)
+    if text.isascii():
+        return torch.frombuffer(bytearray(text, "ascii"), dtype=torch.uint8).long()
+    # Half a surrogate pair can come from a command line; it has a number like any other.
+    data = bytearray(text.encode("utf-32-le", "surrogatepass"))
+    return torch.frombuffer(data, dtype=torch.int32).long()
 
 
 def some_of(names: Sequence[str], most: int = 3) -> str:

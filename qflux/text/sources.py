@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from qflux_kernels.checks import check_real
 
@@ -22,6 +21,7 @@ from .files import (
     PIECE,
     TEXT_SUFFIXES,
     check_path,
+    code_points,
     file_stamp,
     is_rereadable,
     read_pieces,
@@ -47,12 +47,14 @@ class Work:
         read: gives the pieces from the start, none of them empty.
         stamp: what changes whenever the text does; None where only reading it tells.
         rows: the same as `read`, for a work that is better cut between its rows.
+        file: that it is read from each time.
     """
 
     name: str
     read: Callable[[], Iterable[str]]
     stamp: list[Any] | None = None
     rows: RowText | None = None
+    file: Path | None = None
 
     def part(self, name: str, start: int, stop: int | None = None) -> Work:
         """The characters from `start` to `stop`, as a work of its own."""
@@ -80,7 +82,7 @@ def file_work(file: Path) -> Work:
     """A work that is a file. What can be read only once, such as a pipe, is kept in memory."""
     if not is_rereadable(file):
         return text_work(file.name, "".join(read_pieces(file)))
-    return Work(file.name, lambda: read_pieces(file), file_stamp(file))
+    return Work(file.name, lambda: read_pieces(file), file_stamp(file), file=file)
 
 
 class RowText:
@@ -138,17 +140,6 @@ class Measure:
         return self._hash.hexdigest()
 
 
-def code_points(text: str) -> Tensor:
-    """The number of each character, int64."""
-    if not text:
-        return torch.zeros(0, dtype=torch.int64)
-    if text.isascii():
-        return torch.frombuffer(bytearray(text, "ascii"), dtype=torch.uint8).long()
-    # Half a surrogate pair can come from a command line; it has a number like any other.
-    data = bytearray(text.encode("utf-32-le", "surrogatepass"))
-    return torch.frombuffer(data, dtype=torch.int32).long()
-
-
 @dataclass(frozen=True)
 class TextSource:
     """A text to train on and a text to validate on, neither of which has to be in memory.
@@ -177,6 +168,18 @@ class TextSource:
             return None
         names = [[work.name for work in works] for works in (self.works, self.separate)]
         return [names, parts, self.share, list(self.named)]
+
+    @property
+    def unchanged(self) -> bool:
+        """Whether the files are those that were opened."""
+        works = [*self.works, *self.separate]
+        return all(work.file is None or file_stamp(work.file) == work.stamp for work in works)
+
+    @property
+    def changed_at(self) -> int:
+        """When the files were changed last, in nanoseconds of the clock."""
+        stamps = [work.stamp for work in [*self.works, *self.separate] if work.file is not None]
+        return max((time for stamp in stamps if stamp for time in stamp[2:4]), default=0)
 
     @cached_property
     def _scan(self) -> tuple[list[int], str]:

@@ -15,6 +15,8 @@ from ..models.base import CausalLM
 from ..models.config import ModelConfig
 from ..models.presets import make_model
 from ..text.data import TextSplit
+from ..text.sources import TextSource
+from ..text.tokens import encode_text
 from ..text.vocabulary import Vocabulary
 from ..text.windows import TrainingWindows
 from .checkpoint import (
@@ -51,9 +53,14 @@ class TrainingResult:
 
 
 def train(
-    config: ModelConfig, text: TextSplit, vocabulary: Vocabulary, options: TrainingOptions
+    config: ModelConfig,
+    text: TextSplit | TextSource,
+    vocabulary: Vocabulary,
+    options: TrainingOptions,
 ) -> TrainingResult:
-    """Train a new model on `text.train`, or resume one, and validate it on `text.validation`.
+    """Train a new model on a text, or resume one, and validate it on the part held out.
+
+    A text that is not small is encoded once, into `tokens.bin` in `output_dir`.
 
     A run that was stopped and resumed from its last saved state continues exactly as if it had
     not been stopped: same batches, same losses, same weights (with `max_seconds` the schedule
@@ -73,9 +80,20 @@ def train(
             f"output_dir {str(folder)!r} holds a run already: resume it, or choose another folder"
         )
 
-    works = [vocabulary.encode(work) for work in text.train.values()]
-    held_out = [vocabulary.encode(work) for work in text.validation.values()]
-    windows = TrainingWindows(works, config.context_length, options.batch_size, options.seed)
+    if vocabulary.size != config.vocab_size:
+        raise ValueError(
+            f"vocab_size must be the size of the vocabulary, {vocabulary.size}, "
+            f"got {config.vocab_size}"
+        )
+    encoded = encode_text(text, vocabulary, folder)
+    held_out = encoded.validation_sample(options.eval_tokens, config.context_length)
+    windows = TrainingWindows(
+        encoded.train,
+        config.context_length,
+        options.batch_size,
+        options.seed,
+        encoded.separator,
+    )
     if max(map(len, held_out), default=0) < 2:
         raise ValueError("the validation text must have a work of at least 2 tokens")
     total_steps = math.ceil(options.epochs * windows.steps_per_epoch)
