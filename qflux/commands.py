@@ -5,6 +5,8 @@ Every option is a field of a dataclass: its docstring is the help, its default t
 
 from __future__ import annotations
 
+import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
@@ -17,12 +19,13 @@ from typing_extensions import Required, TypedDict
 from tyro import conf
 
 from qflux_kernels import BackendUnavailableError
+from qflux_kernels.checks import check_integer
 
 from .models.presets import PRESETS, make_config
 from .text.files import check_path
 from .text.ngrams import ngram_losses
-from .text.sources import TextSource, open_dataset, open_text
-from .text.tokens import encode_text
+from .text.sources import TextSource, open_dataset, open_split, open_text
+from .text.tokens import encode_text, sample_windows
 from .text.vocabulary import (
     DEFAULT_BPE_SIZE,
     VOCABULARIES,
@@ -32,6 +35,7 @@ from .text.vocabulary import (
     make_vocabulary,
 )
 from .train.checkpoint import load_model
+from .train.evaluation import score
 from .train.loop import NonFiniteLossError, train
 from .train.options import TrackerName, TrainingOptions
 
@@ -119,7 +123,8 @@ class GenerationOptions:
 
     Args:
         model_path: folder that training wrote.
-        prompt: text to continue.
+        prompt: text to continue; None: a line break, or where the vocabulary has none, a space or
+            its first character.
         max_new_tokens: tokens to add, >= 0.
         temperature: divides the logits, >= 0; 0 takes the most likely token.
         top_k: keep the k most likely tokens, >= 1.
@@ -129,13 +134,68 @@ class GenerationOptions:
     """
 
     model_path: str
-    prompt: str = "\n"
+    prompt: str | None = None
     max_new_tokens: int = 300
     temperature: float = 0.8
     top_k: int | None = None
     top_p: float | None = None
     seed: int = 0
     device: str = "cpu"
+
+
+@dataclass(frozen=True)
+class EvaluationOptions:
+    """What to evaluate, and on which text.
+
+    Args:
+        model_path: folder that training wrote.
+        data: text file, or folder of .txt files (.txt.xz, .txt.gz and .txt.bz2 too), all of it.
+        dataset: instead of `data`, name of a Hugging Face dataset, or its folder.
+        dataset_config: configuration of the dataset.
+        dataset_streaming: read the dataset over the network instead of downloading it.
+        dataset_split: split of the dataset.
+        text_column: column of the dataset that holds the text.
+        eval_tokens: predict at most so many tokens, >= 1, in windows that are evenly spread and
+            always the same; None: all.
+        batch_size: windows that are computed together, >= 1.
+        device: where to run, as PyTorch names it, such as cpu, cuda or cuda:1.
+
+    Raises:
+        TypeError, ValueError: naming the option, its value and the allowed values.
+    """
+
+    model_path: str
+    data: str | None = None
+    dataset: str | None = None
+    dataset_config: str | None = None
+    dataset_streaming: bool = False
+    dataset_split: str = "test"
+    text_column: str = "text"
+    eval_tokens: int | None = None
+    batch_size: int = 12
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        for name in ("model_path", "data", "dataset"):
+            if getattr(self, name) is not None:
+                check_path(name, getattr(self, name))
+        check_integer("batch_size", self.batch_size, 1)
+        if self.eval_tokens is not None:
+            check_integer("eval_tokens", self.eval_tokens, 1)
+        if (self.data is None) == (self.dataset is None):
+            raise ValueError("one of data and dataset must be given: the text to evaluate on")
+
+    def load(self) -> TextSource:
+        """The text of the file, the folder or the split of the dataset."""
+        if self.dataset is None:
+            return open_text(self.data).whole
+        return open_split(
+            self.dataset,
+            self.dataset_config,
+            split=self.dataset_split,
+            column=self.text_column,
+            streaming=self.dataset_streaming,
+        )
 
 
 @dataclass(frozen=True)
@@ -258,6 +318,7 @@ GENERATION_FLAGS = flags(
     GenerationOptions,
     aliases={"model_path": ["--model-dir"], "max_new_tokens": ["--max-length"]},
 )
+EVALUATION_FLAGS = flags(EvaluationOptions, aliases={"model_path": ["--model-dir"]})
 EXPORT_FLAGS = flags(ExportOptions, aliases={"model_path": ["--model-dir"]})
 
 
@@ -311,7 +372,8 @@ class Generate:
         """Print the prompt and its continuation."""
         options = GenerationOptions(**self.generation)
         model, vocabulary = load_model(options.model_path, options.device)
-        prompt = vocabulary.encode(options.prompt)[None].to(options.device)
+        text = vocabulary.default_prompt if options.prompt is None else options.prompt
+        prompt = vocabulary.encode(text)[None].to(options.device)
         ids = model.generate(
             prompt,
             options.max_new_tokens,
@@ -321,6 +383,40 @@ class Generate:
             generator=torch.Generator(options.device).manual_seed(options.seed),
         )
         print(vocabulary.decode(ids[0]))
+
+
+@dataclass(frozen=True)
+class Eval:
+    """`qflux eval`: the options that were given."""
+
+    evaluation: Annotated[dict[str, Any], conf.arg(constructor=EVALUATION_FLAGS)]
+
+    def run(self) -> None:
+        """Print the loss of the model on the text in nats, bits and perplexities."""
+        options = EvaluationOptions(**self.evaluation)
+        text = options.load()
+        model, vocabulary = load_model(options.model_path, options.device)
+        encoded = encode_text(text, vocabulary, progress=True)
+        works = sample_windows(encoded.train, options.eval_tokens, model.config.context_length)
+        found = score(
+            model, works, vocabulary.token_bytes(), batch_size=options.batch_size, progress=True
+        )
+        if not math.isfinite(found.nats):
+            raise ValueError(
+                f"the loss of the model {options.model_path!r} on this text is {found.nats}: "
+                "its weights have diverged"
+            )
+        total = encoded.tokens("train")
+        print(f"tokens predicted      {found.tokens:,} of {total:,} ({found.bytes:,} bytes)")
+        for name, value in (
+            ("nats per token", found.nats),
+            ("bits per byte", found.bits_per_byte),
+            ("perplexity per token", found.perplexity),
+            ("perplexity per byte", found.byte_perplexity),
+        ):
+            print(f"{name:21} {value:.4f}")
+        for heading, line in encoded.report(model.config.context_length)[2:]:
+            print(f"{heading:21} {line}", file=sys.stderr)
 
 
 @dataclass(frozen=True)

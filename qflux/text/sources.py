@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from array import array
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -152,6 +152,7 @@ class TextSource:
         share: of the characters to hold out of `works`, in (0, 1).
         named: positions of the works to hold out, instead of a share.
         unused: names of what was found and is not read.
+        divided: False: all works are one part, the first.
     """
 
     works: Sequence[Work]
@@ -159,6 +160,12 @@ class TextSource:
     share: float = DEFAULT_VALIDATION_SHARE
     named: Sequence[int] = ()
     unused: Sequence[str] = ()
+    divided: bool = True
+
+    @property
+    def whole(self) -> TextSource:
+        """The same works with nothing held out."""
+        return TextSource([*self.works, *self.separate], unused=self.unused, divided=False)
 
     @property
     def stamp(self) -> list[Any] | None:
@@ -167,7 +174,7 @@ class TextSource:
         if any(stamp is None for part in parts for stamp in part):
             return None
         names = [[work.name for work in works] for works in (self.works, self.separate)]
-        return [names, parts, self.share, list(self.named)]
+        return [names, parts, self.share, list(self.named), self.divided]
 
     @property
     def unchanged(self) -> bool:
@@ -223,7 +230,9 @@ class TextSource:
             if length
         ]
         if not kept or (self.separate and not separate):
-            raise ValueError(f"data {some_of(self.empty)} is empty: there is no text to train on")
+            raise ValueError(f"data {some_of(self.empty)} is empty: it has no text to read")
+        if not self.divided:
+            return [self.works[i] for i in kept], []
         if self.separate:
             return [self.works[i] for i in kept], separate
         wanted = self.share * sum(lengths)
@@ -362,21 +371,12 @@ def open_dataset(
             loaded.
     """
     share = _check_share(validation_share, validation_works)
-    check_path("dataset", name)
-    datasets = require("datasets", "a Hugging Face dataset", extra="datasets")
-    more = {"streaming": True} if streaming else {}
-    with _dataset_errors(name):
-        splits = datasets.load_dataset(name, config, **more)
+    splits = _load_splits(name, config, streaming)
     if "train" not in splits:
         raise ValueError(f"dataset {name!r} has no split 'train', only {sorted(splits)}")
-    for split, rows in splits.items():
-        # A stream may not know its columns before it is read.
-        if rows.column_names is not None and column not in rows.column_names:
-            raise ValueError(
-                f"column must be one of {rows.column_names} of split {split!r}, got {column!r}"
-            )
     held_out = (
-        list(validation_works) or [part for part in ("validation", "test") if part in splits][:1]
+        list(dict.fromkeys(validation_works))
+        or [part for part in ("validation", "test") if part in splits][:1]
     )
     for split in held_out:
         if split == "train" or split not in splits:
@@ -384,20 +384,55 @@ def open_dataset(
             raise ValueError(
                 f"validation_works must be among {others} of dataset {name!r}, got {split!r}"
             )
+    # In this order, so that what is wrong with any split is said.
+    works = {split: _split_work(name, split, rows, column) for split, rows in splits.items()}
     if held_out and validation_share is not None:
         raise ValueError(
             f"validation_share cannot be used with dataset {name!r}, whose split "
             f"{held_out[0]!r} is held out"
         )
-    works = {}
-    for split in ("train", *held_out):
-        read = RowText(_RowReader(name, split, splits[split], column))
-        fingerprint = None if streaming else getattr(splits[split], "_fingerprint", None)
-        stamp = None if fingerprint is None else ["dataset", name, split, column, fingerprint]
-        works[split] = Work(split, read, stamp, read)
-    train = works.pop("train")
     unused = [f"split {split!r}" for split in splits if split not in ("train", *held_out)]
-    return TextSource([train], list(works.values()), share, unused=unused)
+    return TextSource([works["train"]], [works[split] for split in held_out], share, unused=unused)
+
+
+def open_split(
+    name: str,
+    config: str | None = None,
+    *,
+    split: str,
+    column: str = "text",
+    streaming: bool = False,
+) -> TextSource:
+    """One split of a dataset, undivided; everything else as `open_dataset` has it."""
+    splits = _load_splits(name, config, streaming)
+    if split not in splits:
+        raise ValueError(
+            f"dataset_split must be one of {sorted(splits)} of dataset {name!r}, got {split!r}"
+        )
+    return TextSource([_split_work(name, split, splits[split], column)], divided=False)
+
+
+def _load_splits(name: str, config: str | None, streaming: bool) -> Mapping[str, Any]:
+    """The splits of a dataset."""
+    check_path("dataset", name)
+    datasets = require("datasets", "a Hugging Face dataset", extra="datasets")
+    more = {"streaming": True} if streaming else {}
+    with _dataset_errors(name):
+        return datasets.load_dataset(name, config, **more)
+
+
+def _split_work(name: str, split: str, rows: Any, column: str) -> Work:
+    """A split of a dataset as a work."""
+    # A stream may not know its columns before it is read.
+    if rows.column_names is not None and column not in rows.column_names:
+        raise ValueError(
+            f"column must be one of {rows.column_names} of split {split!r}, got {column!r}"
+        )
+    # The package has a number for the content of what it has stored; streams have it for less.
+    known = getattr(rows, "_fingerprint", None) if hasattr(rows, "num_rows") else None
+    stamp = None if known is None else ["dataset", name, split, column, known]
+    text = RowText(_RowReader(name, split, rows, column))
+    return Work(split, text, stamp, text)
 
 
 @dataclass(frozen=True)

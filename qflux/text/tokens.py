@@ -12,7 +12,7 @@ import os
 import tempfile
 import time
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -20,6 +20,7 @@ from typing import IO, Any
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from qflux_kernels.checks import check_integer
 
@@ -183,7 +184,7 @@ def encode_text(
     vocabulary: Vocabulary,
     folder: str | Path | None = None,
     *,
-    progress: Callable[[int], None] | None = None,
+    progress: bool = False,
 ) -> EncodedText:
     """The token ids of a text.
 
@@ -196,7 +197,7 @@ def encode_text(
         text: what to encode.
         vocabulary: of the tokens.
         folder: of the run; None: the ids are in a file without a name, which goes with the process.
-        progress: called with the number of characters of each piece that was encoded.
+        progress: show how many characters have been encoded, if standard error is a terminal.
 
     Raises:
         OSError: a file cannot be read or written.
@@ -210,10 +211,17 @@ def encode_text(
             return found
     started = time.time_ns()
     train, validation = text.parts
-    encoder = _Encoder(vocabulary, folder, progress)
+    encoder = _Encoder(vocabulary, folder)
     try:
-        works = [encoder.add(work, "train") for work in train]
-        works += [encoder.add(work, "validation") for work in validation]
+        with tqdm(
+            desc="encoding",
+            unit=" characters",
+            unit_scale=True,
+            delay=1,
+            disable=None if progress else True,
+        ) as bar:
+            works = [encoder.add(work, "train", bar) for work in train]
+            works += [encoder.add(work, "validation", bar) for work in validation]
         if not text.unchanged:
             raise ValueError("the text was changed while it was read; start again when it is done")
         head = {
@@ -242,10 +250,8 @@ def token_type(size: int) -> torch.dtype:
 class _Encoder:
     """Collects ids in memory, and from `MAPPED_BYTES` on in a file."""
 
-    def __init__(
-        self, vocabulary: Vocabulary, folder: Path | None, progress: Callable[[int], None] | None
-    ) -> None:
-        self.vocabulary, self.folder, self.progress = vocabulary, folder, progress
+    def __init__(self, vocabulary: Vocabulary, folder: Path | None) -> None:
+        self.vocabulary, self.folder = vocabulary, folder
         self.dtype = token_type(vocabulary.size)
         self.unknown = 0
         self._kept: list[Tensor] = []
@@ -254,15 +260,14 @@ class _Encoder:
         self._path = Path()
         self._count = self._checksum = 0
 
-    def add(self, work: Work, part: str) -> WorkRecord:
+    def add(self, work: Work, part: str, bar: tqdm) -> WorkRecord:
         """Encode a work."""
         measure, before = Measure(), self._count
 
         def measured() -> Iterator[str]:
             for piece in work.read():
                 measure.add(piece)
-                if self.progress is not None:
-                    self.progress(len(piece))
+                bar.update(len(piece))
                 yield piece
 
         try:

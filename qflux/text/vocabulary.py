@@ -386,6 +386,20 @@ def vocabulary_from_json(text: str) -> Vocabulary:
         raise ValueError(f"the tokenizer of a vocabulary is broken: {error}") from None
 
 
+def check_vocabulary_size(vocabulary: Vocabulary, size: int, name: str = "vocabulary") -> None:
+    """Raise unless a vocabulary has as many tokens as the model.
+
+    Raises:
+        ValueError: both sizes, and `name`, what the vocabulary came from.
+    """
+    if vocabulary.size != size:
+        raise ValueError(
+            f"{name} must have the vocab_size of the model, {size}, got one of kind "
+            f"{vocabulary.kind!r} with {vocabulary.size} tokens: use the vocabulary that the model "
+            "was trained with"
+        )
+
+
 def to_tokenizer(vocabulary: Vocabulary) -> tokenizers.Tokenizer:
     """A `tokenizers.Tokenizer` with the same ids, for other libraries.
 

@@ -15,7 +15,8 @@ from torch import Tensor
 from ..models.base import CausalLM
 from ..models.config import ModelConfig
 from ..models.presets import config_from_json, make_model
-from ..text.vocabulary import Vocabulary, vocabulary_from_json
+from ..text.files import check_path
+from ..text.vocabulary import Vocabulary, check_vocabulary_size, vocabulary_from_json
 
 CONFIG_FILE = "config.json"
 VOCABULARY_FILE = "vocabulary.json"
@@ -74,14 +75,15 @@ def load_model(
 
     Raises:
         FileNotFoundError: the folder or one of its files is missing.
-        ValueError: weights that do not belong to the configuration, or no such device.
+        ValueError: weights or a vocabulary that do not belong to the configuration, or no such
+            device.
     """
-    folder, device = Path(folder), usable_device(device)
+    folder, device = check_path("model_path", folder), usable_device(device)
     for name in (CONFIG_FILE, VOCABULARY_FILE, MODEL_FILE):
         if not (folder / name).is_file():
             raise FileNotFoundError(f"model folder {str(folder)!r} has no {name}")
     config = config_from_json((folder / CONFIG_FILE).read_text())
-    vocabulary = vocabulary_from_json((folder / VOCABULARY_FILE).read_text())
+    vocabulary = _read_vocabulary(folder / VOCABULARY_FILE, config.vocab_size)
     model = make_model(config)
     try:
         model.load_state_dict(safetensors.torch.load((folder / MODEL_FILE).read_bytes()))
@@ -90,6 +92,16 @@ def load_model(
             f"{str(folder / MODEL_FILE)!r} does not fit {CONFIG_FILE} beside it: {error}"
         ) from None
     return model.to(device).eval(), vocabulary
+
+
+def _read_vocabulary(path: Path, size: int) -> Vocabulary:
+    """The vocabulary of a model with `size` tokens."""
+    try:
+        vocabulary = vocabulary_from_json(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{str(path)!r} is not a vocabulary: {error}") from None
+    check_vocabulary_size(vocabulary, size, str(path))
+    return vocabulary
 
 
 def save_state(folder: str | Path, state: dict[str, Any]) -> None:

@@ -6,7 +6,6 @@ import json
 import math
 import time
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from tqdm import tqdm
@@ -15,9 +14,10 @@ from ..models.base import CausalLM
 from ..models.config import ModelConfig
 from ..models.presets import make_model
 from ..text.data import TextSplit
+from ..text.files import check_path
 from ..text.sources import TextSource
 from ..text.tokens import encode_text
-from ..text.vocabulary import Vocabulary
+from ..text.vocabulary import Vocabulary, check_vocabulary_size
 from ..text.windows import TrainingWindows
 from .checkpoint import (
     STATE_FILE,
@@ -73,19 +73,16 @@ def train(
             device.
         NonFiniteLossError: the loss became NaN or infinite.
     """
-    folder, device = Path(options.output_dir), usable_device(options.device)
+    folder = check_path("output_dir", options.output_dir)
+    device = usable_device(options.device)
     folder.mkdir(parents=True, exist_ok=True)
     if not options.resume and (folder / STATE_FILE).exists():
         raise FileExistsError(
             f"output_dir {str(folder)!r} holds a run already: resume it, or choose another folder"
         )
 
-    if vocabulary.size != config.vocab_size:
-        raise ValueError(
-            f"vocab_size must be the size of the vocabulary, {vocabulary.size}, "
-            f"got {config.vocab_size}"
-        )
-    encoded = encode_text(text, vocabulary, folder)
+    check_vocabulary_size(vocabulary, config.vocab_size)
+    encoded = encode_text(text, vocabulary, folder, progress=options.progress)
     held_out = encoded.validation_sample(options.eval_tokens, config.context_length)
     windows = TrainingWindows(
         encoded.train,
