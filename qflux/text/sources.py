@@ -245,7 +245,7 @@ class TextSource:
             if not train or not validation:
                 raise ValueError("validation_works must leave text on both sides, got empty works")
             return train, validation
-        longest = max(kept, key=lambda i: lengths[i])
+        longest = max(kept, key=lambda i: (lengths[i], i))
         train = [self.works[i] for i in kept]
         at = kept.index(longest)
         train[at], end = _cut_end(self.works[longest], lengths[longest], wanted)
