@@ -223,7 +223,7 @@ class BpeVocabulary:
         word, so that the ids are those of the whole text.
         """
         fast = getattr(self.tokenizer, "encode_batch_fast", self.tokenizer.encode_batch)
-        cuts = cut_at_words(pieces)
+        cuts = cut_at_words(pieces, _CUT)
         while batch := list(islice(cuts, _BATCH)):
             for encoding in fast(batch, add_special_tokens=False):
                 yield torch.tensor(encoding.ids, dtype=torch.int64)
@@ -279,7 +279,7 @@ _BATCH = 32
 _ENDS_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")
 
 
-def cut_at_words(pieces: Iterable[str], least: int = _CUT) -> Iterator[str]:
+def cut_at_words(pieces: Iterable[str], least: int) -> Iterator[str]:
     """The same text in pieces of `least` characters to twice as many, cut at the end of a word.
 
     Where no word ends a piece is cut before any white space, and where there is none, anywhere.

@@ -245,7 +245,7 @@ def test_a_broken_dataset_is_one_line(dataset, error):
 
 def test_a_column_without_text_is_named(dataset):
     dataset(train=["abc", None, 7, "def"])
-    with pytest.raises(ValueError, match="column must hold text, got 'text' .* holds int"):
+    with pytest.raises(ValueError, match=r"column must hold text, got 'text' .* holds int"):
         load_dataset_text("name")
 
 
