@@ -4,6 +4,7 @@ import errno
 import os
 import subprocess
 import sys
+from itertools import pairwise
 
 import pytest
 import torch
@@ -329,7 +330,7 @@ def test_a_sample_is_some_of_the_windows_evenly_spread(eval_tokens):
         assert min(10, eval_tokens) <= scored <= max(10, eval_tokens)
         assert scored > eval_tokens - 20
         places = [every.index(row) for row in rows]
-        gaps = [b - a for a, b in zip(places, places[1:], strict=False)]
+        gaps = [b - a for a, b in pairwise(places)]
         assert max(gaps, default=1) - min(gaps, default=1) <= 1
     with pytest.raises(ValueError, match="eval_tokens"):
         sample_windows(works, 0, 11)
