@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 import time
 from dataclasses import dataclass
 
@@ -83,6 +84,9 @@ def train(
 
     check_vocabulary_size(vocabulary, config.vocab_size)
     encoded = encode_text(text, vocabulary, folder, progress=options.progress)
+    if options.progress:
+        for heading, line in encoded.report(config.context_length, options.eval_tokens):
+            print(f"{heading:11} {line}", file=sys.stderr)
     held_out = encoded.validation_sample(options.eval_tokens, config.context_length)
     windows = TrainingWindows(
         encoded.train,
