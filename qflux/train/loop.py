@@ -84,9 +84,6 @@ def train(
 
     check_vocabulary_size(vocabulary, config.vocab_size)
     encoded = encode_text(text, vocabulary, folder, progress=options.progress)
-    if options.progress:
-        for heading, line in encoded.report(config.context_length, options.eval_tokens):
-            print(f"{heading:11} {line}", file=sys.stderr)
     held_out = encoded.validation_sample(options.eval_tokens, config.context_length)
     windows = TrainingWindows(
         encoded.train,
@@ -146,6 +143,9 @@ def train(
         open(folder / METRICS_FILE, "a", encoding="utf-8") as metrics,
         open_trackers(options.trackers, folder, config) as trackers,
     ):
+        if options.progress:
+            for heading, line in encoded.report(config.context_length, options.eval_tokens):
+                bar.write(f"{heading:11} {line}", file=sys.stderr)
         while (progress := progress_made()) < 1:
             length = window_length(progress, config.context_length, options)
             batch = shorten(windows.batch(step), length).to(device)
