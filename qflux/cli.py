@@ -18,6 +18,7 @@ import tyro
 COMMANDS = {
     "train": "Train a model on a text.",
     "generate": "Continue a prompt.",
+    "eval": "Measure how well a trained model predicts a text.",
     "export": "Write a trained model as a Hugging Face model.",
 }
 

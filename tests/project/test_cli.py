@@ -193,7 +193,7 @@ def test_datasets_and_vocabularies_from_files(tmp_path, run, monkeypatch):
 def test_pairs_are_counted_in_the_training_text_only(tmp_path, run, monkeypatch):
     seen = []
     monkeypatch.setattr(
-        commands, "make_vocabulary", lambda kind, text, size: seen.append(text) or 1 / 0
+        commands, "make_vocabulary", lambda kind, text, size: seen.append("".join(text)) or 1 / 0
     )
     for part, text in (("train", "ab"), ("validation", "xy")):
         (tmp_path / part).mkdir()
