@@ -110,11 +110,14 @@ class ExportOptions:
 
     Args:
         model_path: folder that training wrote.
-        output_dir: folder for the Hugging Face model.
+        output_dir: folder for the Hugging Face model, a new or an empty one.
+        overwrite: replace what has the same names in a folder that is not empty; the model's own
+            folder is never written to.
     """
 
     model_path: str
     output_dir: str
+    overwrite: bool = False
 
 
 def documentation(kind: type) -> dict[str, str]:
@@ -303,5 +306,5 @@ class Export:
         from .hf import export
 
         options = ExportOptions(**self.export)
-        export(options.model_path, options.output_dir)
+        export(options.model_path, options.output_dir, overwrite=options.overwrite)
         print(f"Hugging Face model in {options.output_dir}")
