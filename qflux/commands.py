@@ -12,12 +12,13 @@ from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import docstring_parser
-import torch
 from typing_extensions import Required, TypedDict
 from tyro import conf
 
 from qflux_kernels import BackendUnavailableError
 
+from .inference.session import GenerationOptions, Session
+from .inference.text import UNKNOWN
 from .models.presets import PRESETS, make_config
 from .text.data import TextSplit, load_dataset_text, load_text
 from .text.ngrams import ngram_losses
@@ -77,31 +78,6 @@ class TextOptions:
         # Characters of the held-out works need ids; their pairs must not be counted.
         source = text.text if self.vocabulary == "char" else "".join(text.train.values())
         return make_vocabulary(self.vocabulary, source, self.vocab_size)
-
-
-@dataclass(frozen=True)
-class GenerationOptions:
-    """What to continue, and how to draw tokens.
-
-    Args:
-        model_path: folder that training wrote.
-        prompt: text to continue.
-        max_new_tokens: tokens to add, >= 0.
-        temperature: divides the logits, >= 0; 0 takes the most likely token.
-        top_k: keep the k most likely tokens, >= 1.
-        top_p: keep the most likely tokens of this total probability, in (0, 1].
-        seed: of the sampling.
-        device: where to run, as PyTorch names it, such as cpu, cuda or cuda:1.
-    """
-
-    model_path: str
-    prompt: str = "\n"
-    max_new_tokens: int = 300
-    temperature: float = 0.8
-    top_k: int | None = None
-    top_p: float | None = None
-    seed: int = 0
-    device: str = "cpu"
 
 
 @dataclass(frozen=True)
@@ -225,6 +201,8 @@ TRAINING_FLAGS = flags(TrainingOptions, without=("progress", "trackers"))
 NETWORK_FLAGS = network_flags()
 GENERATION_FLAGS = flags(
     GenerationOptions,
+    without=("stop",),
+    choices={"unknown": UNKNOWN},
     aliases={"model_path": ["--model-dir"], "max_new_tokens": ["--max-length"]},
 )
 EXPORT_FLAGS = flags(ExportOptions, aliases={"model_path": ["--model-dir"]})
@@ -277,21 +255,19 @@ class Generate:
     """`qflux generate`: the options that were given."""
 
     generation: Annotated[dict[str, Any], conf.arg(constructor=GENERATION_FLAGS)]
+    stop: Annotated[
+        tuple[str, ...],
+        conf.UseAppendAction,
+        conf.arg(
+            help=documentation(GenerationOptions)["stop"], help_behavior_hint="(may be repeated)"
+        ),
+    ] = ()
 
     def run(self) -> None:
-        """Print the prompt and its continuation."""
-        options = GenerationOptions(**self.generation)
+        """Write the prompt and its continuation, as it is made."""
+        options = GenerationOptions(**self.generation, stop=self.stop)
         model, vocabulary = load_model(options.model_path, options.device)
-        prompt = vocabulary.encode(options.prompt)[None].to(options.device)
-        ids = model.generate(
-            prompt,
-            options.max_new_tokens,
-            temperature=options.temperature,
-            top_k=options.top_k,
-            top_p=options.top_p,
-            generator=torch.Generator(options.device).manual_seed(options.seed),
-        )
-        print(vocabulary.decode(ids[0]))
+        Session(options, model, vocabulary).run()
 
 
 @dataclass(frozen=True)
