@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import re
 import sys
-from contextlib import redirect_stderr
+from contextlib import redirect_stderr, suppress
 from dataclasses import make_dataclass
 from importlib import metadata
 from io import StringIO
@@ -62,11 +62,9 @@ def _main(arguments: list[str]) -> int:
 
 def _complain(line: str) -> None:
     """Say it on standard error; where nobody listens, the exit status has to do."""
-    try:
+    with suppress(OSError):
         if line:
             print(line, file=sys.stderr, flush=True)
-    except OSError:
-        pass
 
 
 def _open_streams() -> None:

@@ -6,7 +6,11 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from transformers.utils import logging
 
 from ..models.base import CausalLM
 from ..train.checkpoint import load_model
@@ -52,6 +56,8 @@ def export(
         FileExistsError: `output_dir` is not empty, or is a file.
         ValueError: `output_dir` is the model's own folder, which is never overwritten.
     """
+    if not str(model_path):
+        raise ValueError("model_path must name a folder, got ''")
     model_path, target = Path(model_path), Path(output_dir)
     _check_target(model_path, target, str(output_dir), overwrite)
     model, vocabulary = load_model(model_path)
@@ -71,7 +77,8 @@ def export(
     target.parent.mkdir(parents=True, exist_ok=True)
     made = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
     try:
-        wrapped.save_pretrained(made)
+        with _no_progress_bar():
+            wrapped.save_pretrained(made)
         tokenizer.save_pretrained(made)
         if target.exists():
             for file in sorted(made.iterdir()):
@@ -84,6 +91,18 @@ def export(
             made.rename(target)
     finally:
         shutil.rmtree(made, ignore_errors=True)
+
+
+@contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    """Meanwhile transformers draws none: a model of this kind is one small file."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _check_target(model_path: Path, target: Path, given: str, overwrite: bool) -> None:

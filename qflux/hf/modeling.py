@@ -7,13 +7,13 @@ import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import transformers
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
-from transformers.modeling_outputs import CausalLMOutput
+from transformers.modeling_outputs import BaseModelOutput, CausalLMOutput
 
 from ..models.base import CausalLM
 from ..models.presets import config_from_json, make_model
@@ -160,26 +160,46 @@ class QFluxForCausalLM(transformers.PreTrainedModel, transformers.GenerationMixi
             ValueError: padding between tokens (checked on the CPU), a mask of another shape, or
                 an argument of other models that this one cannot follow.
         """
-        for name in UNSUPPORTED:
-            if kwargs.get(name) is not None and kwargs[name] is not False:
-                raise ValueError(f"Quantum Flux models have no {name}; it must be None")
-        size = self.model.config.vocab_size
-        input_ids = input_ids.masked_fill(input_ids >= size, self.config.stand_in)
-        back = None
-        if attention_mask is not None:
-            mask = _checked(attention_mask, input_ids)
-            order = (~mask).long().argsort(dim=1, stable=True)  # (B, S): tokens, then padding
-            back = order.argsort(dim=1)
-            input_ids = input_ids.masked_fill(~mask, self.config.stand_in).gather(1, order)
-            if labels is not None:
-                labels = labels.masked_fill(~mask, IGNORED_LABEL).gather(1, order)
+        input_ids, mask, order = self._arranged(input_ids, attention_mask, kwargs)
+        if labels is not None and mask is not None and order is not None:
+            labels = labels.masked_fill(~mask, IGNORED_LABEL).gather(1, order)
         logits, loss = self._score(input_ids, labels, num_items_in_batch)
-        if back is not None:
-            logits = logits.gather(1, back[..., None].expand_as(logits))
+        logits = _in_place(logits, order)
         if return_dict is False:
             return (logits,) if loss is None else (loss, logits)
         # The class has a type in its docstring only.
         return CausalLMOutput(loss=loss, logits=logits)  # pyright: ignore[reportArgumentType]
+
+    @property
+    def base_model(self) -> torch.nn.Module:
+        """Token ids to what `get_output_embeddings()` reads, as other libraries call it."""
+        return _Backbone(self)
+
+    def features(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
+    ) -> Tensor:
+        """What the map to logits reads, `(B, S, H)`, with the arguments and errors of `forward`."""
+        input_ids, _, order = self._arranged(input_ids, attention_mask, kwargs)
+        return _in_place(self.model.features(input_ids), order)
+
+    def _arranged(
+        self, input_ids: Tensor, attention_mask: Tensor | None, others: dict[str, Any]
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Ids `(B, S)` of the model, tokens before padding; the mask and the order they came from.
+
+        Raises:
+            ValueError: as `forward`.
+        """
+        for name in UNSUPPORTED:
+            if others.get(name) is not None and others[name] is not False:
+                raise ValueError(f"Quantum Flux models have no {name}; it must be None")
+        stand_in = self.config.stand_in
+        input_ids = input_ids.masked_fill(input_ids >= self.model.config.vocab_size, stand_in)
+        if attention_mask is None:
+            return input_ids, None, None
+        mask = _checked(attention_mask, input_ids)
+        order = (~mask).long().argsort(dim=1, stable=True)
+        return input_ids.masked_fill(~mask, stand_in).gather(1, order), mask, order
 
     def _score(
         self, input_ids: Tensor, labels: Tensor | None, num_labels: int | Tensor | None
@@ -213,11 +233,11 @@ class QFluxForCausalLM(transformers.PreTrainedModel, transformers.GenerationMixi
 
     def get_input_embeddings(self) -> torch.nn.Module:
         """The module that makes states `(B, C, S, 2)` of token ids."""
-        return self.model.embedding
+        return cast("torch.nn.Module", self.model.embedding)
 
     def set_input_embeddings(self, value: torch.nn.Module) -> None:
         """Replace the module that makes states of token ids."""
-        self.model.embedding = value
+        self.model.embedding = value  # pyright: ignore[reportAttributeAccessIssue]
 
     def get_output_embeddings(self) -> torch.nn.Linear:
         """The map from features to logits."""
@@ -258,6 +278,26 @@ class QFluxForCausalLM(transformers.PreTrainedModel, transformers.GenerationMixi
     @classmethod
     def register_for_auto_class(cls, auto_class: str = "AutoModel") -> None:
         """Nothing: the configuration writes the code, and transformers would copy this module."""
+
+
+class _Backbone(torch.nn.Module):
+    """All of a model but its map to logits, with the output that transformers' backbones have."""
+
+    def __init__(self, whole: QFluxForCausalLM) -> None:
+        super().__init__()
+        self.whole = whole
+
+    def forward(self, input_ids: Tensor, **kwargs: Any) -> BaseModelOutput:
+        """Features `(B, S, H)` of token ids `(B, S)`, as `last_hidden_state`."""
+        features = self.whole.features(input_ids, **kwargs)
+        return BaseModelOutput(last_hidden_state=features)  # pyright: ignore[reportArgumentType]
+
+
+def _in_place(values: Tensor, order: Tensor | None) -> Tensor:
+    """Values `(B, S, N)` of rearranged tokens, where the tokens were."""
+    if order is None:
+        return values
+    return values.gather(1, order.argsort(dim=1)[..., None].expand_as(values))
 
 
 def _checked(attention_mask: Tensor, input_ids: Tensor) -> Tensor:

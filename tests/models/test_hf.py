@@ -205,6 +205,19 @@ def test_embeddings_can_be_read_and_replaced(transformers):
             wrapped.resize_token_embeddings(9)
 
 
+def test_the_backbone_and_the_head_make_the_logits(exported):
+    """As libraries use them that do not want the logits of all positions."""
+    model, vocabulary, loaded, tokenizer = exported
+    batch = tokenizer(["To be", "To be, or not"], return_tensors="pt", padding=True)
+    states = loaded.base_model(**batch).last_hidden_state
+    logits = loaded.get_output_embeddings()(states)
+    seen = batch.attention_mask.bool()
+    expected = loaded(**batch).logits[..., : vocabulary.size]
+    torch.testing.assert_close(logits[seen], expected[seen])
+    with pytest.raises(ValueError, match="have no position_ids"):
+        loaded.base_model(**batch, position_ids=batch.input_ids)
+
+
 @pytest.mark.parametrize("preset", ["lm", "flux", "qfnn"])
 def test_gradient_checkpointing_changes_no_gradient(transformers, preset):
     from qflux.hf import from_model
@@ -325,7 +338,12 @@ def test_an_export_never_destroys_the_model(transformers, tmp_path, capsys, spel
     os.symlink(tmp_path / "run", tmp_path / "link")
     before = snapshot(tmp_path / "run")
     for more in ([], ["--overwrite"]):
-        arguments = ["--model-path", str(tmp_path / "run"), "--output-dir", f"{tmp_path}/{spelling}"]
+        arguments = [
+            "--model-path",
+            str(tmp_path / "run"),
+            "--output-dir",
+            f"{tmp_path}/{spelling}",
+        ]
         assert main(["export", *arguments, *more]) == 2
         err = capsys.readouterr().err
         assert "the model's own folder" in err and err.count("\n") == 1

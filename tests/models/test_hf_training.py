@@ -126,3 +126,40 @@ def test_lora_trains_every_linear_layer(tmp_path, preset):
     )  # fmt: skip
     again = peft.PeftModel.from_pretrained(base, tmp_path)
     torch.testing.assert_close(again(input_ids=ids).logits, expected)
+
+
+def test_trl_fine_tunes_an_exported_model(tmp_path):
+    """Rows of ids: a model has no label for the end-of-text token, which TRL adds to texts."""
+    pytest.importorskip("peft", reason="low-rank adapters")
+    trl = pytest.importorskip("trl", reason="supervised fine-tuning")
+    datasets = pytest.importorskip("datasets", reason="trl reads its rows")
+    from peft import LoraConfig
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from qflux import CharacterVocabulary, save_model
+    from qflux.hf import export
+
+    text = "To be, or not to be"
+    vocabulary = CharacterVocabulary(text)
+    save_model(
+        tmp_path / "run", make_model(make_config("lm", vocabulary.size, **SMALL)), vocabulary
+    )
+    export(tmp_path / "run", tmp_path / "hf")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "hf")
+    ids = tokenizer(text, return_tensors="pt").input_ids
+    expected = model(ids, labels=ids).loss.item()
+    trainer = trl.SFTTrainer(
+        model=model,
+        processing_class=tokenizer,
+        train_dataset=datasets.Dataset.from_dict({"input_ids": ids.tolist() * 8}),
+        peft_config=LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear"),
+        args=trl.SFTConfig(
+            str(tmp_path / "out"), max_steps=2, per_device_train_batch_size=2, max_length=24,
+            gradient_accumulation_steps=2, logging_steps=1, report_to=[], use_cpu=True, bf16=False,
+            save_strategy="no", disable_tqdm=True,
+        ),
+    )  # fmt: skip
+    trainer.train()
+    seen = trainer.state.log_history
+    assert seen[0]["loss"] == pytest.approx(expected, rel=1e-4) and seen[0]["grad_norm"] > 0
