@@ -8,7 +8,7 @@ import select
 import stat
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -141,7 +141,7 @@ class Session:
         prompt, told = fit_prompt(given, self.vocabulary, options.unknown)
         if told:
             note(f"prompt: {told}")
-        tokens, start = 0, time.perf_counter()
+        made, start = [], time.perf_counter()
         try:
             for number in range(options.num_samples):
                 if number:
@@ -160,19 +160,21 @@ class Session:
                     top_p=options.top_p,
                     generator=torch.Generator(options.device).manual_seed(its_seed),
                 )
-                try:
-                    for text in stream:
-                        self._write(text)
-                except KeyboardInterrupt:
-                    self._write(stream.finish())
-                    raise
-                finally:
-                    tokens += stream.tokens
-                    self._write("\n")
-        finally:
-            seconds = time.perf_counter() - start
-            rate = tokens / seconds if seconds > 0 else 0.0
-            note(f"{tokens} tokens in {seconds:.1f} s, {rate:.1f} tokens/s")
+                made.append(stream)
+                self._write_all(stream)
+        except (KeyboardInterrupt, BrokenPipeError):
+            _tell_speed(made, start)
+            raise
+        _tell_speed(made, start)
+
+    def _write_all(self, stream: TextStream) -> None:
+        try:
+            for text in stream:
+                self._write(text)
+        except KeyboardInterrupt:
+            self._write(stream.finish() + "\n")
+            raise
+        self._write("\n")
 
     def _write(self, text: str) -> None:
         # At once, so that it can be read and nothing is lost when the program is killed.
@@ -184,6 +186,11 @@ def note(text: str) -> None:
     """Say something on standard error, if somebody listens."""
     with suppress(OSError, ValueError):
         print(text, file=sys.stderr, flush=True)
+
+
+def _tell_speed(made: Sequence[TextStream], start: float) -> None:
+    tokens, seconds = sum(stream.tokens for stream in made), time.perf_counter() - start
+    note(f"{tokens} tokens in {seconds:.1f} s, {tokens / max(seconds, 1e-9):.1f} tokens/s")
 
 
 def _standard_output() -> TextIO:

@@ -3,7 +3,9 @@
 import json
 import math
 import os
+import re
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -207,7 +209,7 @@ def test_embeddings_can_be_read_and_replaced(transformers):
 
 def test_the_backbone_and_the_head_make_the_logits(exported):
     """As libraries use them that do not want the logits of all positions."""
-    model, vocabulary, loaded, tokenizer = exported
+    _, vocabulary, loaded, tokenizer = exported
     batch = tokenizer(["To be", "To be, or not"], return_tensors="pt", padding=True)
     states = loaded.base_model(**batch).last_hidden_state
     logits = loaded.get_output_embeddings()(states)
@@ -323,6 +325,22 @@ def test_assisted_generation_is_refused_by_name(exported):
     ids = tokenizer("To be", return_tensors="pt").input_ids
     with pytest.raises(ValueError, match="assisted generation is not supported"):
         loaded.generate(ids, assistant_model=loaded, max_new_tokens=3)
+
+
+def test_the_page_about_it_runs(transformers, tmp_path, monkeypatch):
+    """Its programs, one after another, beside a folder that its command has written."""
+    from qflux.cli import main
+
+    trained_folder(tmp_path / "runs" / "first")
+    monkeypatch.chdir(tmp_path)
+    page = (Path(__file__).resolve().parents[2] / "docs" / "huggingface.md").read_text()
+    [command] = re.findall(r"^    qflux (export .*)$", page, re.MULTILINE)
+    assert main(command.split()) == 0
+    names = {}
+    for program in re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL):
+        exec(program, names)
+    assert len(names["texts"]) == 2 and names["text"].startswith("To be")
+    assert names["loss"].item() > 0 and names["model"].model.head.weight.grad.any()
 
 
 def snapshot(folder):
