@@ -320,6 +320,18 @@ print([text["generated_text"] for [text] in texts])
     assert not [line for line in noise if "pad_token" in line or "eos" in line], result.stderr
 
 
+def test_saving_a_registered_class_copies_no_source(transformers, tmp_path):
+    """transformers registers classes that it got from a folder's code, and copies their modules."""
+    from qflux.hf import QFluxConfig, QFluxForCausalLM, from_model
+
+    for kind in (QFluxConfig, QFluxForCausalLM):
+        kind.register_for_auto_class()
+        assert kind._auto_class is None
+    from_model(make_model(make_config("lm", 5, **SMALL))).save_pretrained(tmp_path)
+    saved = {file.name for file in tmp_path.iterdir()}
+    assert {name for name in saved if name.endswith(".py")} == {"modeling_qflux.py"}
+
+
 def test_assisted_generation_is_refused_by_name(exported):
     _, _, loaded, tokenizer = exported
     ids = tokenizer("To be", return_tensors="pt").input_ids
