@@ -15,13 +15,14 @@ from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import docstring_parser
-import torch
 from typing_extensions import Required, TypedDict
 from tyro import conf
 
 from qflux_kernels import BackendUnavailableError
 from qflux_kernels.checks import check_integer
 
+from .inference.session import GenerationOptions, Session
+from .inference.text import UNKNOWN
 from .models.config import ModelConfig
 from .models.presets import PRESETS, make_config
 from .text.files import check_path
@@ -131,32 +132,6 @@ class TextOptions:
 
 
 @dataclass(frozen=True)
-class GenerationOptions:
-    """What to continue, and how to draw tokens.
-
-    Args:
-        model_path: folder that training wrote.
-        prompt: text to continue; None: a line break, or where the vocabulary has none, a space or
-            its first character.
-        max_new_tokens: tokens to add, >= 0.
-        temperature: divides the logits, >= 0; 0 takes the most likely token.
-        top_k: keep the k most likely tokens, >= 1.
-        top_p: keep the most likely tokens of this total probability, in (0, 1].
-        seed: of the sampling.
-        device: where to run, as PyTorch names it, such as cpu, cuda or cuda:1.
-    """
-
-    model_path: str
-    prompt: str | None = None
-    max_new_tokens: int = 300
-    temperature: float = 0.8
-    top_k: int | None = None
-    top_p: float | None = None
-    seed: int = 0
-    device: str = "cpu"
-
-
-@dataclass(frozen=True)
 class EvaluationOptions:
     """What to evaluate, and on which text.
 
@@ -217,11 +192,14 @@ class ExportOptions:
 
     Args:
         model_path: folder that training wrote.
-        output_dir: folder for the Hugging Face model.
+        output_dir: folder for the Hugging Face model, a new or an empty one.
+        overwrite: replace what has the same names in a folder that is not empty; the model's own
+            folder is never written to.
     """
 
     model_path: str
     output_dir: str
+    overwrite: bool = False
 
 
 def documentation(kind: type) -> dict[str, str]:
@@ -329,6 +307,8 @@ TRAINING_FLAGS = flags(TrainingOptions, without=("progress", "trackers"))
 NETWORK_FLAGS = network_flags()
 GENERATION_FLAGS = flags(
     GenerationOptions,
+    without=("stop",),
+    choices={"unknown": UNKNOWN},
     aliases={"model_path": ["--model-dir"], "max_new_tokens": ["--max-length"]},
 )
 EVALUATION_FLAGS = flags(EvaluationOptions, aliases={"model_path": ["--model-dir"]})
@@ -473,22 +453,19 @@ class Generate:
     """`qflux generate`: the options that were given."""
 
     generation: Annotated[dict[str, Any], conf.arg(constructor=GENERATION_FLAGS)]
+    stop: Annotated[
+        tuple[str, ...],
+        conf.UseAppendAction,
+        conf.arg(
+            help=documentation(GenerationOptions)["stop"], help_behavior_hint="(may be repeated)"
+        ),
+    ] = ()
 
     def run(self) -> None:
-        """Print the prompt and its continuation."""
-        options = GenerationOptions(**self.generation)
+        """Write the prompt and its continuation, as it is made."""
+        options = GenerationOptions(**self.generation, stop=self.stop)
         model, vocabulary = load_model(options.model_path, options.device)
-        text = vocabulary.default_prompt if options.prompt is None else options.prompt
-        prompt = vocabulary.encode(text)[None].to(options.device)
-        ids = model.generate(
-            prompt,
-            options.max_new_tokens,
-            temperature=options.temperature,
-            top_k=options.top_k,
-            top_p=options.top_p,
-            generator=torch.Generator(options.device).manual_seed(options.seed),
-        )
-        print(vocabulary.decode(ids[0]))
+        Session(options, model, vocabulary).run()
 
 
 @dataclass(frozen=True)
@@ -537,5 +514,5 @@ class Export:
         from .hf import export
 
         options = ExportOptions(**self.export)
-        export(options.model_path, options.output_dir)
+        export(options.model_path, options.output_dir, overwrite=options.overwrite)
         print(f"Hugging Face model in {options.output_dir}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -404,8 +404,13 @@ def check_vocabulary_size(vocabulary: Vocabulary, size: int, name: str = "vocabu
         )
 
 
-def to_tokenizer(vocabulary: Vocabulary) -> tokenizers.Tokenizer:
+def to_tokenizer(vocabulary: Vocabulary, further: Sequence[str] = ()) -> tokenizers.Tokenizer:
     """A `tokenizers.Tokenizer` with the same ids, for other libraries.
+
+    Args:
+        vocabulary: the vocabulary.
+        further: tokens that a vocabulary of characters gets after its own ids. The last one stands
+            for every character that it does not have. Without one such characters are refused.
 
     Raises:
         ImportError: tokenizers is not installed; the message says how to install it.
@@ -417,7 +422,9 @@ def to_tokenizer(vocabulary: Vocabulary) -> tokenizers.Tokenizer:
         letters = bytes_to_letters()
         return _byte_level(library, library.models.BPE(vocab=letters, merges=[]))
     ids = {character: i for i, character in enumerate(vocabulary.characters)}
-    tokenizer = library.Tokenizer(library.models.WordLevel(ids, unk_token=vocabulary.characters[0]))
+    ids |= {name: vocabulary.size + i for i, name in enumerate(further)}
+    unknown = further[-1] if further else ""  # no token: the package refuses what it does not know
+    tokenizer = library.Tokenizer(library.models.WordLevel(ids, unk_token=unknown))
     single = library.Regex(r"[\s\S]")
     tokenizer.pre_tokenizer = library.pre_tokenizers.Split(single, "isolated")
     tokenizer.decoder = library.decoders.Fuse()

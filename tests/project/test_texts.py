@@ -37,7 +37,7 @@ def test_a_text_without_line_breaks_has_a_prompt_of_its_own(tmp_path, run):
         assert status == 0, err
         assert "\n" not in characters(folder)
         status, out, err = run("generate", "--model-path", folder, "--max-new-tokens", "5")
-        assert (status, err) == (0, "") and out.startswith(first) and len(out) == 1 + 5 + 1
+        assert status == 0 and out.startswith(first) and len(out) == 1 + 5 + 1, err
 
 
 def test_files_shorter_than_the_context_are_joined_and_it_is_said(tmp_path, run):
