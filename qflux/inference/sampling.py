@@ -48,8 +48,7 @@ def sample(
     divisor = min(temperature, torch.finfo(torch.float32).max)
     ordered, ids = (below / divisor).sort(dim=-1, descending=True)
     if top_k is not None:
-        kept = min(top_k, ordered.shape[-1])
-        ordered, ids = ordered[..., :kept], ids[..., :kept]
+        ordered, ids = ordered[..., :top_k], ids[..., :top_k]
     probabilities = ordered.softmax(-1)
     if top_p is not None:
         likelier = probabilities.cumsum(-1) - probabilities
