@@ -5,7 +5,9 @@ Every option is a field of a dataclass: its docstring is the help, its default t
 
 from __future__ import annotations
 
+import math
 import shlex
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
@@ -13,24 +15,30 @@ from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import docstring_parser
-import torch
 from typing_extensions import Required, TypedDict
 from tyro import conf
 
 from qflux_kernels import BackendUnavailableError
+from qflux_kernels.checks import check_integer
 
+from .inference.session import GenerationOptions, Session
+from .inference.text import UNKNOWN
 from .models.config import ModelConfig
 from .models.presets import PRESETS, make_config
-from .text.data import TextSplit, load_dataset_text, load_text
+from .text.files import check_path
 from .text.ngrams import ngram_losses
+from .text.sources import TextSource, open_dataset, open_split, open_text
+from .text.tokens import encode_text, sample_windows
 from .text.vocabulary import (
     DEFAULT_BPE_SIZE,
     VOCABULARIES,
     BpeVocabulary,
+    CharacterVocabulary,
     Vocabulary,
     make_vocabulary,
 )
 from .train.checkpoint import load_model, read_config, read_vocabulary
+from .train.evaluation import score
 from .train.loop import NonFiniteLossError, train
 from .train.options import TrackerName, TrainingOptions
 from .train.record import RunRecord, read_record
@@ -54,67 +62,128 @@ class TextOptions:
 
     Args:
         preset: network: "lm" is the recommended one, "flux" and "qfnn" are the documents'.
-        data: text file, or folder of .txt files; None: the Shakespeare that comes with the package.
+        data: text file, or folder of .txt files (.txt.xz, .txt.gz and .txt.bz2 too); None: the
+            Shakespeare that comes with the package.
         dataset: instead of `data`, name of a Hugging Face dataset, or its folder.
         dataset_config: configuration of the dataset.
+        dataset_streaming: read the dataset over the network each time instead of downloading it.
         text_column: column of the dataset that holds the text.
+        validation_share: share of the characters that is held out to validate on, in (0, 1); None:
+            0.1, or what the folder or the dataset says.
+        validation_works: names of the files, or splits of the dataset, that are held out instead.
         vocabulary: what a token is: a byte, a character, or a frequent run of bytes.
         vocab_size: number of tokens of the vocabulary "bpe".
         vocabulary_file: GPT-2's vocab.json (beside merges.txt) or a tokenizer.json, instead of
             `vocabulary`.
         use_hebbian: the same as `learning` "hebbian".
+
+    Raises:
+        ValueError: a name of a file or of a dataset that is empty.
     """
 
     preset: str = "lm"
     data: str | None = None
     dataset: str | None = None
     dataset_config: str | None = None
+    dataset_streaming: bool = False
     text_column: str = "text"
+    validation_share: float | None = None
+    validation_works: tuple[str, ...] = ()
     vocabulary: str = "char"
     vocab_size: int = DEFAULT_BPE_SIZE
     vocabulary_file: str | None = None
     use_hebbian: bool = False
 
-    def load(self) -> TextSplit:
-        """The text of the file, the folder or the dataset."""
+    def __post_init__(self) -> None:
+        for name in ("data", "dataset", "vocabulary_file"):
+            if getattr(self, name) is not None:
+                check_path(name, getattr(self, name))
+
+    def load(self) -> TextSource:
+        """The text of the file, the folder or the dataset, to be read when it is needed."""
+        division = {
+            "validation_share": self.validation_share,
+            "validation_works": self.validation_works,
+        }
         if self.dataset is None:
-            return load_text(self.data)
+            return open_text(self.data, **division)
         if self.data is not None:
             raise ValueError("data and dataset cannot both be given")
-        return load_dataset_text(self.dataset, self.dataset_config, column=self.text_column)
+        return open_dataset(
+            self.dataset,
+            self.dataset_config,
+            column=self.text_column,
+            streaming=self.dataset_streaming,
+            **division,
+        )
 
-    def make_vocabulary(self, text: TextSplit) -> Vocabulary:
+    def make_vocabulary(self, text: TextSource) -> Vocabulary:
         """The vocabulary of that text, or the one in `vocabulary_file`."""
         if self.vocabulary_file is not None:
             return BpeVocabulary.read(self.vocabulary_file)
+        if self.vocabulary != CharacterVocabulary.kind:
+            return make_vocabulary(self.vocabulary, text.read_train(), self.vocab_size)
         # Characters of the held-out works need ids; their pairs must not be counted.
-        source = text.text if self.vocabulary == "char" else "".join(text.train.values())
-        return make_vocabulary(self.vocabulary, source, self.vocab_size)
+        characters = text.characters
+        if len(text.parts[0]) > 1 and not set(characters) & {"\n", " "}:
+            # Works that are joined need something between them.
+            characters += "\n"
+        return make_vocabulary(self.vocabulary, characters, self.vocab_size)
 
 
 @dataclass(frozen=True)
-class GenerationOptions:
-    """What to continue, and how to draw tokens.
+class EvaluationOptions:
+    """What to evaluate, and on which text.
 
     Args:
         model_path: folder that training wrote.
-        prompt: text to continue.
-        max_new_tokens: tokens to add, >= 0.
-        temperature: divides the logits, >= 0; 0 takes the most likely token.
-        top_k: keep the k most likely tokens, >= 1.
-        top_p: keep the most likely tokens of this total probability, in (0, 1].
-        seed: of the sampling.
+        data: text file, or folder of .txt files (.txt.xz, .txt.gz and .txt.bz2 too), all of it.
+        dataset: instead of `data`, name of a Hugging Face dataset, or its folder.
+        dataset_config: configuration of the dataset.
+        dataset_streaming: read the dataset over the network instead of downloading it.
+        dataset_split: split of the dataset.
+        text_column: column of the dataset that holds the text.
+        eval_tokens: predict at most so many tokens, >= 1, in windows that are evenly spread and
+            always the same; None: all.
+        batch_size: windows that are computed together, >= 1.
         device: where to run, as PyTorch names it, such as cpu, cuda or cuda:1.
+
+    Raises:
+        TypeError, ValueError: naming the option, its value and the allowed values.
     """
 
     model_path: str
-    prompt: str = "\n"
-    max_new_tokens: int = 300
-    temperature: float = 0.8
-    top_k: int | None = None
-    top_p: float | None = None
-    seed: int = 0
+    data: str | None = None
+    dataset: str | None = None
+    dataset_config: str | None = None
+    dataset_streaming: bool = False
+    dataset_split: str = "test"
+    text_column: str = "text"
+    eval_tokens: int | None = None
+    batch_size: int = 12
     device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        for name in ("model_path", "data", "dataset"):
+            if getattr(self, name) is not None:
+                check_path(name, getattr(self, name))
+        check_integer("batch_size", self.batch_size, 1)
+        if self.eval_tokens is not None:
+            check_integer("eval_tokens", self.eval_tokens, 1)
+        if (self.data is None) == (self.dataset is None):
+            raise ValueError("one of data and dataset must be given: the text to evaluate on")
+
+    def load(self) -> TextSource:
+        """The text of the file, the folder or the split of the dataset."""
+        if self.dataset is None:
+            return open_text(self.data).whole
+        return open_split(
+            self.dataset,
+            self.dataset_config,
+            split=self.dataset_split,
+            column=self.text_column,
+            streaming=self.dataset_streaming,
+        )
 
 
 @dataclass(frozen=True)
@@ -123,11 +192,14 @@ class ExportOptions:
 
     Args:
         model_path: folder that training wrote.
-        output_dir: folder for the Hugging Face model.
+        output_dir: folder for the Hugging Face model, a new or an empty one.
+        overwrite: replace what has the same names in a folder that is not empty; the model's own
+            folder is never written to.
     """
 
     model_path: str
     output_dir: str
+    overwrite: bool = False
 
 
 def documentation(kind: type) -> dict[str, str]:
@@ -235,8 +307,11 @@ TRAINING_FLAGS = flags(TrainingOptions, without=("progress", "trackers"))
 NETWORK_FLAGS = network_flags()
 GENERATION_FLAGS = flags(
     GenerationOptions,
+    without=("stop",),
+    choices={"unknown": UNKNOWN},
     aliases={"model_path": ["--model-dir"], "max_new_tokens": ["--max-length"]},
 )
+EVALUATION_FLAGS = flags(EvaluationOptions, aliases={"model_path": ["--model-dir"]})
 EXPORT_FLAGS = flags(ExportOptions, aliases={"model_path": ["--model-dir"]})
 
 
@@ -260,17 +335,15 @@ class Train:
         """Train, and print how the model and counting models do on the held-out text."""
         record = None
         if self.training.get("resume"):
-            record = read_record(Path(self.training["output_dir"]))
+            record = read_record(check_path("output_dir", self.training["output_dir"]))
         run = self._new() if record is None else self._resumed(record)
         result = train(run.config, run.text, run.vocabulary, run.options, source=run.source)
         options = run.options
         if options.dry_run:
             return
-        baselines = ngram_losses(
-            [run.vocabulary.encode(work) for work in run.text.train.values()],
-            [run.vocabulary.encode(work) for work in run.text.validation.values()],
-            run.vocabulary.size,
-        )
+        assert result.text is not None, "train gives the text that it was trained on"
+        held_out = result.text.validation_sample(options.eval_tokens, run.config.context_length)
+        baselines = ngram_losses(result.text.train, held_out, run.vocabulary.size)
         print(f"{result.steps} steps in {result.seconds:.1f} s, files in {options.output_dir}")
         print(f"ended at {result.reason}")
         print("validation loss, nats per token:")
@@ -348,7 +421,7 @@ class _Run:
     """What `train` takes."""
 
     config: ModelConfig
-    text: TextSplit
+    text: TextSource
     vocabulary: Vocabulary
     options: TrainingOptions
     source: dict[str, Any]
@@ -380,21 +453,53 @@ class Generate:
     """`qflux generate`: the options that were given."""
 
     generation: Annotated[dict[str, Any], conf.arg(constructor=GENERATION_FLAGS)]
+    stop: Annotated[
+        tuple[str, ...],
+        conf.UseAppendAction,
+        conf.arg(
+            help=documentation(GenerationOptions)["stop"], help_behavior_hint="(may be repeated)"
+        ),
+    ] = ()
 
     def run(self) -> None:
-        """Print the prompt and its continuation."""
-        options = GenerationOptions(**self.generation)
+        """Write the prompt and its continuation, as it is made."""
+        options = GenerationOptions(**self.generation, stop=self.stop)
         model, vocabulary = load_model(options.model_path, options.device)
-        prompt = vocabulary.encode(options.prompt)[None].to(options.device)
-        ids = model.generate(
-            prompt,
-            options.max_new_tokens,
-            temperature=options.temperature,
-            top_k=options.top_k,
-            top_p=options.top_p,
-            generator=torch.Generator(options.device).manual_seed(options.seed),
+        Session(options, model, vocabulary).run()
+
+
+@dataclass(frozen=True)
+class Eval:
+    """`qflux eval`: the options that were given."""
+
+    evaluation: Annotated[dict[str, Any], conf.arg(constructor=EVALUATION_FLAGS)]
+
+    def run(self) -> None:
+        """Print the loss of the model on the text in nats, bits and perplexities."""
+        options = EvaluationOptions(**self.evaluation)
+        text = options.load()
+        model, vocabulary = load_model(options.model_path, options.device)
+        encoded = encode_text(text, vocabulary, progress=True)
+        works = sample_windows(encoded.train, options.eval_tokens, model.config.context_length)
+        found = score(
+            model, works, vocabulary.token_bytes(), batch_size=options.batch_size, progress=True
         )
-        print(vocabulary.decode(ids[0]))
+        if not math.isfinite(found.nats):
+            raise ValueError(
+                f"the loss of the model {options.model_path!r} on this text is {found.nats}: "
+                "its weights have diverged"
+            )
+        total = encoded.tokens("train")
+        print(f"tokens predicted      {found.tokens:,} of {total:,} ({found.bytes:,} bytes)")
+        for name, value in (
+            ("nats per token", found.nats),
+            ("bits per byte", found.bits_per_byte),
+            ("perplexity per token", found.perplexity),
+            ("perplexity per byte", found.byte_perplexity),
+        ):
+            print(f"{name:21} {value:.4f}")
+        for heading, line in encoded.report(model.config.context_length)[2:]:
+            print(f"{heading:21} {line}", file=sys.stderr)
 
 
 @dataclass(frozen=True)
@@ -409,5 +514,5 @@ class Export:
         from .hf import export
 
         options = ExportOptions(**self.export)
-        export(options.model_path, options.output_dir)
+        export(options.model_path, options.output_dir, overwrite=options.overwrite)
         print(f"Hugging Face model in {options.output_dir}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -52,7 +52,45 @@ def evaluating(model: HasMode) -> Iterator[None]:
         model.train(was_training)
 
 
-@torch.no_grad()
+def next_tokens(
+    model: LanguageModel,
+    input_ids: Tensor,
+    max_new_tokens: int,
+    *,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    generator: torch.Generator | None = None,
+) -> Generator[Tensor]:
+    """The tokens that continue a prompt, `(B, 1)` each, as soon as each is drawn.
+
+    Every step runs the model on the last `context_length` tokens. The model is in evaluation mode
+    until the last token is taken or the iterator is closed.
+
+    Args:
+        model: the language model.
+        input_ids: `(B, S)` prompts, S >= 1.
+        max_new_tokens: tokens to draw, >= 0.
+        temperature, top_k, top_p, generator: as in `qflux.inference.sampling.sample`.
+
+    Raises:
+        TypeError, ValueError: a bad prompt, an option outside its range (named), or logits that
+            are not finite; when the first token is taken.
+    """
+    check_integer("max_new_tokens", max_new_tokens, 0)
+    check_sampling(temperature, top_k, top_p)
+    ids = input_ids[:, -model.config.context_length :]
+    with evaluating(model):
+        for _ in range(max_new_tokens):
+            with torch.no_grad():
+                logits = model(ids).logits[:, -1]
+                token = sample(
+                    logits, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator
+                ).to(ids.dtype)
+                ids = torch.cat((ids, token), 1)[:, -model.config.context_length :]
+            yield token
+
+
 def generate(
     model: LanguageModel,
     input_ids: Tensor,
@@ -78,16 +116,9 @@ def generate(
         `(B, S + max_new_tokens)` token ids, the prompts first.
 
     Raises:
-        TypeError, ValueError: a bad prompt or an option outside its range, named.
+        TypeError, ValueError: a bad prompt, an option outside its range (named), or logits that
+            are not finite.
     """
-    check_integer("max_new_tokens", max_new_tokens, 0)
-    check_sampling(temperature, top_k, top_p)
-    ids = input_ids
-    with evaluating(model):
-        for _ in range(max_new_tokens):
-            logits = model(ids[:, -model.config.context_length :]).logits[:, -1]
-            token = sample(
-                logits, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator
-            )
-            ids = torch.cat((ids, token.to(ids.dtype)), 1)
-    return ids
+    options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "generator": generator}
+    tokens = next_tokens(model, input_ids, max_new_tokens, **options)
+    return torch.cat((input_ids, *tokens), 1)

@@ -19,7 +19,7 @@ def sample(
     """Draw one token id from each row of logits.
 
     Args:
-        logits: `(B, V)`.
+        logits: `(B, V)`. Minus infinity forbids a token.
         temperature: divides the logits, >= 0; 0 takes the most likely token. Default 1.0.
         top_k: keep the k most likely tokens; None (default) or k >= V keeps all.
         top_p: keep the fewest most likely tokens whose probabilities, after top_k, reach top_p,
@@ -30,18 +30,31 @@ def sample(
         `(B, 1)` int64.
 
     Raises:
-        TypeError, ValueError: an option outside its range, named.
+        TypeError, ValueError: an option outside its range, named; or logits that are no
+            distribution, because they hold NaN or infinity or forbid every token.
     """
     check_sampling(temperature, top_k, top_p)
-    if temperature == 0:
+    likeliest = logits.amax(-1, keepdim=True)
+    if not torch.compiler.is_compiling() and not bool(likeliest.isfinite().all()):
+        raise ValueError(
+            "the logits of the next token must have a finite maximum, got "
+            f"{likeliest[~likeliest.isfinite()][0].item()}: the model has diverged, or every "
+            "token is forbidden"
+        )
+    if temperature < torch.finfo(torch.float32).tiny:  # float32 would divide by zero
         return logits.argmax(-1, keepdim=True)
-    ordered, ids = (logits.float() / temperature).sort(dim=-1, descending=True)
+    # Differences to the maximum, which no temperature makes infinite, nor NaN.
+    below = logits.float() - likeliest.float()
+    divisor = min(temperature, torch.finfo(torch.float32).max)
+    ordered, ids = (below / divisor).sort(dim=-1, descending=True)
     if top_k is not None:
         ordered, ids = ordered[..., :top_k], ids[..., :top_k]
     probabilities = ordered.softmax(-1)
     if top_p is not None:
         likelier = probabilities.cumsum(-1) - probabilities
-        probabilities = probabilities.masked_fill(likelier >= top_p, 0.0)
+        excess = likelier >= top_p
+        excess[..., 0] = False  # a top_p that float32 rounds to zero keeps the first as well
+        probabilities = probabilities.masked_fill(excess, 0.0)
     return ids.gather(-1, torch.multinomial(probabilities, 1, generator=generator))
 
 

@@ -45,7 +45,11 @@ class CausalLM(nn.Module, ABC):
         """Run embedding and layers on checked token ids `(B, S)`."""
 
     def forward(
-        self, input_ids: Tensor, labels: Tensor | None = None, return_layers: bool = False
+        self,
+        input_ids: Tensor,
+        labels: Tensor | None = None,
+        return_layers: bool = False,
+        num_labels: int | Tensor | None = None,
     ) -> LanguageModelOutput:
         """Logits of the next token at every position, and the losses if there are labels.
 
@@ -56,6 +60,9 @@ class CausalLM(nn.Module, ABC):
                 of -100 are ignored. None (default): no losses.
             return_layers: also return a `LayerRecord` of each layer. Default False, which costs
                 nothing.
+            num_labels: for a batch that comes in pieces, the number of labels that are scored in
+                all of it: the losses of the pieces then add up to that of the batch. None
+                (default): those of this piece.
 
         Raises:
             TypeError, ValueError: wrong dtype, shape or (checked on the CPU) token ids.
@@ -65,9 +72,12 @@ class CausalLM(nn.Module, ABC):
         logits = self.head(reading.features)
         if labels is None:
             return LanguageModelOutput(logits, None, None, reading.layers)
-        cross_entropy = loss = next_token_loss(logits, input_ids, labels)
+        cross_entropy = loss = next_token_loss(logits, input_ids, labels, num_labels)
+        share: float | Tensor = 1.0
+        if num_labels is not None:
+            share = (labels[:, 1:] != IGNORED_LABEL).sum() / num_labels
         for penalty in reading.penalties:
-            loss = loss + penalty
+            loss = loss + share * penalty
         return LanguageModelOutput(logits, loss, cross_entropy, reading.layers)
 
     def features(self, input_ids: Tensor) -> Tensor:
@@ -101,12 +111,15 @@ class CausalLM(nn.Module, ABC):
         )
 
 
-def next_token_loss(logits: Tensor, input_ids: Tensor, labels: Tensor) -> Tensor:
+def next_token_loss(
+    logits: Tensor, input_ids: Tensor, labels: Tensor, num_labels: int | Tensor | None = None
+) -> Tensor:
     """Mean cross entropy of position i against label i + 1, in nats a token, float32.
 
     Args:
         logits: `(B, S, V)`.
         input_ids, labels: `(B, S)`, aligned, usually the same tensor. Labels of -100 are ignored.
+        num_labels: what the sum is divided by. None (default): the number of labels scored here.
 
     Raises:
         ValueError: labels of another shape than the ids.
@@ -116,11 +129,13 @@ def next_token_loss(logits: Tensor, input_ids: Tensor, labels: Tensor) -> Tensor
             f"labels must have the shape of input_ids, {tuple(input_ids.shape)}, "
             f"got {tuple(labels.shape)}"
         )
-    return F.cross_entropy(
+    loss = F.cross_entropy(
         logits[:, :-1].flatten(0, 1).float(),  # (B (S - 1), V)
         labels[:, 1:].flatten(),
         ignore_index=IGNORED_LABEL,
+        reduction="mean" if num_labels is None else "sum",
     )
+    return loss if num_labels is None else loss / num_labels
 
 
 def check_ids(name: str, ids: Tensor, vocab_size: int) -> None:

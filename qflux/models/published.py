@@ -259,6 +259,9 @@ class Readout(nn.Module):
         features = flatten_states(states)
         if self.norm is None:
             return self.projection(features)
+        # A layer that took the projection's place, an adapter say, does more than its weight tells.
+        if type(self.projection) is not nn.Linear:
+            return self.norm(self.projection(features))
         return project_norm(
             features,
             self.projection.weight,

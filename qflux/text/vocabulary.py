@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,9 +15,14 @@ from torch import Tensor
 from qflux_kernels.checks import check_choice, check_integer
 
 from ..optional import require
+from .files import code_points
 
 if TYPE_CHECKING:
     import tokenizers
+
+
+class UnknownCharacterError(ValueError):
+    """A text has a character that the vocabulary does not have."""
 
 
 class ByteVocabulary:
@@ -23,14 +30,30 @@ class ByteVocabulary:
 
     kind = "byte"
     size = 256
+    unknown_id = None
+    default_prompt = "\n"
 
     def encode(self, text: str) -> Tensor:
         """Token ids, int64, one a byte."""
-        return torch.tensor(list(text.encode()), dtype=torch.int64)
+        return join_pieces(self.encode_pieces([text]))
+
+    def encode_pieces(self, pieces: Iterable[str]) -> Iterator[Tensor]:
+        """The ids of a long text, one piece after another."""
+        for piece in filter(None, pieces):
+            yield torch.frombuffer(bytearray(piece.encode()), dtype=torch.uint8)
 
     def decode(self, ids: Iterable[int] | Tensor) -> str:
         """Text; bytes that are not UTF-8 become U+FFFD."""
         return bytes(_integers(ids)).decode(errors="replace")
+
+    @property
+    def separator(self) -> Tensor:
+        """The ids between works that are joined: a line break."""
+        return self.encode("\n")
+
+    def token_bytes(self) -> Tensor:
+        """UTF-8 bytes of each token, `(V,)`, int64."""
+        return torch.ones(self.size, dtype=torch.int64)
 
     def to_json(self) -> str:
         """A JSON object that `vocabulary_from_json` reads."""
@@ -48,13 +71,17 @@ class CharacterVocabulary:
     """
 
     kind = "char"
+    unknown_id = None
 
     def __init__(self, characters: Iterable[str]) -> None:
         self.characters = "".join(sorted(set(characters)))
         if not self.characters:
             raise ValueError("characters must contain at least one character, got none")
         self.size = len(self.characters)
-        self._ids = {character: i for i, character in enumerate(self.characters)}
+        points = code_points(self.characters)
+        # The last entry is of all characters beyond; -1 is no id.
+        self._ids = torch.full((int(points.max()) + 2,), -1, dtype=torch.int64)
+        self._ids[points] = torch.arange(self.size)
 
     def encode(self, text: str) -> Tensor:
         """Token ids, int64, one a character.
@@ -62,18 +89,46 @@ class CharacterVocabulary:
         Raises:
             ValueError: a character without an id, named with its place.
         """
-        try:
-            return torch.tensor([self._ids[character] for character in text], dtype=torch.int64)
-        except KeyError as error:
-            unknown = error.args[0]
-            raise ValueError(
-                f"text contains {unknown!r} at position {text.index(unknown)}, which is not one "
-                f"of the {self.size} characters of the vocabulary: {self.characters!r}"
-            ) from None
+        return join_pieces(self.encode_pieces([text]))
+
+    def encode_pieces(self, pieces: Iterable[str]) -> Iterator[Tensor]:
+        """The ids of a long text, one piece after another.
+
+        Raises:
+            ValueError: a character without an id, named with its place.
+        """
+        position = 0
+        for piece in pieces:
+            ids = self._ids[code_points(piece).clamp_(max=len(self._ids) - 1)]
+            if (ids < 0).any():
+                at = int((ids < 0).nonzero()[0])
+                more = f" and {self.size - 100} more" if self.size > 100 else ""
+                raise UnknownCharacterError(
+                    f"text contains {piece[at]!r} at position {position + at}, which is not one of "
+                    f"the {self.size} characters of the vocabulary: {self.characters[:100]!r}{more}"
+                )
+            position += len(piece)
+            yield ids
 
     def decode(self, ids: Iterable[int] | Tensor) -> str:
         """The text of the ids."""
         return "".join(self.characters[i] for i in _integers(ids))
+
+    @property
+    def default_prompt(self) -> str:
+        """A text to start from when nobody gives one: a line break where the text has any."""
+        return next((text for text in "\n " if text in self.characters), self.characters[0])
+
+    @property
+    def separator(self) -> Tensor:
+        """The ids between works that are joined: a line break or a space; none if both lack."""
+        found = next((text for text in "\n " if text in self.characters), "")
+        return self.encode(found)
+
+    def token_bytes(self) -> Tensor:
+        """UTF-8 bytes of each token, `(V,)`, int64."""
+        lengths = [len(character.encode(errors="surrogatepass")) for character in self.characters]
+        return torch.tensor(lengths)
 
     def to_json(self) -> str:
         """A JSON object that `vocabulary_from_json` reads."""
@@ -86,18 +141,35 @@ class BpeVocabulary:
     Needs the package tokenizers. Make one with `train`, or `read` a GPT-2 vocabulary.
 
     Args:
-        tokenizer: a `tokenizers.Tokenizer`.
+        tokenizer: a `tokenizers.Tokenizer`. It is copied without what would cut, pad or vary a
+            text: truncation, padding, and the dropout of merges.
     """
 
     kind = "bpe"
 
     def __init__(self, tokenizer: tokenizers.Tokenizer) -> None:
-        self.tokenizer = tokenizer
-        self.size = tokenizer.get_vocab_size()
+        library = _tokenizers()
+        self.tokenizer = library.Tokenizer.from_str(tokenizer.to_str())
+        self.tokenizer.no_truncation()
+        self.tokenizer.no_padding()
+        if getattr(self.tokenizer.model, "dropout", None) is not None:
+            # The tokenizer gives out a copy of its model.
+            given = json.loads(self.tokenizer.to_str())
+            given["model"]["dropout"] = None
+            self.tokenizer = library.Tokenizer.from_str(json.dumps(given))
+        self._vocabulary = self.tokenizer.get_vocab(with_added_tokens=True)
+        # Not the number of tokens: there may be ids without one.
+        self.size = max(self._vocabulary.values(), default=-1) + 1
+        if not self.size:
+            raise ValueError("tokenizer must have at least one token, got none")
+        unknown = getattr(self.tokenizer.model, "unk_token", None)
+        self.unknown_id = None if unknown is None else self._vocabulary.get(unknown)
 
     @classmethod
-    def train(cls, text: str, size: int) -> BpeVocabulary:
+    def train(cls, text: str | Iterable[str], size: int) -> BpeVocabulary:
         """Merge the most frequent pairs of `text` until there are `size` tokens, >= 256.
+
+        The text is one string or its pieces.
 
         Raises:
             ImportError: tokenizers is not installed; the message says how to install it.
@@ -112,7 +184,8 @@ class BpeVocabulary:
             show_progress=False,
         )
         # Lines, because a piece never spans a line break and one long string is slow.
-        tokenizer.train_from_iterator(text.splitlines(keepends=True), trainer)
+        pieces = [text] if isinstance(text, str) else text
+        tokenizer.train_from_iterator(_lines(pieces), trainer)
         return cls(tokenizer)
 
     @classmethod
@@ -145,12 +218,53 @@ class BpeVocabulary:
 
     def encode(self, text: str) -> Tensor:
         """Token ids, int64."""
-        ids = self.tokenizer.encode(text, add_special_tokens=False).ids
-        return torch.tensor(ids, dtype=torch.int64)
+        return join_pieces(self.encode_pieces([text]))
+
+    def encode_pieces(self, pieces: Iterable[str]) -> Iterator[Tensor]:
+        """The ids of a long text, one piece after another, encoded in parallel.
+
+        The text is cut where byte-level encodings cut it anyway, before a space that follows a
+        word, so that the ids are those of the whole text.
+        """
+        fast = getattr(self.tokenizer, "encode_batch_fast", self.tokenizer.encode_batch)
+        cuts = cut_at_words(pieces, _CUT)
+        while batch := list(islice(cuts, _BATCH)):
+            for encoding in fast(batch, add_special_tokens=False):
+                yield torch.tensor(encoding.ids, dtype=torch.int64)
 
     def decode(self, ids: Iterable[int] | Tensor) -> str:
         """The text of the ids; bytes that are not UTF-8 become U+FFFD."""
         return self.tokenizer.decode(_integers(ids), skip_special_tokens=False)
+
+    @property
+    def default_prompt(self) -> str:
+        """A text to start from when nobody gives one: the first of these that is a known token."""
+        return next((text for text in ("\n", " ", ".", "a") if self._known(text)), "a")
+
+    @property
+    def separator(self) -> Tensor:
+        """The ids between works that are joined: the end of a text, or a line break."""
+        for token in _ENDS_OF_TEXT:
+            if token in self._vocabulary:
+                return torch.tensor([self._vocabulary[token]])
+        return self.encode("\n")
+
+    def token_bytes(self) -> Tensor:
+        """UTF-8 bytes of the text that each token stands for, `(V,)`, int64."""
+        letters = bytes_to_letters() if '"ByteLevel"' in self.tokenizer.to_str() else {}
+        lengths = torch.zeros(self.size, dtype=torch.int64)
+        for token, i in self._vocabulary.items():
+            if all(letter in letters for letter in token):
+                lengths[i] = len(token)
+            elif re.fullmatch("<0x[0-9A-F]{2}>", token):
+                lengths[i] = 1
+            else:
+                lengths[i] = len(token.replace("\u2581", " ").removeprefix("##").encode())
+        return lengths
+
+    def _known(self, text: str) -> bool:
+        ids = self.encode(text).tolist()
+        return bool(ids) and self.unknown_id not in ids
 
     def to_json(self) -> str:
         """A JSON object that `vocabulary_from_json` reads."""
@@ -160,6 +274,56 @@ class BpeVocabulary:
 Vocabulary = ByteVocabulary | CharacterVocabulary | BpeVocabulary
 VOCABULARIES = (ByteVocabulary.kind, CharacterVocabulary.kind, BpeVocabulary.kind)
 DEFAULT_BPE_SIZE = 4096
+
+
+# Characters that a tokenizer is given at once, and how many such pieces run in parallel.
+_CUT = 2**16
+_BATCH = 32
+# How vocabularies spell the end of a text.
+_ENDS_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")
+
+
+def cut_at_words(pieces: Iterable[str], least: int) -> Iterator[str]:
+    """The same text in pieces of `least` characters to twice as many, cut at the end of a word.
+
+    Where no word ends a piece is cut before any white space, and where there is none, anywhere.
+    The cuts depend on the text alone and not on the pieces that come.
+    """
+    text = ""
+    for piece in pieces:
+        text += piece
+        start = 0
+        while len(text) - start >= 2 * least:
+            inside = (start + least, start + 2 * least)
+            found = _WORD_END.search(text, *inside) or _BEFORE_SPACE.search(text, *inside)
+            end = found.start() if found else inside[1]
+            yield text[start:end]
+            start = end
+        text = text[start:]
+    if text:
+        yield text
+
+
+_WORD_END = re.compile(r"(?<=\w)(?= )")
+_BEFORE_SPACE = re.compile(r"(?<=\S)(?=\s)")
+
+
+def join_pieces(pieces: Iterable[Tensor]) -> Tensor:
+    """Token ids of pieces as one tensor, int64."""
+    return torch.cat([torch.zeros(0, dtype=torch.int64), *(piece.long() for piece in pieces)])
+
+
+def _lines(pieces: Iterable[str]) -> Iterator[str]:
+    """The lines of a text with their ends; a very long one in parts."""
+    rest = ""
+    for piece in filter(None, pieces):
+        *lines, rest = (rest + piece).splitlines(keepends=True)
+        yield from lines
+        if len(rest) > _CUT:
+            yield rest
+            rest = ""
+    if rest:
+        yield rest
 
 
 def _integers(ids: Iterable[int] | Tensor) -> list[int]:
@@ -178,12 +342,14 @@ def _byte_level(library, model) -> tokenizers.Tokenizer:
     return tokenizer
 
 
-def make_vocabulary(kind: str, text: str, size: int = DEFAULT_BPE_SIZE) -> Vocabulary:
+def make_vocabulary(
+    kind: str, text: str | Iterable[str], size: int = DEFAULT_BPE_SIZE
+) -> Vocabulary:
     """The vocabulary of that kind for `text`.
 
     Args:
         kind: "byte", "char" or "bpe".
-        text: whose characters get ids, or whose pairs are merged.
+        text: whose characters get ids, or whose pairs are merged; a string or its pieces.
         size: tokens of "bpe", >= 256.
 
     Raises:
@@ -192,19 +358,59 @@ def make_vocabulary(kind: str, text: str, size: int = DEFAULT_BPE_SIZE) -> Vocab
     check_choice("vocabulary", kind, VOCABULARIES)
     if kind == BpeVocabulary.kind:
         return BpeVocabulary.train(text, size)
-    return ByteVocabulary() if kind == ByteVocabulary.kind else CharacterVocabulary(text)
+    if kind == ByteVocabulary.kind:
+        return ByteVocabulary()
+    return CharacterVocabulary(character for piece in text for character in piece)
 
 
 def vocabulary_from_json(text: str) -> Vocabulary:
-    """The inverse of `to_json` of every vocabulary."""
+    """The inverse of `to_json` of every vocabulary.
+
+    Raises:
+        ImportError: it needs tokenizers, which is not installed.
+        ValueError: no such object.
+    """
     given = json.loads(text)
-    if given["kind"] == BpeVocabulary.kind:
-        return BpeVocabulary(_tokenizers().Tokenizer.from_str(given["tokenizer"]))
-    return make_vocabulary(given["kind"], given.get("characters", ""))
+    kind = given.get("kind") if isinstance(given, dict) else None
+    if kind == ByteVocabulary.kind:
+        return ByteVocabulary()
+    fields = {CharacterVocabulary.kind: "characters", BpeVocabulary.kind: "tokenizer"}
+    name = fields.get(kind) if isinstance(kind, str) else None
+    if name is None or not isinstance(given.get(name), str):
+        raise ValueError(
+            f"a vocabulary must be an object whose kind is one of {VOCABULARIES}, with the text "
+            f"'characters' of 'char' or 'tokenizer' of 'bpe', got {text[:60].strip()!r}"
+        )
+    if kind == CharacterVocabulary.kind:
+        return CharacterVocabulary(given[name])
+    library = _tokenizers()
+    try:
+        return BpeVocabulary(library.Tokenizer.from_str(given[name]))
+    except Exception as error:  # the package raises nothing more specific
+        raise ValueError(f"the tokenizer of a vocabulary is broken: {error}") from None
 
 
-def to_tokenizer(vocabulary: Vocabulary) -> tokenizers.Tokenizer:
+def check_vocabulary_size(vocabulary: Vocabulary, size: int, name: str = "vocabulary") -> None:
+    """Raise unless a vocabulary has as many tokens as the model.
+
+    Raises:
+        ValueError: both sizes, and `name`, what the vocabulary came from.
+    """
+    if vocabulary.size != size:
+        raise ValueError(
+            f"{name} must have the vocab_size of the model, {size}, got one of kind "
+            f"{vocabulary.kind!r} with {vocabulary.size} tokens: use the vocabulary that the model "
+            "was trained with"
+        )
+
+
+def to_tokenizer(vocabulary: Vocabulary, further: Sequence[str] = ()) -> tokenizers.Tokenizer:
     """A `tokenizers.Tokenizer` with the same ids, for other libraries.
+
+    Args:
+        vocabulary: the vocabulary.
+        further: tokens that a vocabulary of characters gets after its own ids. The last one stands
+            for every character that it does not have. Without one such characters are refused.
 
     Raises:
         ImportError: tokenizers is not installed; the message says how to install it.
@@ -216,7 +422,9 @@ def to_tokenizer(vocabulary: Vocabulary) -> tokenizers.Tokenizer:
         letters = bytes_to_letters()
         return _byte_level(library, library.models.BPE(vocab=letters, merges=[]))
     ids = {character: i for i, character in enumerate(vocabulary.characters)}
-    tokenizer = library.Tokenizer(library.models.WordLevel(ids, unk_token=vocabulary.characters[0]))
+    ids |= {name: vocabulary.size + i for i, name in enumerate(further)}
+    unknown = further[-1] if further else ""  # no token: the package refuses what it does not know
+    tokenizer = library.Tokenizer(library.models.WordLevel(ids, unk_token=unknown))
     single = library.Regex(r"[\s\S]")
     tokenizer.pre_tokenizer = library.pre_tokenizers.Split(single, "isolated")
     tokenizer.decoder = library.decoders.Fuse()

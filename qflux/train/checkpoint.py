@@ -14,7 +14,8 @@ import torch
 from ..models.base import CausalLM
 from ..models.config import ModelConfig
 from ..models.presets import config_from_json, make_model
-from ..text.vocabulary import Vocabulary, vocabulary_from_json
+from ..text.files import check_path
+from ..text.vocabulary import Vocabulary, check_vocabulary_size, vocabulary_from_json
 
 CONFIG_FILE = "config.json"
 VOCABULARY_FILE = "vocabulary.json"
@@ -116,15 +117,16 @@ def load_model(
 
     Raises:
         FileNotFoundError: the folder or one of its files is missing.
-        ValueError: a broken file (named), weights that do not belong to the configuration, or no
-            such device.
+        ValueError: a broken file (named), weights or a vocabulary that do not belong to the
+            configuration, or no such device.
     """
-    folder, device = Path(folder), usable_device(device)
+    folder, device = check_path("model_path", folder), usable_device(device)
     for name in (CONFIG_FILE, VOCABULARY_FILE, MODEL_FILE):
         if not (folder / name).is_file():
             raise FileNotFoundError(f"model folder {str(folder)!r} has no {name}")
     config = replace(read_config(folder), backend="auto")
     vocabulary = read_vocabulary(folder)
+    check_vocabulary_size(vocabulary, config.vocab_size, str(folder / VOCABULARY_FILE))
     model = make_model(config)
     try:
         model.load_state_dict(safetensors.torch.load((folder / MODEL_FILE).read_bytes()))

@@ -23,7 +23,10 @@ from ..models.base import CausalLM
 from ..models.config import ModelConfig
 from ..models.presets import make_model
 from ..text.data import TextSplit
-from ..text.vocabulary import Vocabulary
+from ..text.files import check_path
+from ..text.sources import TextSource
+from ..text.tokens import EncodedText, encode_text
+from ..text.vocabulary import UnknownCharacterError, Vocabulary, check_vocabulary_size
 from ..text.windows import TrainingWindows
 from .checkpoint import (
     CONFIG_FILE,
@@ -56,7 +59,7 @@ class TrainingResult:
     """The model of the last step, its validation loss in nats a token, and the run's extent.
 
     seconds: of training, resumed runs included. reason: why the run ended, in words. more: the
-    command that makes the run longer.
+    command that makes the run longer. text: what it was trained and validated on.
     """
 
     model: CausalLM
@@ -66,17 +69,20 @@ class TrainingResult:
     seconds: float
     reason: str = ""
     more: str = ""
+    text: EncodedText | None = None
 
 
 def train(
     config: ModelConfig,
-    text: TextSplit,
+    text: TextSplit | TextSource,
     vocabulary: Vocabulary,
     options: TrainingOptions,
     *,
     source: Mapping[str, Any] | None = None,
 ) -> TrainingResult:
-    """Train a new model on `text.train`, or resume one, and validate it on `text.validation`.
+    """Train a new model on a text, or resume one, and validate it on the part held out.
+
+    A text that is not small is encoded once, into `tokens.bin` in `output_dir`.
 
     A run that was stopped and resumed from its last saved state continues exactly as if it had
     not been stopped: same batches, same losses, same weights (with `max_seconds` the schedule
@@ -100,7 +106,8 @@ def train(
         MemoryError: the device has too little memory; says which options need less.
         TrainingInterrupted: a signal stopped the run, and its state is saved.
     """
-    folder, device = Path(options.output_dir), usable_device(options.device)
+    folder = check_path("output_dir", options.output_dir)
+    device = usable_device(options.device)
     if options.resume and not folder.is_dir():
         raise FileNotFoundError(f"nothing to resume: there is no folder {str(folder)!r}")
     with ExitStack() as stack:
@@ -122,19 +129,20 @@ def train(
         run.seconds(),
         run.reason(),
         f"{resume_command(folder)} {run.longer()}",
+        run.text,
     )
 
 
 class _Run:
     """A run: the model that learns, how far it is, and its files.
 
-    Nothing is written before `learn`.
+    Nothing but `tokens.bin` is written before `learn`.
     """
 
     def __init__(
         self,
         config: ModelConfig,
-        text: TextSplit,
+        text: TextSplit | TextSource,
         vocabulary: Vocabulary,
         options: TrainingOptions,
         device: torch.device,
@@ -143,22 +151,23 @@ class _Run:
         self.config, self.vocabulary, self.options = config, vocabulary, options
         self.folder, self.device = Path(options.output_dir), device
         self.states = States(self.folder, options.keep_states)
-        self.record = make_record(text, vocabulary, options, source)
+        self.display = Display(options.progress)
+        check_vocabulary_size(vocabulary, config.vocab_size)
+        self.text = self._encode(text)
+        self.record = make_record(self.text, vocabulary, options, source)
         self.changes: dict[str, tuple[Any, Any]] = {}
         state = self._find_state(source) if options.resume else None
 
-        works = [vocabulary.encode(work) for work in text.train.values()]
-        self.held_out = [vocabulary.encode(work) for work in text.validation.values()]
+        length = config.context_length
+        self.held_out = self.text.validation_sample(options.eval_tokens, length)
         self.windows = TrainingWindows(
-            works, config.context_length, options.batch_size, options.seed
+            self.text.train, length, options.batch_size, options.seed, self.text.separator
         )
         if max(map(len, self.held_out), default=0) < 2:
             raise ValueError("the validation text must have a work of at least 2 tokens")
         self.prompt = self._encode_prompt()
         self.total_steps = options.total_steps(self.windows.steps_per_epoch)
-        self.sizes = [
-            (len(part), sum(map(len, part))) for part in (works, self.held_out)
-        ]  # works and tokens
+        self.display.total_steps = self.total_steps
 
         torch.manual_seed(options.seed)
         self.model = make_model(config).to(device)
@@ -176,8 +185,21 @@ class _Run:
             self._restore(state)
         self.first_step, self.saved_step = self.step, self.step if state is not None else None
         self.start = time.perf_counter() - seconds_before
-        self.display = Display(options.progress, self.total_steps)
         self.stopper = Stopper()
+
+    def _encode(self, text: TextSplit | TextSource) -> EncodedText:
+        try:
+            return encode_text(
+                text,
+                self.vocabulary,
+                None if self.options.dry_run else self.folder,
+                progress=self.display.terminal,
+            )
+        except UnknownCharacterError as error:
+            if self.options.resume:
+                # The vocabulary of the run has every character of its text.
+                raise ValueError(f"cannot resume with another text: {error}") from None
+            raise
 
     def _find_state(self, source: Mapping[str, Any] | None) -> dict[str, Any] | None:
         """The state to resume from; None if the run was stopped before it saved one.
@@ -305,15 +327,13 @@ class _Run:
 
     def header(self) -> list[tuple[str, str]]:
         """What is trained on what, and for how long: names and text."""
-        options, (works, tokens), (held_works, held_tokens) = self.options, *self.sizes
-        share = 100 * held_tokens / (tokens + held_tokens)
+        options = self.options
         batch = f"{options.batch_size} x {self.config.context_length} tokens"
         length = "steps until max_seconds" if self.total_steps is None else (
             f"{self.total_steps:,} steps"
         )  # fmt: skip
         rows = [
-            ("text", f"{_count(works, 'work')} of {tokens:,} tokens to train on, "
-                     f"{_count(held_works, 'work')} of {held_tokens:,} held out ({share:.3g} %)"),
+            *self.text.report(self.config.context_length, options.eval_tokens),
             ("vocabulary", f"{self.vocabulary.kind}, {self.vocabulary.size:,} tokens"),
             ("model", f"{self.config.architecture}, {parameters(self.model):,} parameters, "
                       f"context {self.config.context_length}"),
@@ -397,7 +417,7 @@ class _Run:
 
         A signal meanwhile saves the state as it was before.
         """
-        before, tokens = random_state(self.device), self.sizes[1][1]
+        before, tokens = random_state(self.device), sum(map(len, self.held_out))
         try:
             with (
                 self.display.evaluating(self.model, tokens),
@@ -543,10 +563,6 @@ def resume_command(folder: Path) -> str:
 def parameters(model: torch.nn.Module) -> int:
     """How many numbers a model learns."""
     return sum(parameter.numel() for parameter in model.parameters())
-
-
-def _count(number: int, thing: str) -> str:
-    return f"{number:,} {thing}{'' if number == 1 else 's'}"
 
 
 @contextmanager

@@ -122,6 +122,8 @@ class TrainingOptions(OptimizerOptions):
         log_interval: steps between lines of `metrics.jsonl`.
         eval_interval: steps between evaluations, each of which writes the files; None: only at
             the end.
+        eval_tokens: predict at most so many of the held-out tokens in an evaluation, >= 1, in
+            windows that are evenly spread and always the same; None: all of them.
         save_interval: steps between training states saved without an evaluation, >= 1; a killed
             run loses at most so many steps. None: states are saved with the evaluations only.
         keep_states: states to keep, >= 1: the latest and those before it, as
@@ -169,6 +171,7 @@ class TrainingOptions(OptimizerOptions):
     patience: int | None = None
     log_interval: int = 10
     eval_interval: int | None = 500
+    eval_tokens: int | None = 2**17
     save_interval: int | None = None
     keep_states: int = 2
     sample_prompt: str | None = None
@@ -199,6 +202,7 @@ class TrainingOptions(OptimizerOptions):
             ("curriculum_length", 2),
             ("patience", 1),
             ("eval_interval", 1),
+            ("eval_tokens", 1),
             ("save_interval", 1),
             ("resume_step", 1),
         ):

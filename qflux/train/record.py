@@ -6,7 +6,6 @@ import json
 import platform
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -14,22 +13,20 @@ import torch
 
 from qflux_kernels.version import __version__
 
-from ..text.data import TextSplit
+from ..text.tokens import EncodedText
 from ..text.vocabulary import Vocabulary
 from .checkpoint import write_atomically
 from .options import MAY_CHANGE, OF_THE_CALL, TrainingOptions
 
 RUN_FILE = "run.json"
-# Works that are listed one by one; of more, the sum of all says whether the text is the same.
-LISTED_WORKS = 1000
 
 
 @dataclass(frozen=True)
 class RunRecord:
     """What a run was started with.
 
-    options: those of `TrainingOptions` that belong to the run. text: the digest of everything, and
-    for each part the works with their names, sizes in characters and digests. vocabulary: kind and
+    options: those of `TrainingOptions` that belong to the run. text: what `EncodedText.describe`
+    says, the digest of everything and the first works of each part. vocabulary: kind and
     size. source: where the text came from, as the caller said. versions: of qflux, PyTorch and
     Python.
     """
@@ -47,7 +44,7 @@ class RunRecord:
 
 
 def make_record(
-    text: TextSplit,
+    text: EncodedText,
     vocabulary: Vocabulary,
     options: TrainingOptions,
     source: Mapping[str, Any] | None = None,
@@ -55,7 +52,7 @@ def make_record(
     """The record of a run with this text, this vocabulary and these options."""
     return RunRecord(
         options=stored_options(options),
-        text=describe_text(text),
+        text=text.describe(),
         vocabulary={"kind": vocabulary.kind, "size": vocabulary.size},
         source=dict(source or {}),
         versions={
@@ -125,25 +122,6 @@ def changed_options(record: RunRecord, options: TrainingOptions) -> dict[str, tu
             f"a resumed run may change {', '.join(MAY_CHANGE)}"
         )
     return changed
-
-
-def describe_text(text: TextSplit) -> dict[str, Any]:
-    """Names, sizes in characters and SHA-256 digests of the works, and the digest of everything."""
-    whole, described = sha256(), {}
-    for part in ("train", "validation"):
-        works = getattr(text, part)
-        rows = []
-        for name, content in works.items():
-            digest = sha256(content.encode(errors="surrogatepass")).hexdigest()
-            # Not the name: a file that was renamed is the same text.
-            whole.update(f"{part} {digest}\n".encode())
-            rows.append({"name": name, "characters": len(content), "sha256": digest})
-        described[part] = {
-            "works": len(rows),
-            "characters": sum(row["characters"] for row in rows),
-            "first": rows[:LISTED_WORKS],
-        }
-    return {"sha256": whole.hexdigest(), **described}
 
 
 def check_same_text(stored: Mapping[str, Any], now: Mapping[str, Any]) -> None:

@@ -13,12 +13,14 @@ from ..models.base import CausalLM
 from ..models.config import ModelConfig
 from ..models.presets import config_from_json
 from ..optional import require
+from ..text.files import check_path
 from ..text.vocabulary import (
     BpeVocabulary,
     ByteVocabulary,
     CharacterVocabulary,
     Vocabulary,
     bytes_to_letters,
+    check_vocabulary_size,
 )
 from .checkpoint import (
     CONFIG_FILE,
@@ -41,7 +43,7 @@ def read_start(folder: str | Path) -> tuple[ModelConfig, Vocabulary]:
         ImportError: the vocabulary needs the package tokenizers.
         ValueError: a file is broken or of another kind of model; names it.
     """
-    folder = Path(folder)
+    folder = check_path("init_from", folder)
     _require_files(folder, CONFIG_FILE, MODEL_FILE)
     exported = _exported_model(folder)
     if exported is None:
@@ -57,11 +59,7 @@ def read_start(folder: str | Path) -> tuple[ModelConfig, Vocabulary]:
         else:
             _require_files(folder, TOKENIZER_FILE)
             vocabulary = _exported_vocabulary(folder / TOKENIZER_FILE, config.vocab_size)
-    if vocabulary.size != config.vocab_size:
-        raise ValueError(
-            f"the vocabulary in {str(folder)!r} has {vocabulary.size} tokens and its model "
-            f"{config.vocab_size}"
-        )
+    check_vocabulary_size(vocabulary, config.vocab_size, f"the vocabulary in {str(folder)!r}")
     return replace(config, backend="auto"), vocabulary
 
 

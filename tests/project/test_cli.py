@@ -1,12 +1,17 @@
 """The command line from the outside."""
 
 import dataclasses
+import io
 import json
+import os
+import re
+import signal
 import subprocess
 import sys
 import types
 
 import pytest
+import torch
 
 from qflux import (
     BpeVocabulary,
@@ -14,12 +19,15 @@ from qflux import (
     QuantumFluxConfig,
     TrainingOptions,
     commands,
+    load_model,
     make_config,
+    save_model,
 )
 from qflux.cli import main
 
 SMALL = ["--num-layers", "1", "--hidden-dim", "8", "--num-cylinders", "2", "--context-length", "16"]
 TEXT = "To be, or not to be: that is the question.\n" * 12
+SPEED = r"\d+ tokens in \d+\.\d s, \d+\.\d tokens/s\n"
 
 
 def qflux(*arguments):
@@ -84,7 +92,7 @@ def test_generate_passes_its_options_on(trained, run):
     def text(*more):
         options = ["--model-path", trained[0] / "run", "--prompt", "To be", "--max-length", "40"]
         status, out, err = run("generate", *options, *more)
-        assert (status, err) == (0, "")
+        assert status == 0 and re.fullmatch(SPEED, err), err
         return out
 
     first = text("--seed", "1")
@@ -94,6 +102,165 @@ def test_generate_passes_its_options_on(trained, run):
     assert greedy != first
     assert text("--seed", "1", "--top-k", "1") == text("--seed", "1", "--top-p", "1e-6") == greedy
     assert text("--temperature", "1e-6", "--seed", "3") == greedy
+
+
+def test_generate_takes_prompts_from_files_and_pipes(trained, tmp_path, run):
+    base = ["generate", "--model-path", trained[0] / "run", "--max-new-tokens", "5"]
+    expected = run(*base, "--prompt", "To be\nor")[1]
+    # A byte order mark, Windows' line breaks and the end of the last line are no text.
+    for name, content in {"plain": b"To be\nor", "odd": b"\xef\xbb\xbfTo be\r\nor\r\n"}.items():
+        (tmp_path / name).write_bytes(content)
+        status, out, err = run(*base, "--prompt-file", tmp_path / name)
+        assert (status, out) == (0, expected), err
+    for more in ([], ["--prompt-file", "-"]):
+        piped = subprocess.run(
+            [sys.executable, "-m", "qflux", *map(str, base), *more],
+            input=b"To be\nor\n", capture_output=True, timeout=120,
+        )  # fmt: skip
+        assert (piped.returncode, piped.stdout.decode()) == (0, expected), piped.stderr
+    (tmp_path / "latin").write_bytes(b"\xe9t\xe9")
+    (tmp_path / "empty").write_bytes(b"\n")
+    (tmp_path / "folder").mkdir()
+    for given, named in {
+        "latin": "not UTF-8",
+        "empty": "is empty",
+        "nowhere": "No such file",
+        "folder": "directory",
+    }.items():
+        status, out, err = run(*base, "--prompt-file", tmp_path / given)
+        assert (status, out, err.count("\n")) == (2, "", 1) and named in err and given in err
+    assert run(*base, "--prompt", "a", "--prompt-file", "b")[0] == 2
+
+
+def test_samples_are_those_of_the_seeds_that_follow(trained, run):
+    base = ["generate", "--model-path", trained[0] / "run", "--prompt", "To", "--max-new-tokens", 9]
+    alone = [run(*base, "--seed", seed)[1] for seed in (7, 8, 9)]
+    status, out, err = run(*base, "--seed", 7, "--num-samples", 3)
+    assert (status, out) == (0, "---\n".join(alone)) and err.startswith("27 tokens in ")
+    assert len(set(alone)) == 3
+    assert run(*base, "--seed", 2**63 - 1, "--num-samples", 2)[0] == 0
+
+
+def test_a_stop_string_ends_the_continuation_before_it(trained, run):
+    base = ["generate", "--model-path", trained[0] / "run", "--prompt", "To be", "--seed", 3]
+    whole = run(*base, "--max-new-tokens", 60)[1]
+    stop, other = whole[20:23], whole[40:43]
+    expected = whole[: whole.index(stop, 5)] + "\n"
+    for stops in (["--stop", stop], ["--stop", other, "--stop", stop], [f"--stop={stop}"]):
+        status, out, _ = run(*base, "--max-new-tokens", 60, *stops)
+        assert (status, out) == (0, expected)
+    assert run(*base, "--max-new-tokens", 60, "--stop", "no such text")[1] == whole
+
+
+def test_unknown_characters_of_a_prompt_are_shown(trained, run):
+    base = ["generate", "--model-path", trained[0] / "run", "--max-new-tokens", "3"]
+    status, out, err = run(*base, "--prompt", "T~be\u65e5~")
+    assert (status, out) == (2, "")
+    assert "'~' at position 1" in err and "'\u65e5' at position 4" in err and "--unknown" in err
+    for unknown, start in (("replace", "T be  "), ("drop", "Tbe")):
+        status, out, err = run(*base, "--prompt", "T~be\u65e5~", "--unknown", unknown)
+        assert status == 0 and out.startswith(start) and len(out) == len(start) + 3 + 1
+        assert "'~' at position 1" in err
+    status, out, err = run(*base, "--prompt", "~~", "--unknown", "drop")
+    assert (status, out) == (2, "") and "length >= 1" in err
+
+
+def test_each_line_is_a_prompt_when_interactive(trained, run, monkeypatch):
+    base = ["generate", "--model-path", trained[0] / "run", "--max-new-tokens", "6"]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("To be\n\n~\nor not"))
+    status, out, err = run(*base, "--interactive")
+    assert status == 0 and "'~' at position 0" in err and len(re.findall(SPEED, err)) == 2
+    alone = run(*base, "--prompt", "To be")[1] + run(*base, "--prompt", "or not", "--seed", "2")[1]
+    assert out == alone
+    assert run(*base, "--interactive", "--prompt", "To be")[0] == 2
+
+
+@pytest.mark.parametrize("text", ["abcab" * 60, "a b " * 60, "\n" * 300 + "a"])
+def test_the_default_prompt_is_in_every_vocabulary(tmp_path, run, text):
+    (tmp_path / "text.txt").write_text(text)
+    arguments = ["--data", tmp_path / "text.txt", "--output-dir", tmp_path / "run"]
+    assert run("train", *arguments, *SMALL, "--max-steps", "1", "--batch-size", "1")[0] == 0
+    status, out, err = run("generate", "--model-path", tmp_path / "run", "--max-new-tokens", "4")
+    assert status == 0 and len(out) == 1 + 4 + 1, err
+
+
+def start(*arguments, **streams):
+    return subprocess.Popen(
+        [sys.executable, "-m", "qflux", "generate", *map(str, arguments)],
+        stdin=subprocess.DEVNULL, **streams,
+    )  # fmt: skip
+
+
+def test_text_comes_as_it_is_made_and_ctrl_c_keeps_it(trained):
+    options = ["--model-path", trained[0] / "run", "--prompt", "To be", "--max-new-tokens", 10**9]
+    process = start(*options, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    first = os.read(process.stdout.fileno(), 2**16)
+    # What there is, and not what a buffer holds when it is full.
+    assert first.startswith(b"To be") and len(first) < 4096
+    process.send_signal(signal.SIGINT)
+    rest, err = process.communicate(timeout=120)
+    assert process.returncode == 130
+    [speed, interrupted] = err.decode().splitlines(keepends=True)
+    assert re.fullmatch(SPEED, speed) and interrupted == "interrupted\n"
+    made = int(speed.split()[0])
+    assert made <= len(first + rest) - 6 <= made + 1 and rest.endswith(b"\n")
+
+
+def test_a_reader_that_leaves_ends_it_quietly(trained):
+    options = ["--model-path", trained[0] / "run", "--max-new-tokens", 10**9]
+    process = start(*options, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout.read(1) == b"\n"
+    process.stdout.close()
+    assert re.fullmatch(SPEED, process.stderr.read().decode())
+    assert process.wait(timeout=120) == 0
+    help_text = start("--help", stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    help_text.stdout.close()
+    assert help_text.stderr.read() == b"" and help_text.wait(timeout=120) == 0
+
+
+def test_closed_and_full_streams(trained):
+    """What cannot be said is not an error; text that cannot be written is."""
+
+    def status(redirection):
+        command = f'"{sys.executable}" -m qflux generate --model-path "{trained[0] / "run"}" '
+        command += f"--max-new-tokens 5 --prompt To {redirection}"
+        result = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+        return result.returncode, result.stdout, result.stderr
+
+    expected = status("")[1]
+    assert len(expected) == 2 + 5 + 1
+    assert status("2>&-") == status("2>/dev/full") == (0, expected, "")
+    for redirection, named in ((">&-", "standard output is closed"), (">/dev/full", "No space")):
+        code, out, err = status(redirection)
+        assert (code, out, err.count("\n")) == (2, "", 1) and named in err
+
+
+def test_values_that_look_like_options_stay_as_typed(trained, run):
+    """Also where underscores and equals signs are in them."""
+    base = ["generate", "--model-path", trained[0] / "run", "--max_new_tokens", "1"]
+    for value in ("--a_b c", "-x_y z", "-", "--", "-- x", "--a_b\nc"):
+        for arguments in (["--prompt", value], [f"--prompt={value}"]):
+            status, _, err = run(*base, *arguments)
+            unknown = [c for c in dict.fromkeys(value) if c not in TEXT]
+            assert status == 2 and f"{unknown[0]!r} at position {value.index(unknown[0])}" in err
+            assert ("'_'" in err) == ("_" in value), err
+    for value in ("--a_b", "--prompt_file", "--max_new_tokens=3", "--a_b=c d"):
+        status, _, err = run(*base, f"--prompt={value}")
+        assert status == 2 and f"'_' at position {value.index('_')}" in err
+    status, _, err = run(*base, "--prompt", "--a_b")
+    assert status == 2 and "--prompt=VALUE" in err and err.count("\n") == 1
+    assert "---" not in err and "help" not in err  # no box, no usage
+
+
+def test_a_model_that_has_diverged_says_so(trained, tmp_path, run):
+    model, vocabulary = load_model(trained[0] / "run")
+    with torch.no_grad():
+        model.head.bias[3] = float("nan")
+    save_model(tmp_path, model, vocabulary)
+    for temperature in (0, 1):
+        status, _, err = run("generate", "--model-path", tmp_path, "--temperature", temperature)
+        assert status == 2
+        assert "got nan: the model has diverged" in err and err.count("\n") == 1
 
 
 def test_resume_continues_the_run(trained, run):
@@ -193,7 +360,7 @@ def test_datasets_and_vocabularies_from_files(tmp_path, run, monkeypatch):
 def test_pairs_are_counted_in_the_training_text_only(tmp_path, run, monkeypatch):
     seen = []
     monkeypatch.setattr(
-        commands, "make_vocabulary", lambda kind, text, size: seen.append(text) or 1 / 0
+        commands, "make_vocabulary", lambda kind, text, size: seen.append("".join(text)) or 1 / 0
     )
     for part, text in (("train", "ab"), ("validation", "xy")):
         (tmp_path / part).mkdir()
@@ -236,6 +403,22 @@ def test_an_error_reaches_the_shell():
         (["generate", "--model-path", "{run}", "--prompt", ""], "length >= 1"),
         (["generate", "--model-path", "{run}", "--top-p", "2"], "top_p"),
         (["generate", "--model-path", "{run}", "--device", "abacus"], "abacus"),
+        (["generate", "--model-path", ""], "model_path"),
+        (["generate", "--model-path", "{run}", "--prompt-file", ""], "prompt_file"),
+        (["generate", "--model-path", "{run}", "--stop", ""], "stop"),
+        (["generate", "--model-path", "{run}", "--num-samples", "0"], "num_samples"),
+        (["generate", "--model-path", "{run}", "--seed", str(2**70)], "seed"),
+        (["generate", "--model-path", "{run}", "--temperature", "nan"], "temperature"),
+        (["generate", "--model-path", "{run}", "--temperature", "hot"], "--temperature"),
+        (["generate", "--model-path", "{run}", "--unknown", "hide"], "--unknown"),
+        (["generate", "--model-path", "{run}", "--max-new-tokens", "1.5"], "--max-new-tokens"),
+        (["train", "--max-steps", "many"], "--max-steps"),
+        (["train", "--num-layers", "3.5"], "--num-layers"),
+        (["train", "--preset", "bert"], "--preset"),
+        (["train", "--learning", "fast"], "--learning"),
+        (["train", "--max-step", "3"], "--max-steps"),
+        (["train", "--no-such-option"], "--no-such-option"),
+        (["export", "--model-path", "{run}"], "--output-dir"),
     ],
 )
 def test_user_errors_are_one_line_and_status_2(trained, tmp_path, run, arguments, named):

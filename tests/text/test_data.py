@@ -149,8 +149,8 @@ def test_folder_holds_out_its_last_works(tmp_path):
     (tmp_path / "e.txt.xz").write_bytes(lzma.compress(b"e" * 4))
     (tmp_path / "notes.md").write_text("no work")
     split = load_text(tmp_path)
-    assert list(split.train) == ["a.txt"]
-    assert list(split.validation) == ["b.txt", "c.txt", "d.txt", "e.txt.xz"]
+    assert list(split.train) == ["a.txt", "b.txt"]
+    assert list(split.validation) == ["c.txt", "d.txt", "e.txt.xz"]
     split = load_text(tmp_path, validation_share=0.04)
     assert list(split.train) == ["a.txt", "b.txt", "c.txt"]
     assert split.validation == {"d.txt": "d", "e.txt.xz": "eeee"}

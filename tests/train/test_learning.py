@@ -250,7 +250,7 @@ def test_the_host_waits_for_the_device_once_an_interval(tmp_path, monkeypatch):
         monkeypatch.setattr(torch.Tensor, name, reading)
     run(tmp_path, max_steps=12, log_interval=3, eval_interval=None)
     assert waits.count("fetch") == 4
-    assert [wait for wait in waits if wait != "fetch"] == ["evaluate"] * waits.count("evaluate")
+    assert [wait for wait in waits if wait != "fetch"] == ["score"] * waits.count("score")
 
 
 # --- schedules ---

@@ -14,6 +14,8 @@ import torch
 
 from qflux import QuantumFluxConfig, QuantumFluxLM, TextSplit, TrainingOptions, load_model, train
 from qflux.cli import main
+from qflux.text import sources as sources_module
+from qflux.text import tokens as tokens_module
 from qflux.text.vocabulary import CharacterVocabulary
 from qflux.text.windows import TrainingWindows
 from qflux.train import folder as folder_module
@@ -120,7 +122,7 @@ OTHER_VALUES = {
     "betas": (0.8, 0.9), "eps": 1e-6, "weight_decay": 0.3, "warmup": 0.2, "batch_size": 5,
     "learning": "hybrid", "hebbian_rate": 2.0, "hebbian_error": "logits", "precision": "float16",
     "seed": 7, "curriculum_length": 4, "curriculum_share": 0.9, "radius_warmup": 0.3,
-    "init_from": "elsewhere",
+    "eval_tokens": 99, "init_from": "elsewhere",
 }  # fmt: skip
 
 
@@ -199,6 +201,7 @@ def test_resume_alone_continues_exactly(tmp_path, call, text_file, monkeypatch):
         (["--embedding", "learned"], "no embedding"),
         (["--data", "{root}/other.txt"], "'other.txt'"),
         (["--data", "{root}/nowhere.txt"], "nowhere.txt"),
+        (["--data", "{root}/new.txt"], "another text: work 'new.txt': text contains '~'"),
         (["--resume-step", "3"], "5, got 3"),
         (["--overwrite"], "contradict"),
         (["--precision", "float16"], "precision 'float32' -> 'float16'"),
@@ -206,6 +209,7 @@ def test_resume_alone_continues_exactly(tmp_path, call, text_file, monkeypatch):
 )
 def test_a_resumed_run_cannot_become_another(tmp_path, call, text_file, more, named):
     (tmp_path / "other.txt").write_text(TEXT[::-1])
+    (tmp_path / "new.txt").write_text("~" + TEXT)
     base = ["train", "--output-dir", tmp_path / "run"]
     assert call(*base, *SMALL, "--data", text_file, "--max-steps", "5")[0] == 0
     before = snapshot(tmp_path / "run")
@@ -237,6 +241,34 @@ def test_a_moved_text_can_be_named_anew(tmp_path, call, text_file):
     assert status == 2 and "data says where" in err
     assert call(*base, "--resume", "--max-steps", "3", "--data", moved)[0] == 0
     assert call(*base, "--resume", "--max-steps", "4")[0] == 0
+
+
+def test_a_mapped_text_is_not_read_again(tmp_path, call, text_file, monkeypatch):
+    """Not for its characters, and not for the counts at the end."""
+    monkeypatch.setattr(tokens_module, "MAPPED_BYTES", 100)
+    # Whatever the clock says, the file was written long ago.
+    monkeypatch.setattr(tokens_module, "_CLOCK_NS", -(2**62))
+    reads = []
+    original = sources_module.read_pieces
+    monkeypatch.setattr(
+        sources_module, "read_pieces", lambda file: reads.append(file) or original(file)
+    )
+    folder = tmp_path / "run"
+    base = ["train", "--output-dir", folder]
+    given = [*SMALL, "--data", text_file, "--max-steps", "2"]
+    assert call(*base, *given, "--dry-run")[0] == 0 and not folder.exists()
+    assert call(*base, *given)[0] == 0
+    # Once for the characters, once for their ids.
+    assert len(reads) == 4
+    before = (folder / "tokens.bin").read_bytes()
+    status, out, err = call(*base, "--resume", "--max-steps", "4")
+    assert status == 0 and "bigram" in out, err
+    assert len(reads) == 4 and (folder / "tokens.bin").read_bytes() == before
+    assert call(*base, *given, "--overwrite")[0] == 0
+    assert (folder / "tokens.bin").read_bytes() == before
+    (folder / "tokens.bin").write_bytes(b"precious")
+    status, _, err = call(*base, "--resume", "--max-steps", "5")
+    assert status == 2 and err.count("\n") == 1 and "tokens.bin' is not a whole file" in err
 
 
 def test_a_run_without_a_record_takes_the_options_given(tmp_path):

@@ -1,0 +1,76 @@
+"""Peak memory of `qflux train` on a text of any size.
+
+    python benchmarks/text_memory.py --megabytes 40 1000 --vocabulary char byte bpe
+
+Lines of the text that comes with the package are repeated in random order until the text is large
+enough. A process of its own trains a small network for a few steps, from the file to the comparison
+with n-gram counts at the end; its largest resident set is what is printed, pages of the mapped
+tokens included, beside that of a process that has only imported the program.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from qflux.text.data import load_text
+
+NETWORK = [
+    "--num-layers=1", "--hidden-dim=32", "--context-length=64", "--num-cylinders=4",
+    "--max-steps=5", "--eval-tokens=5000",
+]  # fmt: skip
+
+
+def write_text(path: Path, megabytes: int) -> None:
+    """Write lines in random order until there are so many million bytes."""
+    lines, chosen = load_text().text.splitlines(keepends=True), random.Random(0)
+    with open(path, "w", encoding="utf-8") as stream:
+        size = 0
+        while size < megabytes * 10**6:
+            some = "".join(chosen.choices(lines, k=20000))
+            size += stream.write(some)
+
+
+def measure(arguments: list[str]) -> tuple[float, float]:
+    """Seconds and peak memory in 10^6 bytes of a run of the program."""
+    start = time.perf_counter()
+    with subprocess.Popen(
+        [sys.executable, "-m", "qflux", *arguments], stdout=subprocess.DEVNULL
+    ) as process:
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise SystemExit(f"qflux {' '.join(arguments)} ended with {process.returncode}")
+    # In units of 1024 bytes on Linux and of bytes on macOS.
+    unit = 1 if sys.platform == "darwin" else 1024
+    return time.perf_counter() - start, usage.ru_maxrss * unit / 1e6
+
+
+def main() -> None:
+    """Print a line for each size and vocabulary."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--megabytes", type=int, nargs="+", default=[40])
+    parser.add_argument("--vocabulary", nargs="+", default=["char", "byte", "bpe"])
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as root:
+        data, small = Path(root) / "text.txt", Path(root) / "small.txt"
+        write_text(small, 1)
+        _, least = measure(["train", f"--data={small}", f"--output-dir={root}/small", *NETWORK])
+        print(f"1 MB: {least:.0f} MB", flush=True)
+        for megabytes in arguments.megabytes:
+            write_text(data, megabytes)
+            for kind in arguments.vocabulary:
+                folder = Path(root) / f"{kind}-{megabytes}"
+                command = ["train", f"--data={data}", f"--output-dir={folder}", *NETWORK]
+                seconds, peak = measure([*command, f"--vocabulary={kind}"])
+                print(f"{megabytes} MB, {kind}: {peak:.0f} MB, {seconds:.0f} s", flush=True)
+
+
+if __name__ == "__main__":
+    main()
