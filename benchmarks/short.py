@@ -91,7 +91,7 @@ def main(arguments: list[str] | None = None) -> None:
     device = torch.device("cpu")
     facts = environment(device)
     print(", ".join(f"{name} {facts[name]}" for name in ("machine", "instruction_set", "threads")))
-    print(f"{'':28}{'mode':10}{'qflux ms':>10}{'SDPA ms':>10}{'SDPA/qflux':>12}")
+    print(f"X{'qflux ms':>10}{'SDPA ms':>10}{'SDPA/qflux':>12}")
     sizes = [size for size in SIZES if size[1] <= options.largest]
     for name, (ours, theirs, calls) in cases(sizes).items():
         samples = time_in_turn(
@@ -100,7 +100,7 @@ def main(arguments: list[str] | None = None) -> None:
         for mode in MODES:
             times = [percentile(s.calls[mode], 50) * 1e3 / calls for s in samples.values()]
             ratio = speed_up(samples["qflux"], samples["sdpa"], mode)
-            print(f"{name:28}{mode:10}{times[0]:10.4f}{times[1]:10.4f}{ratio:12.2f}", flush=True)
+            print(f"{name:32}{mode:10}{times[0]:10.4f}{times[1]:10.4f}{ratio:12.2f}", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,19 +1,14 @@
 """Fused kernels for the Quantum Flux network: see `interact`, `evolve` and `scores`."""
 
-from . import reference
+from . import options, reference
 from .backends import BackendUnavailableError, diagnostics
 from .functional import evolve, interact, scores
-from .options import Evolution, Interaction, InverseGate, Radius, Threshold
+from .options import *  # noqa: F403 (what its __all__ names)
 from .projection import project_norm
 from .version import __version__
 
 __all__ = [
     "BackendUnavailableError",
-    "Evolution",
-    "Interaction",
-    "InverseGate",
-    "Radius",
-    "Threshold",
     "__version__",
     "diagnostics",
     "evolve",
@@ -22,3 +17,4 @@ __all__ = [
     "reference",
     "scores",
 ]
+__all__ += options.__all__

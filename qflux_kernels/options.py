@@ -10,6 +10,9 @@ import torch
 from .checks import check_choice, check_real
 from .schema import SCORE_KINDS, SCORES, ScoreKind
 
+# What `qflux_kernels` exports from here.
+__all__ = ["Evolution", "Interaction", "InverseGate", "Radius", "Threshold"]
+
 REDUCTIONS = ("sum", "mean")
 STATISTICS = ("prefix", "row")
 SHRINKAGES = ("hard", "soft")
