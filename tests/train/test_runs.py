@@ -258,12 +258,12 @@ def test_a_mapped_text_is_not_read_again(tmp_path, call, text_file, monkeypatch)
     given = [*SMALL, "--data", text_file, "--max-steps", "2"]
     assert call(*base, *given, "--dry-run")[0] == 0 and not folder.exists()
     assert call(*base, *given)[0] == 0
-    # Once for the characters, once for their ids.
-    assert len(reads) == 4
+    assert reads
+    reads.clear()
     before = (folder / "tokens.bin").read_bytes()
     status, out, err = call(*base, "--resume", "--max-steps", "4")
     assert status == 0 and "bigram" in out, err
-    assert len(reads) == 4 and (folder / "tokens.bin").read_bytes() == before
+    assert not reads and (folder / "tokens.bin").read_bytes() == before
     assert call(*base, *given, "--overwrite")[0] == 0
     assert (folder / "tokens.bin").read_bytes() == before
     (folder / "tokens.bin").write_bytes(b"precious")
