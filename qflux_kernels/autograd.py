@@ -113,7 +113,8 @@ def with_mapped(tensor: torch.Tensor, mapped: int | None, size: int, at: int) ->
 def _run(op: Op, family: str, options: dict[str, Any], **tensors: torch.Tensor | None):
     values = tensors | options
     # By position, which the dispatcher reads faster than names.
-    return _HANDLES[family + op.name](*[values[name] for name in op.names])
+    call, names = _HANDLES[family + op.name]
+    return call(*[values[name] for name in names])
 
 
 def _wide(tensor: torch.Tensor | None) -> torch.Tensor | None:
@@ -400,8 +401,8 @@ _FAKES = {
 }
 
 
-# The ops of the families that are loaded, by name.
-_HANDLES: dict[str, torch._ops.OpOverload] = {}
+# The ops of the families that are loaded, by name, with the names of their arguments.
+_HANDLES: dict[str, tuple[torch._ops.OpOverload, tuple[str, ...]]] = {}
 
 
 def by_name(op: Op, rule: Callable[..., Any]) -> Callable[..., Any]:
@@ -414,4 +415,4 @@ def register(family: str) -> None:
     for op in FAMILY_OPS:
         name = family + op.name
         torch.library.register_fake(f"qflux_kernels::{name}", by_name(op, _FAKES[op]))
-        _HANDLES[name] = getattr(torch.ops.qflux_kernels, name).default
+        _HANDLES[name] = getattr(torch.ops.qflux_kernels, name).default, op.names

@@ -412,7 +412,7 @@ def test_saved_model_computes_the_same_logits(tmp_path):
 def test_loading_names_what_is_missing_or_does_not_fit(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"has no config\.json"):
         qflux.load_model(tmp_path / "nowhere")
-    qflux.save_model(tmp_path, make_model(), qflux.ByteVocabulary())
+    qflux.save_model(tmp_path, make_model(), qflux.CharacterVocabulary("abcdefghijk"))
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, "hidden_dim": 16}))
     with pytest.raises(ValueError, match=r"model\.safetensors"):
