@@ -187,8 +187,10 @@ def test_the_default_prompt_is_in_every_vocabulary(tmp_path, run, text):
 def start(*arguments, **streams):
     return subprocess.Popen(
         [sys.executable, "-m", "qflux", "generate", *map(str, arguments)],
-        stdin=subprocess.DEVNULL, **streams,
-    )  # fmt: skip
+        stdin=subprocess.DEVNULL,
+        env={name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"},
+        **streams,
+    )
 
 
 def test_text_comes_as_it_is_made_and_ctrl_c_keeps_it(trained):
