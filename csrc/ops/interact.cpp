@@ -107,20 +107,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> interact_backward(
 // How many pairs a sweep meets one by one: [densely, in bands].
 Tensor sweep_work(Tensor states, OptionalTensor keys, double sigma, double eps, bool whole_window,
                   bool causal) {
-  PairArguments pair{states,
-                     keys,
-                     std::nullopt,
-                     std::nullopt,
-                     sigma,
-                     std::nullopt,
-                     0.0,
-                     std::nullopt,
-                     static_cast<int64_t>(ScoreKind::kHardThreshold),
-                     eps,
-                     whole_window,
-                     causal,
-                     false,
-                     static_cast<int64_t>(Algorithm::kSweep)};
+  PairArguments pair{states};
+  pair.keys = keys;
+  pair.coefficient_value = sigma;
+  pair.eps = eps;
+  pair.whole_window = whole_window;
+  pair.causal = causal;
+  pair.algorithm = static_cast<int64_t>(Algorithm::kSweep);
   Batch batch = pair.check();
   batch.settle();
   const Tensor work = torch::stable::new_zeros(states, Shape{2}, ScalarType::Long);

@@ -7,18 +7,18 @@
 
 namespace qflux {
 
-// As they stand in the schemas.
+// As they stand in the schemas; an op with fewer of them leaves the others as they are here.
 struct PairArguments {
   Tensor states;  // in the backward of evolve: anything of their shape
-  OptionalTensor keys, values, coefficient;
-  double coefficient_value;
-  OptionalTensor min_gate;
-  double min_gate_value;
-  OptionalTensor lengths;
-  int64_t score;
-  double eps;
-  bool whole_window, causal, mean;
-  int64_t algorithm;
+  OptionalTensor keys = std::nullopt, values = std::nullopt, coefficient = std::nullopt;
+  double coefficient_value = 0;
+  OptionalTensor min_gate = std::nullopt;
+  double min_gate_value = 0;
+  OptionalTensor lengths = std::nullopt;
+  int64_t score = static_cast<int64_t>(ScoreKind::kHardThreshold);
+  double eps = 0;
+  bool whole_window = false, causal = false, mean = false;
+  int64_t algorithm = static_cast<int64_t>(Algorithm::kAuto);
 
   int64_t rows() const { return states.size(states.dim() - 2); }
   int64_t key_count() const { return keys ? keys->size(keys->dim() - 2) : rows(); }

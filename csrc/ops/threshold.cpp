@@ -12,20 +12,15 @@ namespace ops {
 std::tuple<Tensor, Tensor, Tensor> threshold_backward(
     Tensor grad_threshold, Tensor states, OptionalTensor keys, OptionalTensor coefficient,
     double coefficient_value, OptionalTensor lengths, double eps, bool whole_window, bool causal) {
-  PairArguments pair{states,
-                     keys,
-                     std::nullopt,
-                     coefficient,
-                     coefficient_value,
-                     std::nullopt,
-                     0.0,
-                     lengths,
-                     static_cast<int64_t>(ScoreKind::kSoftThreshold),
-                     eps,
-                     whole_window,
-                     causal,
-                     false,
-                     static_cast<int64_t>(Algorithm::kAuto)};
+  PairArguments pair{states};
+  pair.keys = keys;
+  pair.coefficient = coefficient;
+  pair.coefficient_value = coefficient_value;
+  pair.lengths = lengths;
+  pair.score = static_cast<int64_t>(ScoreKind::kSoftThreshold);
+  pair.eps = eps;
+  pair.whole_window = whole_window;
+  pair.causal = causal;
   Batch batch = pair.check();
   check_argument("grad_threshold", grad_threshold, batch.shape({pair.rows()}), states);
   batch.include(grad_threshold);

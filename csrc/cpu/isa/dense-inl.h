@@ -9,8 +9,8 @@ namespace qflux::cpu {
 namespace {
 namespace dense {
 
-// Values that are narrow enough for all sums of a pair to stay in registers: the keys themselves
-// ...
+// The keys as their own values. These and the values below are narrow enough for all sums of a pair
+// to stay in registers.
 template <class T>
 struct KeysAsValues {
   static constexpr int kCount = 2;
@@ -31,8 +31,8 @@ struct KeysAsValues {
   }
 };
 
-// ... or kColumns columns, as many as a model's cylinders usually have. Every lane adds up what it
-// adds up on the general path, in the same order.
+// Values of kColumns columns, as many as a model's cylinders usually have. Every lane adds up what
+// it adds up on the general path, in the same order.
 template <class T>
 struct ColumnValues {
   static constexpr int kCount = kColumns;

@@ -23,9 +23,6 @@ constexpr int kColumns = 4;
 static_assert(kPadding % (kVectors * Vector<float>::kWidth) == 0, "a group may overhang a plane");
 static_assert(kBlock % (kVectors * Vector<float>::kWidth) == 0, "a block is made of whole groups");
 
-int64_t lesser(int64_t a, int64_t b) { return a < b ? a : b; }
-int64_t greater(int64_t a, int64_t b) { return a > b ? a : b; }
-
 // One sum of each lane, continued from tile to tile so that the error does not grow with their
 // number: in float64 for float, compensated for double.
 template <class T>

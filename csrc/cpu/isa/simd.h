@@ -222,6 +222,10 @@ struct Constant {
   QFLUX_INLINE constexpr operator int() const { return kNumber; }
 };
 
+// Those of the standard library are weak functions where they are not inlined.
+QFLUX_INLINE int64_t lesser(int64_t a, int64_t b) { return a < b ? a : b; }
+QFLUX_INLINE int64_t greater(int64_t a, int64_t b) { return a > b ? a : b; }
+
 // Zeroed memory. Those of the standard library are weak functions, of which a program keeps one
 // copy: it may be the one of an instruction set that the machine does not have.
 template <class T>

@@ -38,8 +38,6 @@ struct RowPlanes {
   }
 };
 
-int64_t lesser(int64_t a, int64_t b) { return a < b ? a : b; }
-
 template <class T>
 Point<double> state_of(const View<const T>& states, BatchIndex b, int64_t i) {
   const Point<T> state = load_point(states, b, i);
