@@ -58,21 +58,31 @@ struct ColumnValues {
   }
 };
 
+// The queries of a group of rows, and what keeps and weighs their pairs.
+template <class Score, class T>
+struct Queries {
+  Vector<T> x[kVectors], y[kVectors];
+  Score pair[kVectors];
+
+  QFLUX_INLINE Queries(const Sequence<T>& s, const Group<T>& group) {
+    const Vector<T> eps(s.eps), min_gate(s.min_gate);
+    each_vector([&](auto r) QFLUX_INLINE_LAMBDA {
+      x[r] = load(s.query_x + group.start(r));
+      y[r] = load(s.query_y + group.start(r));
+      pair[r] = Score::make(load(s.limit + group.start(r)), eps, min_gate);
+    });
+  }
+};
+
 template <class Score, class Values, bool kDegree, class T>
 void forward_narrow(const Sequence<T>& s, int64_t first, int64_t last, const ForwardBlock<T>& out) {
   using V = Vector<T>;
   constexpr int kWidth = V::kWidth, kCount = Values::kCount;
-  const V bias(static_cast<T>(Score::kBias)), eps(s.eps), min_gate(s.min_gate);
+  const V bias(static_cast<T>(Score::kBias));
   const Values values(s);
   for (int64_t row = first; row < last; row += Group<T>::kOwners) {
     const Group<T> group = row_group(s, row, last);
-    V qx[kVectors], qy[kVectors];
-    Score pair[kVectors];
-    each_vector([&](auto r) QFLUX_INLINE_LAMBDA {
-      qx[r] = load(s.query_x + group.start(r));
-      qy[r] = load(s.query_y + group.start(r));
-      pair[r] = Score::make(load(s.limit + group.start(r)), eps, min_gate);
-    });
+    const Queries<Score, T> query(s, group);
     Total<T> contexts[kCount][kVectors], strengths[kVectors];
     int32_t degrees[kVectors * kWidth] = {};
     for (int64_t tile = 0; tile < group.highest(); tile += kTile) {
@@ -87,17 +97,17 @@ void forward_narrow(const Sequence<T>& s, int64_t first, int64_t last, const For
           group, tile, tile + kTile,
           [&](auto r, int64_t j, const Mask<T>* visible) QFLUX_INLINE_LAMBDA {
             const V kx(s.key_x[j]), ky(s.key_y[j]);
-            const V p = inner_product(qx[r], qy[r], kx, ky, bias);
-            const Mask<T> kept = kept_and_visible(pair[r].kept(p), visible);
+            const V p = inner_product(query.x[r], query.y[r], kx, ky, bias);
+            const Mask<T> kept = kept_and_visible(query.pair[r].kept(p), visible);
             if constexpr (Values::template kLeavesOutDropped<Score>) {
-              const V w = pair[r].weight(p);
+              const V w = query.pair[r].weight(p);
               each_column<kCount>([&](auto c) QFLUX_INLINE_LAMBDA {
                 context[r][c] =
                     add_kept(visible, kept, w, values.column(c, j, kx, ky), context[r][c]);
               });
               strength[r] = add_where(kept, w, strength[r]);
             } else {
-              const V w = pair[r].weight(p, kept);
+              const V w = query.pair[r].weight(p, kept);
               each_column<kCount>([&](auto c) QFLUX_INLINE_LAMBDA {
                 context[r][c] = add_visible(visible, w, values.column(c, j, kx, ky), context[r][c]);
               });
@@ -125,37 +135,34 @@ void backward_rows_narrow(const Sequence<T>& s, int64_t first, int64_t last,
                           const BackwardBlock<T>& out) {
   using V = Vector<T>;
   constexpr int kCount = Values::kCount;
-  const V bias(static_cast<T>(Score::kBias)), eps(s.eps), min_gate(s.min_gate);
+  const V bias(static_cast<T>(Score::kBias));
   const Values values(s);
   for (int64_t row = first; row < last; row += Group<T>::kOwners) {
     const Group<T> group = row_group(s, row, last);
-    V qx[kVectors], qy[kVectors], grad[kVectors][kCount], gs[kVectors];
-    Score pair[kVectors];
+    const Queries<Score, T> query(s, group);
+    V grad[kVectors][kCount], gs[kVectors];
     each_vector([&](auto r) QFLUX_INLINE_LAMBDA {
       const int64_t start = group.start(r);
-      qx[r] = load(s.query_x + start);
-      qy[r] = load(s.query_y + start);
       each_column<kCount>([&](auto c) QFLUX_INLINE_LAMBDA {
         grad[r][c] = load(s.grad + c * s.row_stride + start);
       });
       gs[r] = load(s.grad_strength + start);
-      pair[r] = Score::make(load(s.limit + start), eps, min_gate);
     });
     Total<T> totals[3][kVectors];
     for (int64_t tile = 0; tile < group.highest(); tile += kTile) {
       V ax[kVectors], ay[kVectors], al[kVectors];
       each_vector([&](auto r) QFLUX_INLINE_LAMBDA { ax[r] = ay[r] = al[r] = V(T(0)); });
-      each_key<Values::kApart>(group, tile, tile + kTile,
-                               [&](auto r, int64_t j, const Mask<T>* visible) QFLUX_INLINE_LAMBDA {
-                                 const V kx(s.key_x[j]), ky(s.key_y[j]);
-                                 const V p = inner_product(qx[r], qy[r], kx, ky, bias);
-                                 const Mask<T> kept = kept_and_visible(pair[r].kept(p), visible);
-                                 const V d =
-                                     pair[r].derivative(p, values.dot(grad[r], j, kx, ky, gs[r]));
-                                 ax[r] = add_kept(visible, kept, d, kx, ax[r]);
-                                 ay[r] = add_kept(visible, kept, d, ky, ay[r]);
-                                 if constexpr (Score::kLimitVjp) al[r] = add_where(kept, d, al[r]);
-                               });
+      each_key<Values::kApart>(
+          group, tile, tile + kTile,
+          [&](auto r, int64_t j, const Mask<T>* visible) QFLUX_INLINE_LAMBDA {
+            const V kx(s.key_x[j]), ky(s.key_y[j]);
+            const V p = inner_product(query.x[r], query.y[r], kx, ky, bias);
+            const Mask<T> kept = kept_and_visible(query.pair[r].kept(p), visible);
+            const V d = query.pair[r].derivative(p, values.dot(grad[r], j, kx, ky, gs[r]));
+            ax[r] = add_kept(visible, kept, d, kx, ax[r]);
+            ay[r] = add_kept(visible, kept, d, ky, ay[r]);
+            if constexpr (Score::kLimitVjp) al[r] = add_where(kept, d, al[r]);
+          });
       each_vector([&](auto r) QFLUX_INLINE_LAMBDA {
         totals[0][r].add(ax[r]);
         totals[1][r].add(ay[r]);
@@ -281,16 +288,10 @@ void forward_values(const Sequence<T>& s, int64_t first, int64_t last, const For
   constexpr int kWidth = V::kWidth;
   alignas(64) Staged<T> weight;
   const Array<Total<T>> contexts(kVectors * s.value_dim);
-  const V bias(static_cast<T>(Score::kBias)), eps(s.eps), min_gate(s.min_gate);
+  const V bias(static_cast<T>(Score::kBias));
   for (int64_t row = first; row < last; row += Group<T>::kOwners) {
     const Group<T> group = row_group(s, row, last);
-    V qx[kVectors], qy[kVectors];
-    Score pair[kVectors];
-    each_vector([&](auto r) QFLUX_INLINE_LAMBDA {
-      qx[r] = load(s.query_x + group.start(r));
-      qy[r] = load(s.query_y + group.start(r));
-      pair[r] = Score::make(load(s.limit + group.start(r)), eps, min_gate);
-    });
+    const Queries<Score, T> query(s, group);
     Total<T> strengths[kVectors];
     int32_t degrees[kVectors * kWidth] = {};
     for (int64_t tile = 0; tile < group.highest(); tile += kTile) {
@@ -303,9 +304,9 @@ void forward_values(const Sequence<T>& s, int64_t first, int64_t last, const For
         degree[r] = typename V::Bits{};
       });
       each([&](auto r, int64_t j, const Mask<T>* visible) QFLUX_INLINE_LAMBDA {
-        const V p = inner_product(qx[r], qy[r], V(s.key_x[j]), V(s.key_y[j]), bias);
-        const Mask<T> kept = kept_and_visible(pair[r].kept(p), visible);
-        const V w = pair[r].weight(p, kept);
+        const V p = inner_product(query.x[r], query.y[r], V(s.key_x[j]), V(s.key_y[j]), bias);
+        const Mask<T> kept = kept_and_visible(query.pair[r].kept(p), visible);
+        const V w = query.pair[r].weight(p, kept);
         store(weight[j - tile][r], w);
         strength[r] = add_visible(visible, w, V(T(1)), strength[r]);
         count(kept, degree[r]);
@@ -327,17 +328,13 @@ void backward_rows_values(const Sequence<T>& s, int64_t first, int64_t last,
                           const BackwardBlock<T>& out) {
   using V = Vector<T>;
   alignas(64) Staged<T> upstream;
-  const V bias(static_cast<T>(Score::kBias)), eps(s.eps), min_gate(s.min_gate);
+  const V bias(static_cast<T>(Score::kBias));
   for (int64_t row = first; row < last; row += Group<T>::kOwners) {
     const Group<T> group = row_group(s, row, last);
-    V qx[kVectors], qy[kVectors], gs[kVectors];
-    Score pair[kVectors];
-    each_vector([&](auto r) QFLUX_INLINE_LAMBDA {
-      qx[r] = load(s.query_x + group.start(r));
-      qy[r] = load(s.query_y + group.start(r));
-      gs[r] = load(s.grad_strength + group.start(r));
-      pair[r] = Score::make(load(s.limit + group.start(r)), eps, min_gate);
-    });
+    const Queries<Score, T> query(s, group);
+    V gs[kVectors];
+    each_vector([&](auto r)
+                    QFLUX_INLINE_LAMBDA { gs[r] = load(s.grad_strength + group.start(r)); });
     Total<T> totals[3][kVectors];
     for (int64_t tile = 0; tile < group.highest(); tile += kTile) {
       const auto each = [&](const auto& body)
@@ -349,9 +346,9 @@ void backward_rows_values(const Sequence<T>& s, int64_t first, int64_t last,
       each_vector([&](auto r) QFLUX_INLINE_LAMBDA { ax[r] = ay[r] = al[r] = V(T(0)); });
       each([&](auto r, int64_t j, const Mask<T>* visible) QFLUX_INLINE_LAMBDA {
         const V kx(s.key_x[j]), ky(s.key_y[j]);
-        const V p = inner_product(qx[r], qy[r], kx, ky, bias);
-        const Mask<T> kept = kept_and_visible(pair[r].kept(p), visible);
-        const V d = pair[r].derivative(p, load(upstream[j - tile][r]));
+        const V p = inner_product(query.x[r], query.y[r], kx, ky, bias);
+        const Mask<T> kept = kept_and_visible(query.pair[r].kept(p), visible);
+        const V d = query.pair[r].derivative(p, load(upstream[j - tile][r]));
         ax[r] = select(kept, multiply_add(d, kx, ax[r]), ax[r]);
         ay[r] = select(kept, multiply_add(d, ky, ay[r]), ay[r]);
         if constexpr (Score::kLimitVjp) al[r] = add_where(kept, d, al[r]);
