@@ -32,28 +32,19 @@ def check_real_or_tensor(name: str, value: object) -> None:
 class Score:
     """What a pair weighs. A score is a frozen dataclass; this is what every kernel asks of it.
 
-    `per_sequence` names the fields that may be tensors which broadcast to the batch shape, and
-    `whole_window` says that a row's statistics are over the whole sequence.
+    Each score says `kernel`, its name in `schema.SCORES`, and `coefficient`, the number of each
+    sequence that the kernels differentiate. `per_sequence` names the fields that may be tensors
+    which broadcast to the batch shape, and `whole_window` says that a row's statistics are over the
+    whole sequence.
     """
 
     per_sequence: ClassVar[tuple[str, ...]]
     __dataclass_fields__: ClassVar[dict[str, Any]]
+    kernel: str
+    coefficient: float | torch.Tensor
     eps: float
     min_gate: float | torch.Tensor = 0.0
-
-    @property
-    def kernel(self) -> str:
-        """Its name in `schema.SCORES`."""
-        raise NotImplementedError
-
-    @property
-    def coefficient(self) -> float | torch.Tensor:
-        """The number of each sequence that the kernels differentiate."""
-        raise NotImplementedError
-
-    @property
-    def whole_window(self) -> bool:
-        return False
+    whole_window: bool = False
 
     @property
     def kind(self) -> ScoreKind:

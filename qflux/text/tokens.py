@@ -28,6 +28,7 @@ from .data import TextSplit
 from .files import PIECE, some_of
 from .sources import Measure, TextSource, Work
 from .vocabulary import UnknownCharacterError, Vocabulary
+from .windows import evaluation_windows, predicted_tokens
 
 TOKENS_FILE = "tokens.bin"
 # Fewer bytes of tokens stay in memory: encoding them again costs less than a file in the folder.
@@ -131,8 +132,7 @@ class EncodedText:
                 f"{some_of([work.name for work in held_out])}",
             ),
         ]
-        scored = sum(max(0, len(work) - 1) for work in self.validation)
-        if eval_tokens is not None and eval_tokens < scored:
+        if eval_tokens is not None and eval_tokens < predicted_tokens(self.validation):
             rows.append(("validated", f"on {eval_tokens:,} of these, evenly spread (eval_tokens)"))
         short = sum(work.tokens < length for work in train)
         if short and len(train) > 1:
@@ -164,9 +164,9 @@ def sample_windows(works: Sequence[Tensor], eval_tokens: int | None, length: int
     """The works, or some windows of theirs; see `EncodedText.validation_sample`."""
     if eval_tokens is not None:
         check_integer("eval_tokens", eval_tokens, 1)
-    if eval_tokens is None or sum(max(0, len(work) - 1) for work in works) <= eval_tokens:
+    if eval_tokens is None or predicted_tokens(works) <= eval_tokens:
         return list(works)
-    windows = torch.tensor([-(-max(0, len(work) - 1) // (length - 1)) for work in works])
+    windows = torch.tensor([evaluation_windows(work, length) for work in works])
     ends = windows.cumsum(0)
     wanted = min(max(1, eval_tokens // (length - 1)), int(ends[-1]))
     # The middles of equal parts of all windows.

@@ -140,6 +140,16 @@ class JoinedWorks:
         return torch.cat(found)
 
 
+def predicted_tokens(works: Sequence[Tensor]) -> int:
+    """How many tokens of the works have one before them in theirs."""
+    return sum(max(0, len(work) - 1) for work in works)
+
+
+def evaluation_windows(work: Tensor, length: int) -> int:
+    """How many windows `evaluation_batches` makes of a work."""
+    return -(-max(0, len(work) - 1) // (length - 1))
+
+
 def evaluation_batches(
     works: Sequence[Tensor], length: int, batch_size: int
 ) -> Iterator[tuple[Tensor, Tensor]]:

@@ -45,6 +45,11 @@ def write_atomically(path: str | Path, content: bytes) -> None:
         raise
 
 
+def first_line(error: Exception) -> str:
+    """What an error says, on one line; its kind if it says nothing."""
+    return str(error).strip().split("\n")[0] or type(error).__name__
+
+
 def usable_device(device: str | torch.device) -> torch.device:
     """The device of that name.
 
@@ -57,10 +62,9 @@ def usable_device(device: str | torch.device) -> torch.device:
         found.item()
         return found.device
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
         raise ValueError(
             f"device must be one that this PyTorch can use, such as 'cpu' or 'cuda', "
-            f"got {str(device)!r}: {reason}"
+            f"got {str(device)!r}: {first_line(error)}"
         ) from None
 
 

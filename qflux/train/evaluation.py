@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from ..inference.generate import evaluating
 from ..models.base import CausalLM
-from ..text.windows import IGNORED_LABEL, evaluation_batches
+from ..text.windows import IGNORED_LABEL, evaluation_batches, evaluation_windows
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def score(
     total, tokens, size = torch.zeros((), dtype=torch.float64, device=device), 0, 0
     if max(map(len, works), default=0) < 2:
         raise ValueError("the text to evaluate on must have a work of at least 2 tokens")
-    windows = sum(-(-max(0, len(work) - 1) // (length - 1)) for work in works)
+    windows = sum(evaluation_windows(work, length) for work in works)
     bar = tqdm(total=windows, unit="window", delay=1, disable=None if progress else True)
     with evaluating(model), bar:
         for ids, labels in evaluation_batches(works, length, batch_size):

@@ -32,6 +32,7 @@ from .checkpoint import (
     CONFIG_FILE,
     VOCABULARY_FILE,
     check_same_model,
+    first_line,
     save_model,
     usable_device,
     write_atomically,
@@ -232,7 +233,7 @@ class _Run:
         except (RuntimeError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(
                 f"the training state in {str(self.folder)!r} does not fit this run: "
-                f"{_first_line(error)}"
+                f"{first_line(error)}"
             ) from None
 
     def _encode_prompt(self) -> Tensor | None:
@@ -572,10 +573,10 @@ def _plain_errors(options: TrainingOptions) -> Iterator[None]:
         yield
     except TorchDynamoException as error:
         raise ValueError(
-            f"torch.compile does not work here ({_first_line(error)}): leave out compile"
+            f"torch.compile does not work here ({first_line(error)}): leave out compile"
         ) from error
     except (MemoryError, RuntimeError) as error:
-        message = _first_line(error)
+        message = first_line(error)
         texts = ("out of memory", "can't allocate memory", "not enough memory")
         known = isinstance(error, MemoryError | torch.OutOfMemoryError)
         if not known and not any(text in message.lower() for text in texts):
@@ -585,7 +586,3 @@ def _plain_errors(options: TrainingOptions) -> Iterator[None]:
             f"batch_size ({options.batch_size}) or the context_length, raise accumulation "
             f"({options.accumulation}), or give gradient_checkpointing"
         ) from error
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0] or type(error).__name__

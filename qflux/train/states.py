@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checkpoint import write_atomically
+from .checkpoint import first_line, write_atomically
 
 STATE_FILE = "training_state.pt"
 _KEPT = re.compile(r"training_state-(\d+)\.pt")
@@ -120,8 +120,9 @@ def _read(path: Path, kept: dict[int, Path]) -> dict[str, Any]:
             state = torch.load(stream, map_location="cpu", weights_only=True)
         # A broken archive raises errors of zip, pickle, PyTorch and the system alike.
         except Exception as error:
-            reason = str(error).split("\n")[0] or type(error).__name__
-            raise ValueError(f"{str(path)!r} cannot be read ({reason}); {remedy}") from None
+            raise ValueError(
+                f"{str(path)!r} cannot be read ({first_line(error)}); {remedy}"
+            ) from None
     if not isinstance(state, dict) or not set(state) >= _KEYS:
         raise ValueError(f"{str(path)!r} is not a training state; {remedy}")
     return state
