@@ -121,6 +121,18 @@ def emulator(compile_module):
 
 
 @pytest.fixture
+def call(capsys):
+    """Run the command line in this process: status, standard output, standard error."""
+    from qflux.cli import main
+
+    def run(*arguments):
+        status = main(list(map(str, arguments)))
+        return status, *capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture
 def run_python(tmp_path):
     """Run a program in a fresh interpreter, outside the source tree, and return what it printed."""
 

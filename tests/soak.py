@@ -9,6 +9,7 @@ process, which has imported PyTorch but computed nothing.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import random
@@ -89,6 +90,12 @@ def metrics(folder: Path) -> list[dict]:
 def curve(folder: Path) -> list[list]:
     keys = ("step", "train_loss", "val_loss", "learning_rate", "gradient_norm")
     return [[line.get(key) for key in keys] for line in metrics(folder)]
+
+
+def difference(lines: list[list], expected: list[list]) -> str:
+    """Where two curves part, for a message."""
+    pairs = enumerate(itertools.zip_longest(lines, expected))
+    return "; ".join(f"line {n}: {got}, expected {want}" for n, (got, want) in pairs if got != want)
 
 
 def saved_step(folder: Path) -> int:
@@ -197,9 +204,10 @@ def soak(root: Path, kills: int, seed: int) -> Counter:
             kind = draw.choice(KINDS) if counts.total() < kills else None
             status = live(kind, folder, text, draw, seconds)
             counts[kind] += kind is not None
-        assert curve(folder) == expected
+        assert curve(folder) == expected, difference(curve(folder), expected)
         assert (folder / "model.safetensors").read_bytes() == weights
-        assert sorted(os.listdir(folder)) == sorted(os.listdir(whole))
+        names, wanted = sorted(os.listdir(folder)), sorted(os.listdir(whole))
+        assert names == wanted, (kind, names, wanted)
     return counts
 
 

@@ -319,7 +319,8 @@ class _Run:
         self.record.write(self.folder)
         write_atomically(self.folder / CONFIG_FILE, self.config.to_json().encode())
         write_atomically(self.folder / VOCABULARY_FILE, self.vocabulary.to_json().encode())
-        bad = drop_lines_after(self.folder, self.step)
+        # A line that waits for its evaluation is written again, even if that was done once already.
+        bad = drop_lines_after(self.folder, self.step - (self.pending is not None))
         if bad:
             self.display.say(
                 f"warning: {bad} lines of {str(self.folder / METRICS_FILE)!r} were no lines of "

@@ -49,17 +49,6 @@ def trained(tmp_path_factory):
     return root, arguments, result
 
 
-@pytest.fixture
-def run(capsys):
-    """Run the command line in this process: status, standard output, standard error."""
-
-    def call(*arguments):
-        status = main(list(map(str, arguments)))
-        return status, *capsys.readouterr()
-
-    return call
-
-
 def test_train_writes_a_model_and_prints_losses(trained):
     root, _, result = trained
     names = {file.name for file in (root / "run").iterdir()}
@@ -88,10 +77,10 @@ def test_generate_prints_prompt_and_continuation(trained):
     assert set(result.stdout) <= set(TEXT)
 
 
-def test_generate_passes_its_options_on(trained, run):
+def test_generate_passes_its_options_on(trained, call):
     def text(*more):
         options = ["--model-path", trained[0] / "run", "--prompt", "To be", "--max-length", "40"]
-        status, out, err = run("generate", *options, *more)
+        status, out, err = call("generate", *options, *more)
         assert status == 0 and re.fullmatch(SPEED, err), err
         return out
 
@@ -104,13 +93,13 @@ def test_generate_passes_its_options_on(trained, run):
     assert text("--temperature", "1e-6", "--seed", "3") == greedy
 
 
-def test_generate_takes_prompts_from_files_and_pipes(trained, tmp_path, run):
+def test_generate_takes_prompts_from_files_and_pipes(trained, tmp_path, call):
     base = ["generate", "--model-path", trained[0] / "run", "--max-new-tokens", "5"]
-    expected = run(*base, "--prompt", "To be\nor")[1]
+    expected = call(*base, "--prompt", "To be\nor")[1]
     # A byte order mark, Windows' line breaks and the end of the last line are no text.
     for name, content in {"plain": b"To be\nor", "odd": b"\xef\xbb\xbfTo be\r\nor\r\n"}.items():
         (tmp_path / name).write_bytes(content)
-        status, out, err = run(*base, "--prompt-file", tmp_path / name)
+        status, out, err = call(*base, "--prompt-file", tmp_path / name)
         assert (status, out) == (0, expected), err
     for more in ([], ["--prompt-file", "-"]):
         piped = subprocess.run(
@@ -127,60 +116,62 @@ def test_generate_takes_prompts_from_files_and_pipes(trained, tmp_path, run):
         "nowhere": "No such file",
         "folder": "directory",
     }.items():
-        status, out, err = run(*base, "--prompt-file", tmp_path / given)
+        status, out, err = call(*base, "--prompt-file", tmp_path / given)
         assert (status, out, err.count("\n")) == (2, "", 1) and named in err and given in err
-    assert run(*base, "--prompt", "a", "--prompt-file", "b")[0] == 2
+    assert call(*base, "--prompt", "a", "--prompt-file", "b")[0] == 2
 
 
-def test_samples_are_those_of_the_seeds_that_follow(trained, run):
+def test_samples_are_those_of_the_seeds_that_follow(trained, call):
     base = ["generate", "--model-path", trained[0] / "run", "--prompt", "To", "--max-new-tokens", 9]
-    alone = [run(*base, "--seed", seed)[1] for seed in (7, 8, 9)]
-    status, out, err = run(*base, "--seed", 7, "--num-samples", 3)
+    alone = [call(*base, "--seed", seed)[1] for seed in (7, 8, 9)]
+    status, out, err = call(*base, "--seed", 7, "--num-samples", 3)
     assert (status, out) == (0, "---\n".join(alone)) and err.startswith("27 tokens in ")
     assert len(set(alone)) == 3
-    assert run(*base, "--seed", 2**63 - 1, "--num-samples", 2)[0] == 0
+    assert call(*base, "--seed", 2**63 - 1, "--num-samples", 2)[0] == 0
 
 
-def test_a_stop_string_ends_the_continuation_before_it(trained, run):
+def test_a_stop_string_ends_the_continuation_before_it(trained, call):
     base = ["generate", "--model-path", trained[0] / "run", "--prompt", "To be", "--seed", 3]
-    whole = run(*base, "--max-new-tokens", 60)[1]
+    whole = call(*base, "--max-new-tokens", 60)[1]
     stop, other = whole[20:23], whole[40:43]
     expected = whole[: whole.index(stop, 5)] + "\n"
     for stops in (["--stop", stop], ["--stop", other, "--stop", stop], [f"--stop={stop}"]):
-        status, out, _ = run(*base, "--max-new-tokens", 60, *stops)
+        status, out, _ = call(*base, "--max-new-tokens", 60, *stops)
         assert (status, out) == (0, expected)
-    assert run(*base, "--max-new-tokens", 60, "--stop", "no such text")[1] == whole
+    assert call(*base, "--max-new-tokens", 60, "--stop", "no such text")[1] == whole
 
 
-def test_unknown_characters_of_a_prompt_are_shown(trained, run):
+def test_unknown_characters_of_a_prompt_are_shown(trained, call):
     base = ["generate", "--model-path", trained[0] / "run", "--max-new-tokens", "3"]
-    status, out, err = run(*base, "--prompt", "T~be\u65e5~")
+    status, out, err = call(*base, "--prompt", "T~be\u65e5~")
     assert (status, out) == (2, "")
     assert "'~' at position 1" in err and "'\u65e5' at position 4" in err and "--unknown" in err
     for unknown, start in (("replace", "T be  "), ("drop", "Tbe")):
-        status, out, err = run(*base, "--prompt", "T~be\u65e5~", "--unknown", unknown)
+        status, out, err = call(*base, "--prompt", "T~be\u65e5~", "--unknown", unknown)
         assert status == 0 and out.startswith(start) and len(out) == len(start) + 3 + 1
         assert "'~' at position 1" in err
-    status, out, err = run(*base, "--prompt", "~~", "--unknown", "drop")
+    status, out, err = call(*base, "--prompt", "~~", "--unknown", "drop")
     assert (status, out) == (2, "") and "length >= 1" in err
 
 
-def test_each_line_is_a_prompt_when_interactive(trained, run, monkeypatch):
+def test_each_line_is_a_prompt_when_interactive(trained, call, monkeypatch):
     base = ["generate", "--model-path", trained[0] / "run", "--max-new-tokens", "6"]
     monkeypatch.setattr(sys, "stdin", io.StringIO("To be\n\n~\nor not"))
-    status, out, err = run(*base, "--interactive")
+    status, out, err = call(*base, "--interactive")
     assert status == 0 and "'~' at position 0" in err and len(re.findall(SPEED, err)) == 2
-    alone = run(*base, "--prompt", "To be")[1] + run(*base, "--prompt", "or not", "--seed", "2")[1]
+    alone = (
+        call(*base, "--prompt", "To be")[1] + call(*base, "--prompt", "or not", "--seed", "2")[1]
+    )
     assert out == alone
-    assert run(*base, "--interactive", "--prompt", "To be")[0] == 2
+    assert call(*base, "--interactive", "--prompt", "To be")[0] == 2
 
 
 @pytest.mark.parametrize("text", ["abcab" * 60, "a b " * 60, "\n" * 300 + "a"])
-def test_the_default_prompt_is_in_every_vocabulary(tmp_path, run, text):
+def test_the_default_prompt_is_in_every_vocabulary(tmp_path, call, text):
     (tmp_path / "text.txt").write_text(text)
     arguments = ["--data", tmp_path / "text.txt", "--output-dir", tmp_path / "run"]
-    assert run("train", *arguments, *SMALL, "--max-steps", "1", "--batch-size", "1")[0] == 0
-    status, out, err = run("generate", "--model-path", tmp_path / "run", "--max-new-tokens", "4")
+    assert call("train", *arguments, *SMALL, "--max-steps", "1", "--batch-size", "1")[0] == 0
+    status, out, err = call("generate", "--model-path", tmp_path / "run", "--max-new-tokens", "4")
     assert status == 0 and len(out) == 1 + 4 + 1, err
 
 
@@ -237,60 +228,60 @@ def test_closed_and_full_streams(trained):
         assert (code, out, err.count("\n")) == (2, "", 1) and named in err
 
 
-def test_values_that_look_like_options_stay_as_typed(trained, run):
+def test_values_that_look_like_options_stay_as_typed(trained, call):
     """Also where underscores and equals signs are in them."""
     base = ["generate", "--model-path", trained[0] / "run", "--max_new_tokens", "1"]
     for value in ("--a_b c", "-x_y z", "-", "--", "-- x", "--a_b\nc"):
         for arguments in (["--prompt", value], [f"--prompt={value}"]):
-            status, _, err = run(*base, *arguments)
+            status, _, err = call(*base, *arguments)
             unknown = [c for c in dict.fromkeys(value) if c not in TEXT]
             assert status == 2 and f"{unknown[0]!r} at position {value.index(unknown[0])}" in err
             assert ("'_'" in err) == ("_" in value), err
     for value in ("--a_b", "--prompt_file", "--max_new_tokens=3", "--a_b=c d"):
-        status, _, err = run(*base, f"--prompt={value}")
+        status, _, err = call(*base, f"--prompt={value}")
         assert status == 2 and f"'_' at position {value.index('_')}" in err
-    status, _, err = run(*base, "--prompt", "--a_b")
+    status, _, err = call(*base, "--prompt", "--a_b")
     assert status == 2 and "--prompt=VALUE" in err and err.count("\n") == 1
     assert "---" not in err and "help" not in err  # no box, no usage
 
 
-def test_a_model_that_has_diverged_says_so(trained, tmp_path, run):
+def test_a_model_that_has_diverged_says_so(trained, tmp_path, call):
     model, vocabulary = load_model(trained[0] / "run")
     with torch.no_grad():
         model.head.bias[3] = float("nan")
     save_model(tmp_path, model, vocabulary)
     for temperature in (0, 1):
-        status, _, err = run("generate", "--model-path", tmp_path, "--temperature", temperature)
+        status, _, err = call("generate", "--model-path", tmp_path, "--temperature", temperature)
         assert status == 2
         assert "got nan: the model has diverged" in err and err.count("\n") == 1
 
 
-def test_resume_continues_the_run(trained, run):
+def test_resume_continues_the_run(trained, call):
     root, arguments, _ = trained
-    status, _, err = run(*arguments, "--max-steps", "9", "--batch-size", "2")
+    status, _, err = call(*arguments, "--max-steps", "9", "--batch-size", "2")
     assert status == 2 and "resume" in err
-    assert run(*arguments, "--max-steps", "9", "--batch-size", "2", "--resume")[0] == 0
+    assert call(*arguments, "--max-steps", "9", "--batch-size", "2", "--resume")[0] == 0
     lines = (root / "run" / "metrics.jsonl").read_text().splitlines()
     assert json.loads(lines[-1])["step"] == 9
 
 
-def test_byte_vocabulary_and_states_alone(tmp_path, run):
+def test_byte_vocabulary_and_states_alone(tmp_path, call):
     (tmp_path / "text.txt").write_text(TEXT)
-    status, _, err = run(
+    status, _, err = call(
         "train", "--output-dir", tmp_path / "run", "--data", tmp_path / "text.txt", *SMALL,
         "--vocabulary", "byte", "--value-dim", "0", "--score", "inverse_gate", "--max-steps", "2",
     )  # fmt: skip
     assert status == 0, err
     config = json.loads((tmp_path / "run" / "config.json").read_text())
     assert (config["vocab_size"], config["value_dim"], config["score"]) == (256, 0, "inverse_gate")
-    status, out, err = run("generate", "--model-dir", tmp_path / "run", "--prompt", "é")
+    status, out, err = call("generate", "--model-dir", tmp_path / "run", "--prompt", "é")
     assert status == 0 and out.startswith("é"), err
 
 
 @pytest.mark.parametrize("preset", ["flux", "qfnn"])
-def test_presets_train_and_given_options_override_them(tmp_path, run, preset):
+def test_presets_train_and_given_options_override_them(tmp_path, call, preset):
     (tmp_path / "text.txt").write_text(TEXT)
-    status, out, err = run(
+    status, out, err = call(
         "train", "--preset", preset, "--data", tmp_path / "text.txt", "--output_dir",
         tmp_path / "run", "--use_hebbian", "--num_layers=2", "--hidden_dim=8",
         "--context-length", "16", "--radius_rate=.02", "--no-train-embedding", "--max-steps", "2",
@@ -304,7 +295,7 @@ def test_presets_train_and_given_options_override_them(tmp_path, run, preset):
     assert "model " in out and "bigram" in out
 
 
-def test_use_hebbian_chooses_the_rule_and_its_rate(tmp_path, run, monkeypatch):
+def test_use_hebbian_chooses_the_rule_and_its_rate(tmp_path, call, monkeypatch):
     seen = []
 
     def stop(config, text, vocabulary, options, source):
@@ -314,7 +305,9 @@ def test_use_hebbian_chooses_the_rule_and_its_rate(tmp_path, run, monkeypatch):
     monkeypatch.setattr(commands, "train", stop)
     base = ["train", "--output-dir", tmp_path]
     for more in ([], ["--use-hebbian"], ["--learning", "hybrid"]):
-        run(*base, *more, "--hebbian_rate", "0.25", "--tracker", "wandb", "--precision", "bfloat16")
+        call(
+            *base, *more, "--hebbian_rate", "0.25", "--tracker", "wandb", "--precision", "bfloat16"
+        )
     assert [options.learning for options in seen] == ["backprop", "hebbian", "hybrid"]
     assert {options.hebbian_rate for options in seen} == {0.25}
     assert seen[0].trackers == ("wandb",) and seen[0].precision == "bfloat16"
@@ -330,7 +323,7 @@ def test_every_option_of_training_and_of_every_model_is_there(capsys):
                 assert f"--{field.name.replace('_', '-')}" in out, field.name
 
 
-def test_datasets_and_vocabularies_from_files(tmp_path, run, monkeypatch):
+def test_datasets_and_vocabularies_from_files(tmp_path, call, monkeypatch):
     pytest.importorskip("tokenizers", reason="reads the vocabulary")
     module = types.ModuleType("datasets")
     names = []
@@ -351,15 +344,15 @@ def test_datasets_and_vocabularies_from_files(tmp_path, run, monkeypatch):
         ("file", ["--vocabulary-file", tmp_path / "vocab.json"]),
         ("trained", ["--vocabulary", "bpe", "--vocab-size", "260"]),
     ):
-        status, _, err = run(*base, *more, "--output-dir", tmp_path / folder)
+        status, _, err = call(*base, *more, "--output-dir", tmp_path / folder)
         assert status == 0, err
         assert json.loads((tmp_path / folder / "config.json").read_text())["vocab_size"] == 260
-        status, out, err = run("generate", "--model-path", tmp_path / folder, "--prompt", "To be")
+        status, out, err = call("generate", "--model-path", tmp_path / folder, "--prompt", "To be")
         assert status == 0 and out.startswith("To be"), err
     assert names == [("wikitext", "raw")] * 2
 
 
-def test_pairs_are_counted_in_the_training_text_only(tmp_path, run, monkeypatch):
+def test_pairs_are_counted_in_the_training_text_only(tmp_path, call, monkeypatch):
     seen = []
     monkeypatch.setattr(
         commands, "make_vocabulary", lambda kind, text, size: seen.append("".join(text)) or 1 / 0
@@ -369,7 +362,7 @@ def test_pairs_are_counted_in_the_training_text_only(tmp_path, run, monkeypatch)
         (tmp_path / part / "a.txt").write_text(text)
     for kind in ("bpe", "char"):
         with pytest.raises(ZeroDivisionError):
-            run("train", "--output-dir", tmp_path, "--data", tmp_path, "--vocabulary", kind)
+            call("train", "--output-dir", tmp_path, "--data", tmp_path, "--vocabulary", kind)
     assert seen == ["ab", "abxy"]
 
 
@@ -423,12 +416,12 @@ def test_an_error_reaches_the_shell():
         (["export", "--model-path", "{run}"], "--output-dir"),
     ],
 )
-def test_user_errors_are_one_line_and_status_2(trained, tmp_path, run, arguments, named):
+def test_user_errors_are_one_line_and_status_2(trained, tmp_path, call, arguments, named):
     (tmp_path / "short.txt").write_text("To be")
     filled = [part.format(root=tmp_path, run=trained[0] / "run") for part in arguments]
     if arguments[0] == "train":
         filled += ["--output-dir", str(tmp_path / "run")]
-    status, out, err = run(*filled)
+    status, out, err = call(*filled)
     assert (status, out) == (2, "")
     assert named in err and err.count("\n") == 1
     assert err.startswith(f"qflux {arguments[0]}: ")

@@ -17,7 +17,6 @@ from qflux import (
     save_model,
     train,
 )
-from qflux.cli import main
 from qflux.text.data import TextSplit
 from qflux.train import loop
 from qflux.train.evaluation import Evaluation, score
@@ -35,17 +34,6 @@ def uniform(size):
         for parameter in model.head.parameters():
             parameter.zero_()
     return model
-
-
-@pytest.fixture
-def run(capsys):
-    """Run the program in this process: status, standard output, standard error."""
-
-    def call(*arguments):
-        status = main(list(map(str, arguments)))
-        return status, *capsys.readouterr()
-
-    return call
 
 
 def numbers(out):
@@ -71,10 +59,12 @@ def test_bits_per_byte_are_of_the_text_and_not_of_the_tokens(vocabulary):
         score(model, [ids[:1], ids[:0]])
 
 
-def test_eval_measures_a_text(tmp_path, run):
+def test_eval_measures_a_text(tmp_path, call):
     save_model(tmp_path / "bytes", uniform(256), ByteVocabulary())
     (tmp_path / "a.txt").write_text(TEXT)
-    status, out, err = run("eval", "--model-path", tmp_path / "bytes", "--data", tmp_path / "a.txt")
+    status, out, err = call(
+        "eval", "--model-path", tmp_path / "bytes", "--data", tmp_path / "a.txt"
+    )
     assert (status, err) == (0, "")
     size = len(TEXT.encode())
     assert out.splitlines()[0].split("  ")[-1].strip() == (
@@ -87,12 +77,12 @@ def test_eval_measures_a_text(tmp_path, run):
         "perplexity per byte": pytest.approx(256, abs=1e-2),
     }
     model = ["eval", "--model-dir", tmp_path / "bytes", "--data", tmp_path]
-    assert "(30 bytes)" in run(*model, "--eval-tokens", "40", "--batch-size", "1")[1]
+    assert "(30 bytes)" in call(*model, "--eval-tokens", "40", "--batch-size", "1")[1]
     (tmp_path / "notes.md").write_text("")
-    assert "'notes.md'" in run(*model)[2]
+    assert "'notes.md'" in call(*model)[2]
 
 
-def test_the_saved_model_has_the_loss_of_its_validation(tmp_path, run):
+def test_the_saved_model_has_the_loss_of_its_validation(tmp_path, call):
     for part, text in (("train", TEXT), ("validation", TEXT[7:300])):
         (tmp_path / part).mkdir()
         (tmp_path / part / "work.txt").write_text(text)
@@ -100,13 +90,13 @@ def test_the_saved_model_has_the_loss_of_its_validation(tmp_path, run):
              "--context-length", "16", "--batch-size", "2"]  # fmt: skip
     for name, more in (("all", []), ("some", ["--eval-tokens", "60"])):
         folder = tmp_path / name
-        status, _, err = run("train", "--data", tmp_path, "--output-dir", folder, *small,
+        status, _, err = call("train", "--data", tmp_path, "--output-dir", folder, *small,
                              "--max-steps", "6", "--eval-interval", "2",
                              "--learning-rate", "0.3", *more)  # fmt: skip
         assert status == 0, err
         lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         best = min(line["val_loss"] for line in lines if "val_loss" in line)
-        out = run("eval", "--model-path", folder, "--data", tmp_path / "validation", *more)[1]
+        out = call("eval", "--model-path", folder, "--data", tmp_path / "validation", *more)[1]
         assert numbers(out)["nats per token"] == pytest.approx(best, abs=6e-5)
 
 
@@ -171,7 +161,7 @@ def test_a_run_on_mapped_tokens_is_the_run_in_memory(tmp_path, monkeypatch):
         (["--data", "{root}/a.txt", "--model-path", ""], "model_path must be the name"),
     ],
 )
-def test_errors_of_eval_are_one_line(tmp_path, run, arguments, named):
+def test_errors_of_eval_are_one_line(tmp_path, call, arguments, named):
     model = uniform(len(set(TEXT)))
     save_model(tmp_path / "model", model, CharacterVocabulary(TEXT))
     shutil.copytree(tmp_path / "model", tmp_path / "diverged")
@@ -186,6 +176,6 @@ def test_errors_of_eval_are_one_line(tmp_path, run, arguments, named):
     filled = [argument.format(root=tmp_path) for argument in arguments]
     if "--model-path" not in filled:
         filled += ["--model-path", str(tmp_path / "model")]
-    status, out, err = run("eval", *filled)
+    status, out, err = call("eval", *filled)
     assert (status, out) == (2, "")
     assert named in err and err.count("\n") == 1 and err.startswith("qflux eval: ")

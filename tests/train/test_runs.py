@@ -13,7 +13,6 @@ import pytest
 import torch
 
 from qflux import QuantumFluxConfig, QuantumFluxLM, TextSplit, TrainingOptions, load_model, train
-from qflux.cli import main
 from qflux.text import sources as sources_module
 from qflux.text import tokens as tokens_module
 from qflux.text.vocabulary import CharacterVocabulary
@@ -61,17 +60,6 @@ def step_of(path):
 
 def snapshot(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
-
-
-@pytest.fixture
-def call(capsys):
-    """Run the program in this process: status, standard output, standard error."""
-
-    def inner(*arguments):
-        status = main(list(map(str, arguments)))
-        return status, *capsys.readouterr()
-
-    return inner
 
 
 @pytest.fixture

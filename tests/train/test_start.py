@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from qflux import QuantumFluxConfig, TextSplit, TrainingOptions, load_model, make_config, train
-from qflux.cli import main
 from qflux.models.base import CausalLM
 from qflux.text.vocabulary import ByteVocabulary, CharacterVocabulary
 from qflux.train import display as display_module
@@ -37,17 +36,6 @@ def run(folder, text=PATTERN, config=CONFIG, vocabulary=VOCABULARY, **options):
 
 def metrics(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-@pytest.fixture
-def call(capsys):
-    """Run the program in this process: status, standard output, standard error."""
-
-    def inner(*arguments):
-        status = main(list(map(str, arguments)))
-        return status, *capsys.readouterr()
-
-    return inner
 
 
 @pytest.fixture

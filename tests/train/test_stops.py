@@ -106,6 +106,33 @@ def test_a_signal_in_an_evaluation_saves_the_state_before_it(tmp_path, monkeypat
     assert curve(tmp_path / "parts") == curve(tmp_path / "whole")
 
 
+def test_a_kill_between_a_line_and_its_state_does_not_write_the_line_twice(tmp_path, monkeypatch):
+    """The state before is one whose line waits for its evaluation, which is then done again."""
+    whole = run(tmp_path / "whole")
+    with monkeypatch.context() as patch, pytest.raises(TrainingInterrupted):
+        original = loop_module.evaluate
+
+        def evaluate(*arguments):
+            os.kill(os.getpid(), signal.SIGINT)
+            return original(*arguments)
+
+        patch.setattr(loop_module, "evaluate", evaluate)
+        run(tmp_path / "parts")
+
+    class Killed(BaseException):
+        pass
+
+    def kill(self, state):
+        raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(States, "save", kill)
+        run(tmp_path / "parts", resume=True)
+    assert curve(tmp_path / "parts")[-1][0] == step_of(tmp_path / "parts") == 4
+    assert run(tmp_path / "parts", resume=True).best_validation_loss == whole.best_validation_loss
+    assert curve(tmp_path / "parts") == curve(tmp_path / "whole")
+
+
 def test_a_second_signal_ends_the_process_at_once(tmp_path, monkeypatch):
     signal_at(monkeypatch, 6, signal.SIGINT, times=2)
     with pytest.raises(KeyboardInterrupt, match="second Ctrl-C before it had saved") as caught:
