@@ -221,10 +221,12 @@ template <class T>
 using Staged = T[kTile][kVectors][Vector<T>::kWidth];
 
 // totals[column][r] += sum over a tile of weight * (the source's column), for columns of `records`.
+// Once for all scores, which would multiply the time that this takes to compile.
 template <class T, class Each>
-void add_columns(const Each& each, int64_t tile, const Staged<T>& weight, const T* records,
-                 int64_t stride, int64_t value_dim, Total<T>* totals) {
+QFLUX_NO_INLINE void add_columns(const Each& each, const Staged<T>& weight, const T* records,
+                                 int64_t stride, int64_t value_dim, Total<T>* totals) {
   using V = Vector<T>;
+  const int64_t tile = each.tile;
   const auto chunk = [&](int64_t column, auto width) QFLUX_INLINE_LAMBDA {
     constexpr int kWide = decltype(width)::kValue;
     V acc[kVectors][kWide];
@@ -246,12 +248,19 @@ void add_columns(const Each& each, int64_t tile, const Staged<T>& weight, const 
   for (; column < value_dim; ++column) chunk(column, Constant<1>());
 }
 
-// product = start(r, j) + sum over columns of (owner's column) * (the source's column).
-template <class T, class Each, class Start>
-void dot_columns(const Each& each, int64_t tile, const Group<T>& group, const T* planes,
-                 int64_t plane_stride, const T* records, int64_t stride, int64_t value_dim,
-                 const Start& start, Staged<T>& product) {
+// product = (start of the owner or of the source) + sum over columns of (owner's column) * (the
+// source's column).
+template <bool kStartOfOwner, class T, class Each>
+QFLUX_NO_INLINE void dot_columns(const Each& each, const T* planes, int64_t plane_stride,
+                                 const T* records, int64_t stride, int64_t value_dim,
+                                 const T* start, Staged<T>& product) {
   using V = Vector<T>;
+  const Group<T>& group = each.group;
+  const int64_t tile = each.tile;
+  V first[kVectors];
+  each_vector([&](auto r) QFLUX_INLINE_LAMBDA {
+    if constexpr (kStartOfOwner) first[r] = load(start + group.start(r));
+  });
   const auto chunk = [&](int64_t column, auto width) QFLUX_INLINE_LAMBDA {
     constexpr int kWide = decltype(width)::kValue;
     V own[kVectors][kWide];
@@ -260,7 +269,7 @@ void dot_columns(const Each& each, int64_t tile, const Group<T>& group, const T*
         own[r][c] = load(planes + (column + c) * plane_stride + group.start(r));
     });
     each([&](auto r, int64_t j, const Mask<T>*) QFLUX_INLINE_LAMBDA {
-      V sum = column == 0 ? start(r, j) : load(product[j - tile][r]);
+      V sum = column > 0 ? load(product[j - tile][r]) : kStartOfOwner ? first[r] : V(start[j]);
 #pragma GCC unroll 4
       for (int c = 0; c < kWide; ++c)
         sum = multiply_add(own[r][c], V(records[j * stride + column + c]), sum);
@@ -295,8 +304,7 @@ void forward_values(const Sequence<T>& s, int64_t first, int64_t last, const For
     Total<T> strengths[kVectors];
     int32_t degrees[kVectors * kWidth] = {};
     for (int64_t tile = 0; tile < group.highest(); tile += kTile) {
-      const auto each = [&](const auto& body)
-                            QFLUX_INLINE_LAMBDA { each_key(group, tile, tile + kTile, body); };
+      const EachKey<T> each{group, tile};
       V strength[kVectors];
       typename V::Bits degree[kVectors];
       each_vector([&](auto r) QFLUX_INLINE_LAMBDA {
@@ -315,7 +323,7 @@ void forward_values(const Sequence<T>& s, int64_t first, int64_t last, const For
         strengths[r].add(strength[r]);
         add_counts<T>(degree[r], degrees + r * kWidth);
       });
-      add_columns<T>(each, tile, weight, s.values, s.value_stride, s.value_dim, contexts.get());
+      add_columns<T>(each, weight, s.values, s.value_stride, s.value_dim, contexts.get());
     }
     take_columns(group, first, contexts.get(), s.value_dim, out.context);
     take(group, first, strengths, 0, 1, out.strength);
@@ -332,16 +340,11 @@ void backward_rows_values(const Sequence<T>& s, int64_t first, int64_t last,
   for (int64_t row = first; row < last; row += Group<T>::kOwners) {
     const Group<T> group = row_group(s, row, last);
     const Queries<Score, T> query(s, group);
-    V gs[kVectors];
-    each_vector([&](auto r)
-                    QFLUX_INLINE_LAMBDA { gs[r] = load(s.grad_strength + group.start(r)); });
     Total<T> totals[3][kVectors];
     for (int64_t tile = 0; tile < group.highest(); tile += kTile) {
-      const auto each = [&](const auto& body)
-                            QFLUX_INLINE_LAMBDA { each_key(group, tile, tile + kTile, body); };
-      dot_columns<T>(
-          each, tile, group, s.grad, s.row_stride, s.values, s.value_stride, s.value_dim,
-          [&](int r, int64_t) QFLUX_INLINE_LAMBDA { return gs[r]; }, upstream);
+      const EachKey<T> each{group, tile};
+      dot_columns<true, T>(each, s.grad, s.row_stride, s.values, s.value_stride, s.value_dim,
+                           s.grad_strength, upstream);
       V ax[kVectors], ay[kVectors], al[kVectors];
       each_vector([&](auto r) QFLUX_INLINE_LAMBDA { ax[r] = ay[r] = al[r] = V(T(0)); });
       each([&](auto r, int64_t j, const Mask<T>* visible) QFLUX_INLINE_LAMBDA {
@@ -381,11 +384,9 @@ void backward_keys_values(const Sequence<T>& s, int64_t first, int64_t last,
     });
     Total<T> totals[2][kVectors];
     for (int64_t tile = group.lowest() / kTile * kTile; tile < group.highest(); tile += kTile) {
-      const auto each = [&](const auto& body)
-                            QFLUX_INLINE_LAMBDA { each_row(group, tile, tile + kTile, body); };
-      dot_columns<T>(
-          each, tile, group, s.value_planes, s.key_stride, s.grad_records, s.value_dim, s.value_dim,
-          [&](int, int64_t i) QFLUX_INLINE_LAMBDA { return V(s.grad_strength[i]); }, upstream);
+      const EachRow<T> each{group, tile};
+      dot_columns<false, T>(each, s.value_planes, s.key_stride, s.grad_records, s.value_dim,
+                            s.value_dim, s.grad_strength, upstream);
       V ax[kVectors], ay[kVectors];
       each_vector([&](auto r) QFLUX_INLINE_LAMBDA { ax[r] = ay[r] = V(T(0)); });
       each([&](auto r, int64_t i, const Mask<T>* visible) QFLUX_INLINE_LAMBDA {
@@ -402,7 +403,7 @@ void backward_keys_values(const Sequence<T>& s, int64_t first, int64_t last,
         totals[0][r].add(ax[r]);
         totals[1][r].add(ay[r]);
       });
-      add_columns<T>(each, tile, weight, s.grad_records, s.value_dim, s.value_dim, values.get());
+      add_columns<T>(each, weight, s.grad_records, s.value_dim, s.value_dim, values.get());
     }
     take(group, first, totals[0], 0, 2, out.point);
     take(group, first, totals[1], 1, 2, out.point);

@@ -166,6 +166,26 @@ QFLUX_INLINE void each_row(const Group<T>& group, int64_t tile, int64_t tile_end
   }
 }
 
+// Those as values, for loops over columns that know neither the score nor the pass.
+template <class T>
+struct EachKey {
+  const Group<T>& group;
+  int64_t tile;
+  template <class Body>
+  QFLUX_INLINE void operator()(const Body& body) const {
+    each_key(group, tile, tile + kTile, body);
+  }
+};
+template <class T>
+struct EachRow {
+  const Group<T>& group;
+  int64_t tile;
+  template <class Body>
+  QFLUX_INLINE void operator()(const Body& body) const {
+    each_row(group, tile, tile + kTile, body);
+  }
+};
+
 // acc + w * x on the visible lanes: what a lane may not see must not reach it even as 0 * NaN.
 template <class T>
 QFLUX_INLINE Vector<T> add_visible(const Mask<T>* visible, Vector<T> w, Vector<T> x,
