@@ -16,7 +16,8 @@ int64_t thread_count();
 using Part = void (*)(const void* body, int64_t begin, int64_t end);
 void share(int64_t begin, int64_t end, int64_t grain, const void* body, Part part);
 
-// Calls body(first, last) for parts of begin .. end - 1, a thread for about `grain` or more of them.
+// Calls body(first, last) for parts of begin .. end - 1, a thread for about `grain` or more of
+// them.
 template <class Body>
 void parallel_for(int64_t begin, int64_t end, int64_t grain, const Body& body) {
   share(begin, end, grain, &body, [](const void* self, int64_t first, int64_t last) {

@@ -83,7 +83,7 @@ void forward_narrow(const Sequence<T>& s, int64_t first, int64_t last, const For
   for (int64_t row = first; row < last; row += Group<T>::kOwners) {
     const Group<T> group = row_group(s, row, last);
     const Queries<Score, T> query(s, group);
-    Total<T> contexts[kCount][kVectors], strengths[kVectors];
+    Total<T> totals[kCount + 1][kVectors];  // of the context, of the strength
     int32_t degrees[kVectors * kWidth] = {};
     for (int64_t tile = 0; tile < group.highest(); tile += kTile) {
       V context[kVectors][kCount], strength[kVectors];
@@ -115,16 +115,17 @@ void forward_narrow(const Sequence<T>& s, int64_t first, int64_t last, const For
             }
             if constexpr (kDegree) count(kept, degree[r]);
           });
+      V parts[kCount + 1][kVectors];
       each_vector([&](auto r) QFLUX_INLINE_LAMBDA {
-        each_column<kCount>([&](auto c) QFLUX_INLINE_LAMBDA { contexts[c][r].add(context[r][c]); });
-        strengths[r].add(strength[r]);
+        each_column<kCount>([&](auto c) QFLUX_INLINE_LAMBDA { parts[c][r] = context[r][c]; });
+        parts[kCount][r] = strength[r];
         if constexpr (kDegree) add_counts<T>(degree[r], degrees + r * kWidth);
       });
+      add_parts(totals, parts);
     }
-    each_column<kCount>([&](auto c) QFLUX_INLINE_LAMBDA {
-      take(group, first, contexts[c], c, kCount, out.context);
-    });
-    take(group, first, strengths, 0, 1, out.strength);
+    each_column<kCount>(
+        [&](auto c) QFLUX_INLINE_LAMBDA { take(group, first, totals[c], c, kCount, out.context); });
+    take(group, first, totals[kCount], 0, 1, out.strength);
     if constexpr (kDegree) take_degrees(group, first, degrees, out.degree);
   }
 }
@@ -148,7 +149,8 @@ void backward_rows_narrow(const Sequence<T>& s, int64_t first, int64_t last,
       });
       gs[r] = load(s.grad_strength + start);
     });
-    Total<T> totals[3][kVectors];
+    constexpr int kParts = Score::kLimitVjp ? 3 : 2;
+    Total<T> totals[kParts][kVectors];
     for (int64_t tile = 0; tile < group.highest(); tile += kTile) {
       V ax[kVectors], ay[kVectors], al[kVectors];
       each_vector([&](auto r) QFLUX_INLINE_LAMBDA { ax[r] = ay[r] = al[r] = V(T(0)); });
@@ -163,11 +165,13 @@ void backward_rows_narrow(const Sequence<T>& s, int64_t first, int64_t last,
             ay[r] = add_kept(visible, kept, d, ky, ay[r]);
             if constexpr (Score::kLimitVjp) al[r] = add_where(kept, d, al[r]);
           });
+      V parts[kParts][kVectors];
       each_vector([&](auto r) QFLUX_INLINE_LAMBDA {
-        totals[0][r].add(ax[r]);
-        totals[1][r].add(ay[r]);
-        if constexpr (Score::kLimitVjp) totals[2][r].add(al[r]);
+        parts[0][r] = ax[r];
+        parts[1][r] = ay[r];
+        if constexpr (Score::kLimitVjp) parts[2][r] = al[r];
       });
+      add_parts(totals, parts);
     }
     take(group, first, totals[0], 0, 2, out.point);
     take(group, first, totals[1], 1, 2, out.point);
@@ -206,10 +210,12 @@ void backward_keys_keys(const Sequence<T>& s, int64_t first, int64_t last,
                  ax[r] = add_kept(visible, kept, w, gx, ax[r]);
                  ay[r] = add_kept(visible, kept, w, gy, ay[r]);
                });
+      V parts[2][kVectors];
       each_vector([&](auto r) QFLUX_INLINE_LAMBDA {
-        totals[0][r].add(ax[r]);
-        totals[1][r].add(ay[r]);
+        parts[0][r] = ax[r];
+        parts[1][r] = ay[r];
       });
+      add_parts(totals, parts);
     }
     take(group, first, totals[0], 0, 2, out.point);
     take(group, first, totals[1], 1, 2, out.point);
@@ -239,9 +245,11 @@ QFLUX_NO_INLINE void add_columns(const Each& each, const Staged<T>& weight, cons
       for (int c = 0; c < kWide; ++c)
         acc[r][c] = add_visible(visible, w, V(records[j * stride + column + c]), acc[r][c]);
     });
+    V parts[kWide][kVectors];
     each_vector([&](auto r) QFLUX_INLINE_LAMBDA {
-      for (int c = 0; c < kWide; ++c) totals[(column + c) * kVectors + r].add(acc[r][c]);
+      for (int c = 0; c < kWide; ++c) parts[c][r] = acc[r][c];
     });
+    add_each(totals + column * kVectors, parts[0], kWide * kVectors);
   };
   int64_t column = 0;
   for (; column + kColumns <= value_dim; column += kColumns) chunk(column, Constant<kColumns>());
@@ -301,7 +309,7 @@ void forward_values(const Sequence<T>& s, int64_t first, int64_t last, const For
   for (int64_t row = first; row < last; row += Group<T>::kOwners) {
     const Group<T> group = row_group(s, row, last);
     const Queries<Score, T> query(s, group);
-    Total<T> strengths[kVectors];
+    Total<T> strengths[1][kVectors];
     int32_t degrees[kVectors * kWidth] = {};
     for (int64_t tile = 0; tile < group.highest(); tile += kTile) {
       const EachKey<T> each{group, tile};
@@ -319,14 +327,16 @@ void forward_values(const Sequence<T>& s, int64_t first, int64_t last, const For
         strength[r] = add_visible(visible, w, V(T(1)), strength[r]);
         count(kept, degree[r]);
       });
+      V parts[1][kVectors];
       each_vector([&](auto r) QFLUX_INLINE_LAMBDA {
-        strengths[r].add(strength[r]);
+        parts[0][r] = strength[r];
         add_counts<T>(degree[r], degrees + r * kWidth);
       });
+      add_parts(strengths, parts);
       add_columns<T>(each, weight, s.values, s.value_stride, s.value_dim, contexts.get());
     }
     take_columns(group, first, contexts.get(), s.value_dim, out.context);
-    take(group, first, strengths, 0, 1, out.strength);
+    take(group, first, strengths[0], 0, 1, out.strength);
     if (out.degree) take_degrees(group, first, degrees, out.degree);
   }
 }
@@ -340,7 +350,8 @@ void backward_rows_values(const Sequence<T>& s, int64_t first, int64_t last,
   for (int64_t row = first; row < last; row += Group<T>::kOwners) {
     const Group<T> group = row_group(s, row, last);
     const Queries<Score, T> query(s, group);
-    Total<T> totals[3][kVectors];
+    constexpr int kParts = Score::kLimitVjp ? 3 : 2;
+    Total<T> totals[kParts][kVectors];
     for (int64_t tile = 0; tile < group.highest(); tile += kTile) {
       const EachKey<T> each{group, tile};
       dot_columns<true, T>(each, s.grad, s.row_stride, s.values, s.value_stride, s.value_dim,
@@ -356,11 +367,13 @@ void backward_rows_values(const Sequence<T>& s, int64_t first, int64_t last,
         ay[r] = select(kept, multiply_add(d, ky, ay[r]), ay[r]);
         if constexpr (Score::kLimitVjp) al[r] = add_where(kept, d, al[r]);
       });
+      V parts[kParts][kVectors];
       each_vector([&](auto r) QFLUX_INLINE_LAMBDA {
-        totals[0][r].add(ax[r]);
-        totals[1][r].add(ay[r]);
-        if constexpr (Score::kLimitVjp) totals[2][r].add(al[r]);
+        parts[0][r] = ax[r];
+        parts[1][r] = ay[r];
+        if constexpr (Score::kLimitVjp) parts[2][r] = al[r];
       });
+      add_parts(totals, parts);
     }
     take(group, first, totals[0], 0, 2, out.point);
     take(group, first, totals[1], 1, 2, out.point);
@@ -399,10 +412,12 @@ void backward_keys_values(const Sequence<T>& s, int64_t first, int64_t last,
         ay[r] = select(kept, multiply_add(d, qy, ay[r]), ay[r]);
         store(weight[i - tile][r], where(kept, pair.weight(p)));
       });
+      V parts[2][kVectors];
       each_vector([&](auto r) QFLUX_INLINE_LAMBDA {
-        totals[0][r].add(ax[r]);
-        totals[1][r].add(ay[r]);
+        parts[0][r] = ax[r];
+        parts[1][r] = ay[r];
       });
+      add_parts(totals, parts);
       add_columns<T>(each, weight, s.grad_records, s.value_dim, s.value_dim, values.get());
     }
     take(group, first, totals[0], 0, 2, out.point);
@@ -427,7 +442,7 @@ void backward_keys_columns(const Sequence<T>& s, int64_t first, int64_t last,
         value[r][c] = load(s.value_planes + c * s.key_stride + group.start(r));
       });
     });
-    Total<T> points[2][kVectors], values[kColumns][kVectors];
+    Total<T> totals[2 + kColumns][kVectors];  // of the keys, of the values
     for (int64_t tile = group.lowest() / kTile * kTile; tile < group.highest(); tile += kTile) {
       V ax[kVectors], ay[kVectors], acc[kVectors][kColumns];
       each_vector([&](auto r) QFLUX_INLINE_LAMBDA {
@@ -453,16 +468,18 @@ void backward_keys_columns(const Sequence<T>& s, int64_t first, int64_t last,
               acc[r][c] = add_visible(visible, w, V(grad[c]), acc[r][c]);
             });
           });
+      V parts[2 + kColumns][kVectors];
       each_vector([&](auto r) QFLUX_INLINE_LAMBDA {
-        points[0][r].add(ax[r]);
-        points[1][r].add(ay[r]);
-        each_column<kColumns>([&](auto c) QFLUX_INLINE_LAMBDA { values[c][r].add(acc[r][c]); });
+        parts[0][r] = ax[r];
+        parts[1][r] = ay[r];
+        each_column<kColumns>([&](auto c) QFLUX_INLINE_LAMBDA { parts[2 + c][r] = acc[r][c]; });
       });
+      add_parts(totals, parts);
     }
-    take(group, first, points[0], 0, 2, out.point);
-    take(group, first, points[1], 1, 2, out.point);
+    take(group, first, totals[0], 0, 2, out.point);
+    take(group, first, totals[1], 1, 2, out.point);
     each_column<kColumns>([&](auto c) QFLUX_INLINE_LAMBDA {
-      take(group, first, values[c], c, kColumns, out.values);
+      take(group, first, totals[2 + c], c, kColumns, out.values);
     });
   }
 }

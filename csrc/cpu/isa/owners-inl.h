@@ -52,6 +52,18 @@ struct Total<double> {
   double get(int lane) const { return CompensatedSum<double>{value[lane], error[lane]}.get(); }
 };
 
+// What a tile adds to totals. One function for all loops, as each would take the compiler longer to
+// vectorize than the loop itself; its arguments are copies, so that the sums stay in registers.
+template <class T>
+QFLUX_NO_INLINE void add_each(Total<T>* totals, const Vector<T>* parts, int64_t count) {
+  for (int64_t n = 0; n < count; ++n) totals[n].add(parts[n]);
+}
+template <class T, int kCount>
+QFLUX_INLINE void add_parts(Total<T> (&totals)[kCount][kVectors],
+                            const Vector<T> (&parts)[kCount][kVectors]) {
+  add_each(totals[0], parts[0], kCount * kVectors);
+}
+
 // The owners of one pass: vectors of consecutive ones, and the sources that each vector meets.
 template <class T>
 struct Group {
