@@ -245,11 +245,9 @@ QFLUX_NO_INLINE void add_columns(const Each& each, const Staged<T>& weight, cons
       for (int c = 0; c < kWide; ++c)
         acc[r][c] = add_visible(visible, w, V(records[j * stride + column + c]), acc[r][c]);
     });
-    V parts[kWide][kVectors];
     each_vector([&](auto r) QFLUX_INLINE_LAMBDA {
-      for (int c = 0; c < kWide; ++c) parts[c][r] = acc[r][c];
+      for (int c = 0; c < kWide; ++c) totals[(column + c) * kVectors + r].add(acc[r][c]);
     });
-    add_each(totals + column * kVectors, parts[0], kWide * kVectors);
   };
   int64_t column = 0;
   for (; column + kColumns <= value_dim; column += kColumns) chunk(column, Constant<kColumns>());
@@ -276,13 +274,16 @@ QFLUX_NO_INLINE void dot_columns(const Each& each, const T* planes, int64_t plan
       for (int c = 0; c < kWide; ++c)
         own[r][c] = load(planes + (column + c) * plane_stride + group.start(r));
     });
-    each([&](auto r, int64_t j, const Mask<T>*) QFLUX_INLINE_LAMBDA {
-      V sum = column > 0 ? load(product[j - tile][r]) : kStartOfOwner ? first[r] : V(start[j]);
+    const auto walk = [&](auto begins) QFLUX_INLINE_LAMBDA {
+      each([&](auto r, int64_t j, const Mask<T>*) QFLUX_INLINE_LAMBDA {
+        V sum = !begins ? load(product[j - tile][r]) : kStartOfOwner ? first[r] : V(start[j]);
 #pragma GCC unroll 4
-      for (int c = 0; c < kWide; ++c)
-        sum = multiply_add(own[r][c], V(records[j * stride + column + c]), sum);
-      store(product[j - tile][r], sum);
-    });
+        for (int c = 0; c < kWide; ++c)
+          sum = multiply_add(own[r][c], V(records[j * stride + column + c]), sum);
+        store(product[j - tile][r], sum);
+      });
+    };
+    column == 0 ? walk(Constant<1>()) : walk(Constant<0>());
   };
   int64_t column = 0;
   for (; column + kColumns <= value_dim; column += kColumns) chunk(column, Constant<kColumns>());
