@@ -215,8 +215,8 @@ class Solver {
       next = select(less(next, least_[r]), least_[r], next);
       V rest = size - (next - tau_[r]);
       // A start above the solution may keep nothing, and a step to it may where rounding is
-      // coarser than a weight: then all of the step is the rest.
-      next = select(some, next, steps.from[r]);
+      // coarser than a weight: then all of the step is the rest. The mass is zero, or NaN.
+      next = select(some, next, steps.from[r] + e.mass[r]);
       rest = select(some, rest, steps.size[r]);
       Mask<T> going = both(less(near, absolute(excess)), unequal(e.count[r], steps.count[r]));
       if (steps.taken > 0) going = both(going, some);
