@@ -15,10 +15,10 @@
 
 namespace qflux {
 
-// One step of Newton from tau, where `mass` = sum of max(p - tau, 0) over `count` kept pairs.
-template <class V>
-QFLUX_INLINE V mass_step(V tau, V mass, V count) {
-  return tau + (mass - V(1)) / count;
+// Excess beneath which a step changes tau by no more than rounding does.
+template <class T>
+constexpr T mass_tolerance() {
+  return static_cast<T>(sizeof(T) == 4 ? 0x1p-21 : 0x1p-50);
 }
 
 // Sums over the kept pairs of a row from which the gradient of its query comes in one pass.

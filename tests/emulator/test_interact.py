@@ -82,6 +82,26 @@ OPTIONS = [
 ]
 
 
+# Weights that sum to one.
+MASSES = [
+    Case(0, mass=True),
+    Case(1, mass=True),
+    Case(2, mass=True),
+    Case(129, mass=True, layout="strided"),
+    Case(263, mass=True),
+    Case(150, mass=True, value_dim=5, causal=False, layout="planes"),
+    Case(140, keys=300, mass=True, layout="strided"),
+    Case(300, keys=140, mass=True, value_dim=33),
+    Case(7, keys=0, value_dim=2, mass=True),
+    Case(5, keys=1100, value_dim=3, mass=True),
+    Case(150, mass=True, lengths=(0, 1, 77, 150, 149), batch=5, value_dim=3),
+    Case(600, mass=True, lengths=(600, 300), causal=False),
+    # More than a tile of keys, and more rows than a block that is not split has.
+    Case(1100, keys=1300, mass=True, batch=1, value_dim=2),
+    Case(1, keys=300, batch=264, mass=True),
+    Case(40, batch=(2, 3), mass=True, value_dim=5, layout="heads"),
+    Case(33, keys=70, batch=(2, 3), value_dim=3, mass=True, layout="expanded"),
+]
 # Two batch dimensions that no single stride steps through.
 BATCHES = [
     Case(40, batch=(2, 3), layout="heads"),
@@ -122,7 +142,7 @@ SWEEPS = [
 ]
 
 
-@pytest.mark.parametrize("case", EDGES + SHAPES + OPTIONS + BATCHES + SWEEPS, ids=str)
+@pytest.mark.parametrize("case", EDGES + SHAPES + OPTIONS + MASSES + BATCHES + SWEEPS, ids=str)
 def test_interact_matches_the_reference(emulator, case):
     inputs = Inputs.random(case)
     truth = expected(inputs)
