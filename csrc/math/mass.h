@@ -17,7 +17,7 @@ namespace qflux {
 
 // Excess beneath which a step changes tau by no more than rounding does.
 template <class T>
-constexpr T mass_tolerance() {
+QFLUX_INLINE T mass_tolerance() {
   return static_cast<T>(sizeof(T) == 4 ? 0x1p-21 : 0x1p-50);
 }
 
