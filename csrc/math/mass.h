@@ -15,6 +15,12 @@
 
 namespace qflux {
 
+// One step of Newton from tau, where `mass` = sum of max(p - tau, 0) over `count` kept pairs.
+template <class V>
+QFLUX_INLINE V mass_step(V tau, V mass, V count) {
+  return tau + (mass - V(1)) / count;
+}
+
 // Excess beneath which a step changes tau by no more than rounding does.
 template <class T>
 QFLUX_INLINE T mass_tolerance() {
