@@ -192,7 +192,7 @@ class Solver {
 
   // A step of the lanes that are active; returns whether one still is.
   bool step(const Excess<T>& e, V* before, Mask<T>* active) {
-    const V zero(T(0)), one(T(1)), near(static_cast<T>(sizeof(T) == 4 ? 0x1p-21 : 0x1p-50));
+    const V zero(T(0)), one(T(1)), near(mass_tolerance<T>());
     uint32_t left = 0;
     each_vector([&](auto r) QFLUX_INLINE_LAMBDA {
       const V excess = e.mass[r] - one, step = excess / e.count[r];

@@ -1,8 +1,7 @@
 // Thresholds by mass, a block to a group of rows: keys stream through shared memory once for each
 // step of the row that takes the most.
-#include "mass.h"
-
 #include "mass.cuh"
+#include "mass.h"
 
 namespace qflux::cuda {
 namespace {
@@ -91,8 +90,8 @@ const char* run(const InteractParams<T>& params, void* stream) {
       using Sizes = typename MassPass<T, Score>::Sizes;
       const Schedule schedule =
           schedule_of<Sizes>(pair.batch(), static_cast<int>(pair.rows), pair.keys, 1, pair.causal);
-      return launch(find_mass_thresholds<T, Score>, {pair.batch() * schedule.owner_blocks, kThreads},
-                    stream, params, schedule);
+      return launch(find_mass_thresholds<T, Score>,
+                    {pair.batch() * schedule.owner_blocks, kThreads}, stream, params, schedule);
     } else {
       return "the thresholds of this score are not by mass";
     }

@@ -102,8 +102,8 @@ template <class T, int kOwners>
 struct MassRows {
   MassRow<T> row[kOwners] = {};
   Range met[kOwners] = {};
-  int any, common;           // keys that some row of the warp sees, and those that all do
-  uint64_t dropped = 0;      // of the first chunks that the warp meets, those without a pair left
+  int any, common;       // keys that some row of the warp sees, and those that all do
+  uint64_t dropped = 0;  // of the first chunks that the warp meets, those without a pair left
 
   // Those from `first` on of a warp whose rows end before `last`.
   template <class Pass>

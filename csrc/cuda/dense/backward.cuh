@@ -102,10 +102,8 @@ struct RowPass : OwnsRows<T, Score, InteractBackwardParams<T>>, BackwardColumns<
     if constexpr (Score::kMass) {
       // Each walk over the keys, one for some columns, adds to the sums that know no column.
       const T walks = static_cast<T>((this->columns(params) + kColumns - 1) / kColumns);
-      const MassSums<T> of{sums[3] / walks,
-                           sums[2],
-                           {sums[4] / walks, sums[5] / walks},
-                           {sums[0], sums[1]}};
+      const MassSums<T> of{
+          sums[3] / walks, sums[2], {sums[4] / walks, sums[5] / walks}, {sums[0], sums[1]}};
       if (inside) grad = mass_query_vjp(of);
       params.pair.row_plane().at(b, row) = inside ? -mass_mean(of) : T(0);
     }
