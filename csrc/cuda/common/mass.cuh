@@ -55,6 +55,10 @@ struct MassPass : OwnsRows<T, Score, InteractParams<T>> {
   }
 };
 
+// One instruction each, which a comparison is not; a NaN is passed over.
+__device__ __forceinline__ float larger(float a, float b) { return fmaxf(a, b); }
+__device__ __forceinline__ double larger(double a, double b) { return fmax(a, b); }
+
 // The largest pair.
 template <class T, class Score>
 struct Largest : MassPass<T, Score> {
@@ -65,13 +69,13 @@ struct Largest : MassPass<T, Score> {
   static __device__ __forceinline__ T start() { return static_cast<T>(-INFINITY); }
   struct Total {
     T value = start();
-    __device__ __forceinline__ void add(T part) { value = value < part ? part : value; }
+    __device__ __forceinline__ void add(T part) { value = larger(value, part); }
     __device__ __forceinline__ void add(const Total& other) { add(other.value); }
   };
   __device__ __forceinline__ void accumulate(const MassRow<T>& row, const T (&record)[2],
                                              bool visible, T (&sums)[kSums]) const {
     const T p = this->product(row, record);
-    if (visible & (sums[0] < p)) sums[0] = p;
+    if (visible) sums[0] = larger(sums[0], p);
   }
 };
 
