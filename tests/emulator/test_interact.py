@@ -249,10 +249,10 @@ def test_masses_of_ordered_keys(emulator):
 def test_rounding_of_a_mass_does_not_add_up(emulator):
     """Many equal weights share what tau loses; the strength is one all the same."""
     inputs = Inputs.random(Case(3, keys=20_000, batch=1, causal=False, mass=True), dtype=np.float32)
-    inputs.keys[...] = inputs.keys[:, :1] + 1e-4 * np.float32(inputs.keys)
+    inputs.keys[...] = inputs.keys[:, :1]
     inputs.states += 4
     out = interact(emulator, inputs, np.float32)
-    np.testing.assert_allclose(out["strength"], 1, rtol=1e-6)
+    np.testing.assert_allclose(out["strength"], 1, rtol=1e-5)
     np.testing.assert_array_equal(out["degree"], 20_000)
 
 

@@ -26,10 +26,10 @@ struct MassRow {
   // it is: how long others take must not show.
   __device__ __forceinline__ void step(const CompensatedSum<T>& mass, T above) {
     if (!active) return;
-    // Where pairs are so large that tau rounds to the largest, nothing is above it.
-    active = above > T(0);
-    if (!active) return;
     const T excess = (mass.value - T(1)) + mass.error;
+    // Where pairs are so large that tau rounds to the largest, nothing is above it.
+    active = (above > T(0)) | (excess != excess);
+    if (!active) return;
     const T by = excess / above, next = tau + by;
     rest = by - (next - tau);
     tau = next;
