@@ -38,6 +38,15 @@ EXTREME_SCORES = [
 ]
 
 
+def mean_of(score: Score) -> str:
+    """The reduction to a mean, or what a score has whose weights are one."""
+    return "sum" if score.kind.mass else "mean"
+
+
+# Every score with the reductions it takes.
+REDUCED_SCORES = [(score, kind) for score in SCORES for kind in {"sum": 0, mean_of(score): 0}]
+
+
 def score_on(device, score: Score) -> Score:
     """The score with its tensors on `device`."""
     tensors = {
