@@ -306,7 +306,10 @@ def mass_thresholds(
     seen = tl.where(row < row_end, key_end, 0)
     if CAUSAL:
         seen = tl.minimum(seen, row + shift + 1)
-    tau = tl.where(seen > 0, tl.max(largest, 1) - 1.0 + tl.sum(poison, 1), 0.0)
+    # Less one: a lower bound. Less more than one where rounding would leave nothing of it.
+    most = tl.max(largest, 1)
+    below = most - tl.maximum(tl.abs(most) * tolerance, 1.0) + tl.sum(poison, 1)
+    tau = tl.where(seen > 0, below, 0.0)
     lost = tl.zeros([OWNERS], dtype)
     before = tl.full([OWNERS], 2147483647, tl.int32)
     active = (seen > 0) & (tau == tau)
@@ -331,15 +334,15 @@ def mass_thresholds(
             mass += tl.sum(part, 1).to(tl.float64)
             count += tl.sum(part_count, 1)
             chunk += CHUNK
-        # Where pairs are so large that tau rounds to the largest, nothing is above it. A row that
-        # is done stays as it is: how long others take must not show.
-        active = active & (count > 0)
         excess = mass - 1.0
         step = (excess / tl.maximum(count, 1).to(tl.float64)).to(dtype)
-        moved = tau + step
+        # Where rounding is coarser than a weight a step may leave nothing above tau: then all of it
+        # is the rest. A row that is done stays as it is: how long others take must not show.
+        moves = tau + step < most
+        moved = tl.where(moves, tau + step, tau)
         lost = tl.where(active, step - (moved - tau), lost)
         tau = tl.where(active, moved, tau)
-        active = active & (tl.abs(excess) > tolerance) & (count < before)
+        active = active & moves & (tl.abs(excess) > tolerance) & (count < before)
         before = count
         going = tl.max(active.to(tl.int32), 0)
     tl.store(out + b * rows + row, tau, mask=row < rows)

@@ -12,12 +12,15 @@ template <class T>
 struct MassRow {
   Point<T> query;
   T tau, rest;  // what tau loses when it is rounded
+  T largest;    // of the row's pairs; -infinity if it has none
   T kept;       // pairs before the last step
   bool active;
 
-  // From the largest of the row's pairs; nothing is larger than -infinity if it has none.
-  __device__ __forceinline__ void begin(T largest, bool has_pairs) {
-    tau = has_pairs ? largest - T(1) : T(0);
+  // Less one: a lower bound. Less more than one where rounding would leave nothing of it.
+  __device__ __forceinline__ void begin(T largest_pair, bool has_pairs) {
+    const T coarse = absolute(largest_pair) * mass_tolerance<T>();
+    largest = largest_pair;
+    tau = has_pairs ? largest - (T(1) < coarse ? coarse : T(1)) : T(0);
     rest = T(0);
     kept = static_cast<T>(INFINITY);
     active = has_pairs;
@@ -27,13 +30,13 @@ struct MassRow {
   __device__ __forceinline__ void step(const CompensatedSum<T>& mass, T above) {
     if (!active) return;
     const T excess = (mass.value - T(1)) + mass.error;
-    // Where pairs are so large that tau rounds to the largest, nothing is above it.
-    active = (above > T(0)) | (excess != excess);
-    if (!active) return;
     const T by = excess / above, next = tau + by;
-    rest = by - (next - tau);
-    tau = next;
-    active = absolute(excess) > mass_tolerance<T>() && above < kept;
+    // Where rounding is coarser than a weight a step may leave nothing above tau: then all of it is
+    // the rest. What is undefined stays so.
+    const bool moves = (next < largest) | (next != next);
+    rest = moves ? by - (next - tau) : by;
+    if (moves) tau = next;
+    active = moves & (absolute(excess) > mass_tolerance<T>()) & (above < kept);
     kept = above;
   }
 };
