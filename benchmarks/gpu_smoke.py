@@ -20,6 +20,7 @@ from torch import Tensor
 
 from qflux_kernels import (
     InverseGate,
+    Sparsemax,
     Threshold,
     diagnostics,
     evolve,
@@ -75,6 +76,9 @@ def checks(batch: int) -> dict[str, Check]:
         "interact, soft, D = 4": interaction(soft, (3, 70, 2), (3, 70, 2), (3, 70, 4)),
         "interact, hard, D = 33": interaction(Threshold(), (3, 70, 2), (3, 70, 2), (3, 70, 33)),
         "interact, gate, D = 4": interaction(gate, (3, 70, 2), (3, 70, 2), (3, 70, 4)),
+        "interact, mass": interaction(Sparsemax(), (3, 70, 2)),
+        "interact, mass, D = 4": interaction(Sparsemax(), (3, 70, 2), (3, 70, 2), (3, 70, 4)),
+        "interact, mass, few rows": interaction(Sparsemax(), (2, 1, 2), (2, 900, 2), (2, 900, 4)),
         "interact, few rows": interaction(soft, (2, 1, 2), (2, 900, 2), (2, 900, 4)),
         "interact, sweep": interaction(Threshold(), long, algorithm="sweep"),
         "evolve, one step": evolution(Threshold(), (3, 70, 2), 1),

@@ -85,6 +85,9 @@ struct PairParams {
   View<const T> states;          // [batch][rows][2]
   View<const T> key_points;      // [batch][keys][2]
   View<const T> values;          // [batch][keys][value_dim]; null: the keys, value_dim 2
+  // [batch][rows], scratch of a score with kMass on a GPU: what tau lost by rounding in a forward,
+  // and the gradient that the key pass takes for that of the strength in a backward.
+  T* row_scratch = nullptr;
 
   QFLUX_INLINE int64_t batch() const { return outer * inner; }
   QFLUX_INLINE BatchIndex index(int64_t n) const { return {n / inner, n % inner}; }
@@ -95,6 +98,7 @@ struct PairParams {
     const int64_t size = batch() * rows;
     return {data + which * size, inner * rows, rows, 1, size};
   }
+  QFLUX_INLINE View<T> row_plane() const { return plane(row_scratch, 0); }
 
   QFLUX_INLINE Visibility visibility(BatchIndex b) const {
     int64_t length = lengths ? lengths[b] : keys;

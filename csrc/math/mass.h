@@ -21,6 +21,12 @@ QFLUX_INLINE V mass_step(V tau, V mass, V count) {
   return tau + (mass - V(1)) / count;
 }
 
+// Excess beneath which a step changes tau by no more than rounding does.
+template <class T>
+QFLUX_INLINE T mass_tolerance() {
+  return static_cast<T>(sizeof(T) == 4 ? 0x1p-21 : 0x1p-50);
+}
+
 // Sums over the kept pairs of a row from which the gradient of its query comes in one pass.
 template <class T>
 struct MassSums {

@@ -79,10 +79,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> evolve(
   const Tensor strength = empty(states, batch.shape({rows}));
   const Tensor degree = empty(states, batch.shape({rows}), ScalarType::Int);
   const Tensor tape = tape_of(save ? steps : 1);
-  if (states.numel() > 0)
+  if (states.numel() > 0) {
+    const Tensor row_scratch = pair.row_scratch(batch);
     with_dtype(states, [&](auto zero) {
       using T = decltype(zero);
       EvolveParams<T> params = step.params<T>(pair, batch, tape, save);
+      params.pair.row_scratch = pointer<T>(row_scratch);
       params.out = batch.view<T>(out);
       params.strength = batch.view<T>(strength);
       params.degree = batch.view<int32_t>(degree);
@@ -93,6 +95,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> evolve(
             raise_if(cuda::evolve(params, stream, scratch.get()));
           });
     });
+  }
   return {out, strength, degree, save ? tape : tape_of(0)};
 }
 
@@ -124,12 +127,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> evolve_backward(
   const Tensor coefficient_parts = pair.coefficient_parts(batch);
   if (grad_states.numel() > 0) {
     const Tensor scratch = empty(grad_states, batch.shape({rows}, {kScratchPlanes}));
+    const Tensor row_scratch = pair.row_scratch(batch);
     const Tensor window_grads =
         has_limit_vjp(pair.kind()) ? pair.window_grads(batch) : nothing(grad_states);
     with_dtype(grad_states, [&](auto zero) {
       using T = decltype(zero);
       EvolveBackwardParams<T> params{};
       params.forward = step.params<T>(pair, batch, tape, true);
+      params.forward.pair.row_scratch = pointer<T>(row_scratch);
       params.grad_out = batch.const_view<T>(pair.states);
       params.grad_strength = batch.const_view<T>(grad_strength);
       params.grad_states = batch.view<T>(grad_input);

@@ -29,10 +29,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> interact(
   const Tensor strength = output(rows, dtype), degree = output(rows, ScalarType::Int);
   const Tensor threshold = output(rows, dtype);
   if (!pairs) return {context, strength, degree, threshold};
+  const Tensor row_scratch = pair.row_scratch(batch);
   with_dtype(states, [&](auto zero) {
     using T = decltype(zero);
     InteractParams<T> params{};
     params.pair = pair.params<T>(batch);
+    params.pair.row_scratch = pointer<T>(row_scratch);
     params.context = batch.view<T>(context);
     params.strength = batch.view<T>(strength);
     params.degree = batch.view<int32_t>(degree);
@@ -75,11 +77,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> interact_backward(
   const Tensor grad_values = values ? output(shape_of(*values), need_keys) : nothing(states);
   const Tensor coefficient_parts = pair.coefficient_parts(batch);
   const Tensor grad_threshold = limit_vjp ? output(rows, need_rows) : nothing(states);
-  if (pairs)
+  if (pairs) {
+    const Tensor row_scratch = pair.row_scratch(batch);
     with_dtype(states, [&](auto zero) {
       using T = decltype(zero);
       InteractBackwardParams<T> params{};
       params.pair = pair.params<T>(batch);
+      params.pair.row_scratch = pointer<T>(row_scratch);
       params.grad_context = batch.const_view<T>(grad_context);
       params.grad_strength = batch.const_view<T>(grad_strength);
       params.threshold = batch.const_view<T>(threshold);
@@ -100,6 +104,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> interact_backward(
             raise_if(cuda::interact_backward(params, stream, scratch.get()));
           });
     });
+  }
   return {grad_states, grad_keys, grad_values, pair.coefficient_gradient(coefficient_parts),
           grad_threshold};
 }

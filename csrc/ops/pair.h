@@ -85,6 +85,12 @@ struct PairArguments {
     return coefficient ? sum_rows(parts) : nothing(states);
   }
 
+  // For PairParams, of a score that needs it.
+  Tensor row_scratch(const Batch& batch) const {
+    const bool needed = has_mass(kind()) && states.is_cuda();
+    return needed ? empty(states, batch.shape({rows()})) : nothing(states);
+  }
+
   // For ThresholdBackwardParams.
   Tensor window_grads(const Batch& batch) const {
     return empty(states, batch.shape({rows(), kWindowSums}), ScalarType::Double);

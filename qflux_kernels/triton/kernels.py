@@ -29,6 +29,8 @@ def query(score, states, coefficient):
     """The queries `(B, S, 2)` whose inner products with the keys are scored."""
     if score == "inverse_gate":
         return states + coefficient[:, None, None] * _turned(states)
+    if score == "sparsemax":
+        return coefficient[:, None, None] * states
     return states / 2
 
 
@@ -36,6 +38,8 @@ def query_vjp(score, grad, coefficient):
     """The gradient of the states from that of the queries."""
     if score == "inverse_gate":
         return grad - coefficient[:, None, None] * _turned(grad)
+    if score == "sparsemax":
+        return coefficient[:, None, None] * grad
     return grad / 2
 
 
@@ -43,6 +47,8 @@ def coefficient_vjp(score, grad, states):
     """Each row's share `(B, S)` in the gradient of the coefficient; None: the query has no part."""
     if score == "inverse_gate":
         return (grad * _turned(states)).sum(-1)
+    if score == "sparsemax":
+        return (grad * states).sum(-1)
     return None
 
 
@@ -54,19 +60,25 @@ def _turned(points):
 @triton.jit
 def _inner_product(qx, qy, kx, ky, SCORE: tl.constexpr):
     # Fused on purpose: all passes must round alike, or they would disagree on kept pairs.
-    if SCORE == "inverse_gate":
+    if SCORE == "inverse_gate" or SCORE == "sparsemax":
         return tl.fma(qx, kx, tl.fma(qy, ky, 0.0))
     return tl.fma(qx, kx, tl.fma(qy, ky, 0.5))
 
 
 @triton.jit
-def _weigh(p, limit, visible, eps: tl.constexpr, SCORE: tl.constexpr):
-    """Weight and decision of visible pairs; a comparison with NaN never drops one."""
+def _weigh(p, limit, rest, visible, eps: tl.constexpr, SCORE: tl.constexpr):
+    """Weight and decision of visible pairs; a comparison with NaN never drops one.
+
+    `rest` is what a limit lost by rounding, where many weights share it.
+    """
     if SCORE == "inverse_gate":
         gate = 1.0 / (eps + tl.abs(p))
         # The zero is NaN for an infinite p, so that what is not finite is never dropped.
         kept = visible & ~(tl.fma(p, 0.0, gate) <= limit)
         weight = p * gate
+    elif SCORE == "sparsemax":
+        kept = visible & ~(p <= limit)
+        weight = (p - limit) - rest
     else:
         kept = visible & ~(p < limit)
         weight = p
@@ -249,10 +261,100 @@ def thresholds(
 
 
 @triton.jit
+def mass_thresholds(
+    queries,  # (batch, rows, 2)
+    keys,  # (batch, num_keys, 2)
+    lengths,  # (batch,) int32 or None
+    out,  # (batch, rows)
+    rest,  # (batch, rows): what tau loses when it is rounded
+    batch,
+    rows,
+    num_keys,
+    tolerance: tl.constexpr,
+    SCORE: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    OWNERS: tl.constexpr,
+    SOURCES: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """tau of rows whose weights sum to one, by Newton's steps from the largest pair less one.
+
+    Each step drops pairs, and once it drops none it is exact (`csrc/math/mass.h`).
+    """
+    b, first, _ = _owner_block(batch, rows, 1, CAUSAL, OWNERS)
+    row_end, key_end = _ends(lengths, b, rows, num_keys)
+    shift = num_keys - rows
+    queries += b * rows * 2
+    keys += b * num_keys * 2
+    dtype: tl.constexpr = out.dtype.element_ty
+    row = first + tl.arange(0, OWNERS)
+    qx, qy = _load_points(queries, row[:, None], (row < rows)[:, None])
+    begin, end = _met(first, row_end, key_end, shift, CAUSAL, False, OWNERS)
+
+    largest = tl.full([OWNERS, SOURCES], -float("inf"), dtype)
+    poison = tl.zeros([OWNERS, SOURCES], dtype)
+    start = begin
+    while start < end:
+        key = start + tl.arange(0, SOURCES)
+        kx, ky = _load_points(keys, key[None, :], (key < end)[None, :])
+        visible = _visible(row[:, None], key[None, :], row_end, key_end, shift, CAUSAL)
+        p = _inner_product(qx, qy, kx, ky, SCORE)
+        largest = tl.where(visible & (largest < p), p, largest)
+        # What is not finite makes the row undefined.
+        poison = tl.where(visible, tl.fma(p, 0.0, poison), poison)
+        start += SOURCES
+    seen = tl.where(row < row_end, key_end, 0)
+    if CAUSAL:
+        seen = tl.minimum(seen, row + shift + 1)
+    # Less one: a lower bound. Less more than one where rounding would leave nothing of it.
+    most = tl.max(largest, 1)
+    below = most - tl.maximum(tl.abs(most) * tolerance, 1.0) + tl.sum(poison, 1)
+    tau = tl.where(seen > 0, below, 0.0)
+    lost = tl.zeros([OWNERS], dtype)
+    before = tl.full([OWNERS], 2147483647, tl.int32)
+    active = (seen > 0) & (tau == tau)
+    going = tl.max(active.to(tl.int32), 0)
+    while going > 0:
+        mass = tl.zeros([OWNERS], tl.float64)
+        count = tl.zeros([OWNERS], tl.int32)
+        chunk = begin
+        while chunk < end:
+            part = tl.zeros([OWNERS, SOURCES], dtype)
+            part_count = tl.zeros([OWNERS, SOURCES], tl.int32)
+            start = chunk
+            while start < tl.minimum(chunk + CHUNK, end):
+                key = start + tl.arange(0, SOURCES)
+                kx, ky = _load_points(keys, key[None, :], (key < end)[None, :])
+                visible = _visible(row[:, None], key[None, :], row_end, key_end, shift, CAUSAL)
+                p = _inner_product(qx, qy, kx, ky, SCORE)
+                weight, kept = _weigh(p, tau[:, None], 0.0, visible, 0.0, SCORE)
+                part += weight
+                part_count += kept.to(tl.int32)
+                start += SOURCES
+            mass += tl.sum(part, 1).to(tl.float64)
+            count += tl.sum(part_count, 1)
+            chunk += CHUNK
+        excess = mass - 1.0
+        step = (excess / tl.maximum(count, 1).to(tl.float64)).to(dtype)
+        # Where rounding is coarser than a weight a step may leave nothing above tau: then all of it
+        # is the rest. A row that is done stays as it is: how long others take must not show.
+        moves = tau + step < most
+        moved = tl.where(moves, tau + step, tau)
+        lost = tl.where(active, step - (moved - tau), lost)
+        tau = tl.where(active, moved, tau)
+        active = active & moves & (tl.abs(excess) > tolerance) & (count < before)
+        before = count
+        going = tl.max(active.to(tl.int32), 0)
+    tl.store(out + b * rows + row, tau, mask=row < rows)
+    tl.store(rest + b * rows + row, lost, mask=row < rows)
+
+
+@triton.jit
 def gather_values(
     queries,  # (batch, rows, 2)
     keys,  # (batch, num_keys, 2)
     limit,  # (batch, rows): tau or the minimal gate
+    rest,  # (batch, rows): what tau lost by rounding; by row, or None
     values,  # of the sources, (batch, sources, value_dim)
     scale,  # (batch, rows); by row only
     lengths,  # (batch,) int32 or None
@@ -298,6 +400,9 @@ def gather_values(
     else:
         qx, qy = _load_points(queries, owner[:, None], inside[:, None])
         bound = tl.load(limit + owner[:, None], mask=inside[:, None], other=0.0)
+    lost = 0.0
+    if rest is not None:
+        lost = tl.load(rest + b * rows + owner[:, None], mask=inside[:, None], other=0.0)
     column = column_block * COLUMNS + tl.arange(0, COLUMNS)
 
     if ALONE:
@@ -335,7 +440,7 @@ def gather_values(
                 kx, ky = _load_points(keys, source[None, :], here[None, :])
                 visible = _visible(owner[:, None], source[None, :], row_end, key_end, shift, CAUSAL)
             p = _inner_product(qx, qy, kx, ky, SCORE)
-            weight, kept = _weigh(p, bound, visible, eps, SCORE)
+            weight, kept = _weigh(p, bound, lost, visible, eps, SCORE)
             # A zero weight would not keep out a value that is not finite. A dropped value must
             # show all the same; a gradient only reaches what was kept.
             counted = kept if BY_KEY else visible
@@ -394,7 +499,9 @@ def gather_points(
     grad_strength,  # (batch, rows), reduction applied, or None
     lengths,  # (batch,) int32 or None
     out,  # (batch, owners, 2)
-    limit_out,  # (batch, rows): gradient of the threshold, by row; or None
+    # (batch, rows), by row, or None: gradient of the threshold; of a mass less the mean of what its
+    # weights are worth, which by key takes the place of grad_strength.
+    limit_out,
     batch,
     rows,
     num_keys,
@@ -421,6 +528,7 @@ def gather_points(
     values += b * num_keys * value_dim
     grad_context += b * rows * value_dim
     dtype: tl.constexpr = out.dtype.element_ty
+    MASS: tl.constexpr = SCORE == "sparsemax" and not BY_KEY
 
     owner = first + tl.arange(0, OWNERS)
     inside = owner < owners
@@ -428,6 +536,12 @@ def gather_points(
     total_y = tl.zeros([OWNERS], dtype)
     error_x = tl.zeros([OWNERS], dtype)
     error_y = tl.zeros([OWNERS], dtype)
+    # Of a mass, sums over the kept keys.
+    total_kept = tl.zeros([OWNERS], tl.int32)
+    total_kx = tl.zeros([OWNERS], dtype)
+    total_ky = tl.zeros([OWNERS], dtype)
+    error_kx = tl.zeros([OWNERS], dtype)
+    error_ky = tl.zeros([OWNERS], dtype)
     total_limit = tl.zeros([OWNERS], dtype)
     error_limit = tl.zeros([OWNERS], dtype)
 
@@ -437,6 +551,9 @@ def gather_points(
         part_x = tl.zeros([OWNERS, SOURCES], dtype)
         part_y = tl.zeros([OWNERS, SOURCES], dtype)
         part_limit = tl.zeros([OWNERS, SOURCES], dtype)
+        part_kept = tl.zeros([OWNERS, SOURCES], tl.int32)
+        part_kx = tl.zeros([OWNERS, SOURCES], dtype)
+        part_ky = tl.zeros([OWNERS, SOURCES], dtype)
         start = chunk
         while start < tl.minimum(chunk + CHUNK, end):
             source = start + tl.arange(0, SOURCES)
@@ -451,7 +568,7 @@ def gather_points(
             bound = tl.load(limit + row, mask=row_here, other=0.0)
             visible = _visible(row, key, row_end, key_end, shift, CAUSAL)
             p = _inner_product(qx, qy, kx, ky, SCORE)
-            weight, kept = _weigh(p, bound, visible, eps, SCORE)
+            weight, kept = _weigh(p, bound, 0.0, visible, eps, SCORE)
 
             grad = tl.zeros([OWNERS, SOURCES], dtype)
             if grad_strength is not None:
@@ -486,15 +603,29 @@ def gather_points(
                 part_y = tl.fma(grad, tl.where(kept, ky, 0.0), part_y)
                 if limit_out is not None:
                     part_limit -= grad
+                if MASS:
+                    part_kept += kept.to(tl.int32)
+                    part_kx += tl.where(kept, kx, 0.0)
+                    part_ky += tl.where(kept, ky, 0.0)
             start += SOURCES
         total_x, error_x = _add(total_x, error_x, tl.sum(part_x, 1))
         total_y, error_y = _add(total_y, error_y, tl.sum(part_y, 1))
         if limit_out is not None:
             total_limit, error_limit = _add(total_limit, error_limit, tl.sum(part_limit, 1))
+        if MASS:
+            total_kept += tl.sum(part_kept, 1)
+            total_kx, error_kx = _add(total_kx, error_kx, tl.sum(part_kx, 1))
+            total_ky, error_ky = _add(total_ky, error_ky, tl.sum(part_ky, 1))
 
         chunk += CHUNK
+    x, y = _settled(total_x, error_x), _settled(total_y, error_y)
+    of_limit = _settled(total_limit, error_limit)
+    if MASS:
+        of_limit = of_limit / tl.maximum(total_kept, 1).to(dtype)
+        x = tl.fma(of_limit, _settled(total_kx, error_kx), x)
+        y = tl.fma(of_limit, _settled(total_ky, error_ky), y)
     place = (b * owners + owner) * 2
-    tl.store(out + place, _settled(total_x, error_x), mask=inside)
-    tl.store(out + place + 1, _settled(total_y, error_y), mask=inside)
+    tl.store(out + place, x, mask=inside)
+    tl.store(out + place + 1, y, mask=inside)
     if limit_out is not None:
-        tl.store(limit_out + b * rows + owner, _settled(total_limit, error_limit), mask=inside)
+        tl.store(limit_out + b * rows + owner, of_limit, mask=inside)

@@ -32,6 +32,8 @@ from .thresholds import threshold_vjp
 MAX_LENGTH = 1 << 30
 # Columns of the values that one program sums at a time; a float64 fills two registers.
 MAX_COLUMNS = {torch.float32: 8, torch.float64: 4}
+# Excess of a mass beneath which a step changes tau by no more than rounding does.
+MASS_TOLERANCE = {torch.float32: 2.0**-21, torch.float64: 2.0**-50}
 
 
 def _launch(kernel: str, blocks: int, device: torch.device, *arguments, **constants) -> None:
@@ -152,7 +154,17 @@ def _forward(
     states, points = states.contiguous(), points.contiguous()
     ends, sizes = pairs.ends(points), (batch, rows, points.shape[1])
     scale = pairs.reduction(states, points)
-    if pairs.score.thresholded:
+    query = kernels.query(pairs.score.name, states, pairs.coefficient)
+    rest = None
+    if pairs.score.mass:
+        rest = torch.empty_like(result.threshold)
+        _launch(
+            "mass_thresholds", batch * _blocks(rows, kernels.TILE), states.device,
+            query, points, ends, result.threshold, rest, *sizes,
+            tolerance=MASS_TOLERANCE[states.dtype], SCORE=pairs.score.name, CAUSAL=pairs.causal,
+            OWNERS=kernels.TILE, SOURCES=kernels.TILE, CHUNK=kernels.CHUNK,
+        )  # fmt: skip
+    elif pairs.score.thresholded:
         _launch(
             "thresholds", batch * _blocks(rows, kernels.THRESHOLD_ROWS), states.device,
             states, points, pairs.coefficient, ends, result.threshold, *sizes,
@@ -160,18 +172,18 @@ def _forward(
             WHOLE=pairs.whole_window or not pairs.causal,
             ROWS=kernels.THRESHOLD_ROWS, KEYS=kernels.TILE,
         )  # fmt: skip
+    if pairs.score.thresholded:
         # No comparison with an undefined threshold means anything.
         scale = torch.where(result.threshold.isnan(), result.threshold, scale)
-    query = kernels.query(pairs.score.name, states, pairs.coefficient)
     _gather_values(
-        pairs, query, points, result.threshold, values, scale, ends,
+        pairs, query, points, result.threshold, rest, values, scale, ends,
         result.context, result.strength, result.degree, by_key=False,
     )  # fmt: skip
     return result
 
 
 def _gather_values(
-    pairs, query, points, threshold, values, scale, ends, out, strength, degree, *, by_key
+    pairs, query, points, threshold, rest, values, scale, ends, out, strength, degree, *, by_key
 ):
     from . import kernels
 
@@ -181,8 +193,9 @@ def _gather_values(
     _launch(
         "gather_values",
         batch * _blocks(owners, tile) * _blocks(value_dim, columns), out.device,
-        query, points, pairs.limit(threshold), points if values is None else values.contiguous(),
-        scale, ends, out, strength, degree, batch, rows, points.shape[1], value_dim,
+        query, points, pairs.limit(threshold), rest,
+        points if values is None else values.contiguous(), scale, ends, out, strength, degree,
+        batch, rows, points.shape[1], value_dim,
         BY_KEY=by_key, ALONE=values is None, COLUMNS=columns, OWNERS=tile, SOURCES=tile,
         CHUNK=kernels.CHUNK, **pairs.constants(),
     )  # fmt: skip
@@ -220,21 +233,28 @@ def _backward(
         grad_context = grad_context.contiguous()
         grad_strength = None if grad_strength is None else grad_strength.contiguous()
 
+        # The key pass of a mass starts from what its row pass found. The strength has no gradient.
+        mass = pairs.score.mass
+        found = torch.empty_like(threshold) if mass else grad_threshold
+        if mass:
+            grad_strength = None
+
         def gather_points(like, by_key):
             out = torch.empty_like(like)
             _launch(
                 "gather_points", batch * _blocks(like.shape[1], kernels.TILE), like.device,
                 query, points, pairs.limit(threshold),
-                points if values is None else values.contiguous(), grad_context, grad_strength,
-                ends, out, None if by_key else grad_threshold,
+                points if values is None else values.contiguous(), grad_context,
+                found if mass and by_key else grad_strength, ends, out, None if by_key else found,
                 batch, rows, points.shape[1], grad_context.shape[2],
                 BY_KEY=by_key, ALONE=values is None, OWNERS=kernels.TILE,
                 SOURCES=kernels.TILE, CHUNK=kernels.CHUNK, **pairs.constants(),
             )  # fmt: skip
             return out
 
-        if need_rows:
+        if need_rows or mass:
             grad_query = gather_points(states, by_key=False)
+        if need_rows:
             grad_states = kernels.query_vjp(score, grad_query, pairs.coefficient)
             share = kernels.coefficient_vjp(score, grad_query, states)
             if share is not None:
@@ -245,7 +265,7 @@ def _backward(
             grad_points = gather_points(points, by_key=True)
             if values is not None:
                 _gather_values(
-                    pairs, query, points, threshold, grad_context, None, ends,
+                    pairs, query, points, threshold, None, grad_context, None, ends,
                     grad_values, None, None, by_key=True,
                 )  # fmt: skip
     if keys is None:

@@ -100,6 +100,7 @@ PairParams<T> pair_params(const py::dict& d) {
   p.coefficient = per_sequence<T>(d["coefficient"]);
   p.min_gate = per_sequence<T>(d["min_gate"]);
   p.lengths = per_sequence<int64_t>(d["lengths"]);
+  p.row_scratch = data_of<T>(d["row_scratch"]);
   return p;
 }
 

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from assertions import assert_interaction_close, assert_relative
 
-from qflux_kernels import Interaction, InverseGate, Radius, Threshold, reference
+from qflux_kernels import Interaction, InverseGate, Radius, Sparsemax, Threshold, reference
 
 FORWARD, REVERSED, SHUFFLED = 0, 1, 2
 ALL_BLOCKS = 1 << 20
@@ -118,6 +118,7 @@ class Case:
     batch: int | tuple[int, int] = 2
     gate: bool = False
     soft: bool = False
+    mass: bool = False
     causal: bool = True
     mean: bool = False
     whole_window: bool = False
@@ -136,7 +137,7 @@ class Case:
             parts.append(f"d{self.value_dim}")
         parts += [
             name
-            for name in ("gate", "soft", "mean", "whole_window", "lengths")
+            for name in ("gate", "soft", "mass", "mean", "whole_window", "lengths")
             if getattr(self, name) not in (False, None)
         ]
         parts += [] if self.causal else ["full"]
@@ -158,7 +159,7 @@ class Case:
 
     @property
     def has_coefficient_vjp(self) -> bool:
-        return self.gate or self.soft
+        return self.gate or self.soft or self.mass
 
     @property
     def num_columns(self) -> int:
@@ -233,7 +234,7 @@ class Inputs:
             "rows": case.rows,
             "key_count": case.num_keys,
             "value_dim": case.num_columns,
-            "score": 2 if case.soft else int(case.gate),
+            "score": 3 if case.mass else 2 if case.soft else int(case.gate),
             "eps": self.eps,
             "whole_window": case.whole_window,
             "causal": case.causal,
@@ -242,6 +243,7 @@ class Inputs:
             "min_gate": place(self.min_gate),
             "lengths": memory.copy(self.lengths, case.layout),
             "sweep_base": case.base,
+            "row_scratch": memory.array(case.tokens, dtype) if case.mass else None,
         }
 
     def options(self, coefficient: torch.Tensor | None = None) -> dict:
@@ -250,11 +252,15 @@ class Inputs:
             coefficient = torch.from_numpy(self.coefficient)
         window = "row" if self.case.whole_window else "prefix"
         shrinkage = "soft" if self.case.soft else "hard"
+        if self.case.mass:
+            score = Sparsemax(coefficient)
+        elif self.case.gate:
+            score = InverseGate(coefficient, self.eps, torch.from_numpy(self.min_gate))
+        else:
+            score = Threshold(coefficient, window, self.eps, shrinkage)
         return {
             "causal": self.case.causal,
-            "score": InverseGate(coefficient, self.eps, torch.from_numpy(self.min_gate))
-            if self.case.gate
-            else Threshold(coefficient, window, self.eps, shrinkage),
+            "score": score,
             "reduction": "mean" if self.case.mean else "sum",
             "lengths": None if self.lengths is None else torch.from_numpy(self.lengths),
         }

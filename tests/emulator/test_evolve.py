@@ -36,6 +36,14 @@ SOFT = [
     # More than one segment of rows for the scan.
     Evolution(Case(1100, soft=True, mean=True, batch=1), dt=1),
 ]
+# Not in one launch.
+MASSES = [
+    Evolution(Case(1, mass=True)),
+    Evolution(Case(40, mass=True), steps=2, dt=2, skip=2),
+    Evolution(Case(140, mass=True, lengths=(0, 140, 33), batch=3), steps=2, dt=1),
+    Evolution(Case(65, mass=True, causal=False), dt=1, skip=1, radius=None),
+    Evolution(Case(33, batch=(3, 2), mass=True, layout="expanded"), dt=1, skip=1),
+]
 BATCHES = [
     Evolution(Case(40, batch=(2, 3), layout="heads"), steps=2, dt=2, skip=1),
     Evolution(Case(40, batch=(2, 3), soft=True, layout="heads"), steps=2, dt=1, skip=2),
@@ -65,7 +73,9 @@ SEQUENCES = [
 ]
 
 
-@pytest.mark.parametrize("evolution", EVOLUTIONS + EVOLUTIONS_BY_SWEEP + SOFT + BATCHES, ids=str)
+@pytest.mark.parametrize(
+    "evolution", EVOLUTIONS + EVOLUTIONS_BY_SWEEP + SOFT + MASSES + BATCHES, ids=str
+)
 def test_evolve_matches_the_reference(emulator, evolution):
     got, truth, _ = run_evolve(emulator, evolution)
     np.testing.assert_array_equal(got.pop("degree"), truth.pop("degree"))
@@ -168,6 +178,7 @@ def test_many_short_sequences_take_one_launch(emulator):
     assert count(Case(3, batch=128, gate=True)) == one
     assert count(Case(3, batch=128, soft=True)) == 2 + (1 + 2 * 10)
     assert count(Case(3, batch=127, gate=True)) == many_gate
+    assert count(Case(3, batch=128, mass=True)) == many
     emulator.configure(FORWARD, ALL_BLOCKS, 1)
     assert count(Case(3, batch=128, gate=True)) == many_gate
     with pytest.raises(RuntimeError, match="does not fit"):
@@ -175,3 +186,5 @@ def test_many_short_sequences_take_one_launch(emulator):
     emulator.configure(FORWARD, ALL_BLOCKS)
     with pytest.raises(RuntimeError, match="does not fit"):
         count(Case(3, soft=True), ONE)
+    with pytest.raises(RuntimeError, match="does not fit"):
+        count(Case(3, mass=True), ONE)

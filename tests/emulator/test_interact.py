@@ -20,6 +20,7 @@ from emulator.harness import (
     interact,
     interact_backward,
 )
+from inputs import STATES
 
 EDGES = [
     Case(rows, gate=gate, layout=layout)
@@ -82,6 +83,26 @@ OPTIONS = [
 ]
 
 
+# Weights that sum to one.
+MASSES = [
+    Case(0, mass=True),
+    Case(1, mass=True),
+    Case(2, mass=True),
+    Case(129, mass=True, layout="strided"),
+    Case(263, mass=True),
+    Case(150, mass=True, value_dim=5, causal=False, layout="planes"),
+    Case(140, keys=300, mass=True, layout="strided"),
+    Case(300, keys=140, mass=True, value_dim=33),
+    Case(7, keys=0, value_dim=2, mass=True),
+    Case(5, keys=1100, value_dim=3, mass=True),
+    Case(150, mass=True, lengths=(0, 1, 77, 150, 149), batch=5, value_dim=3),
+    Case(600, mass=True, lengths=(600, 300), causal=False),
+    # More than a tile of keys, and more rows than a block that is not split has.
+    Case(1100, keys=1300, mass=True, batch=1, value_dim=2),
+    Case(1, keys=300, batch=264, mass=True),
+    Case(40, batch=(2, 3), mass=True, value_dim=5, layout="heads"),
+    Case(33, keys=70, batch=(2, 3), value_dim=3, mass=True, layout="expanded"),
+]
 # Two batch dimensions that no single stride steps through.
 BATCHES = [
     Case(40, batch=(2, 3), layout="heads"),
@@ -122,7 +143,7 @@ SWEEPS = [
 ]
 
 
-@pytest.mark.parametrize("case", EDGES + SHAPES + OPTIONS + BATCHES + SWEEPS, ids=str)
+@pytest.mark.parametrize("case", EDGES + SHAPES + OPTIONS + MASSES + BATCHES + SWEEPS, ids=str)
 def test_interact_matches_the_reference(emulator, case):
     inputs = Inputs.random(case)
     truth = expected(inputs)
@@ -149,6 +170,8 @@ FLOAT32 = [
     Case(90, keys=300, batch=1, value_dim=3, soft=True),
     Case(200, batch=1, gate=True, eps=0.1, mean=True),
     Case(200, batch=1, gate=True, eps=0.1, value_dim=5),
+    Case(200, batch=1, mass=True),
+    Case(90, keys=300, batch=1, value_dim=3, mass=True),
 ]
 
 
@@ -204,12 +227,43 @@ def test_thresholds_of_states_far_from_the_origin(emulator):
         assert abs(tau[row] - truth) <= 1e-14 * abs(truth)
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64], ids=["float32", "float64"])
+@pytest.mark.parametrize("kind", STATES)
+def test_masses_of_unlike_states(emulator, kind, dtype):
+    torch.manual_seed(0)
+    inputs = Inputs.random(Case(70, batch=1, mass=True, causal=False), dtype=dtype)
+    inputs.states[0] = STATES[kind](70).numpy().astype(dtype)
+    check_interaction(inputs, interact(emulator, inputs, dtype))
+
+
+def test_masses_of_ordered_keys(emulator):
+    """Most chunks of them soon have no pair left, each for other rows of a warp."""
+    inputs = Inputs.random(Case(64, keys=6000, batch=1, causal=False, mass=True))
+    inputs.keys = np.sort(inputs.keys, 1)
+    inputs.states *= np.linspace(0.05, 4, 64)[:, None]
+    out, truth = interact(emulator, inputs), expected(inputs)
+    close("context", out["context"], truth["context"])
+    np.testing.assert_array_equal(out["degree"], truth["degree"])
+
+
+def test_rounding_of_a_mass_does_not_add_up(emulator):
+    """Many equal weights share what tau loses; the strength is one all the same."""
+    inputs = Inputs.random(Case(3, keys=20_000, batch=1, causal=False, mass=True), dtype=np.float32)
+    inputs.keys[...] = inputs.keys[:, :1]
+    inputs.states += 4
+    out = interact(emulator, inputs, np.float32)
+    np.testing.assert_allclose(out["strength"], 1, rtol=1e-5)
+    np.testing.assert_array_equal(out["degree"], 20_000)
+
+
 ORDERS = [
     Case(300, batch=3),
     Case(300, batch=3, gate=True, layout="planes"),
     Case(300, batch=3, soft=True, value_dim=3),
     Case(1100, batch=1, soft=True),
     Case(60, batch=(2, 3), soft=True, layout="heads"),
+    Case(300, batch=3, mass=True, value_dim=3),
+    Case(1100, batch=1, mass=True),
     Case(1100, batch=1, whole_window=True),
     Case(150, keys=600, value_dim=11, layout="strided"),
     Case(150, keys=300, value_dim=3, gate=True, causal=False),
@@ -248,6 +302,9 @@ def test_the_order_of_threads_and_blocks_changes_no_bit(emulator, case, dtype):
         Case(300, keys=140),
         Case(140, causal=False),
         Case(140, value_dim=3, lengths=(100, 139)),
+        Case(140, mass=True),
+        Case(70, keys=300, value_dim=3, mass=True),
+        Case(140, mass=True, causal=False, lengths=(100, 139)),
     ],
     ids=str,
 )
@@ -284,6 +341,8 @@ def test_nan_and_infinity_reach_the_rows_that_see_them_and_no_other(emulator, ca
         Case(150, causal=False),
         Case(150, base=32),
         Case(150, value_dim=3, causal=False, base=32),
+        Case(150, mass=True),
+        Case(150, value_dim=3, causal=False, mass=True),
     ],
     ids=str,
 )
@@ -317,7 +376,15 @@ def test_lengths_beyond_the_tensor_are_clamped(emulator):
 
 
 @pytest.mark.parametrize(
-    "case", [Case(200), Case(200, gate=True), Case(60, value_dim=3), Case(150, base=32)], ids=str
+    "case",
+    [
+        Case(200),
+        Case(200, gate=True),
+        Case(60, value_dim=3),
+        Case(150, base=32),
+        Case(200, mass=True),
+    ],
+    ids=str,
 )
 def test_results_that_are_not_wanted(emulator, case):
     inputs = Inputs.random(case)
@@ -330,7 +397,11 @@ def test_results_that_are_not_wanted(emulator, case):
 
 @pytest.mark.parametrize(
     "case",
-    [Case(90, keys=140, value_dim=9, gate=True), Case(90, keys=140, value_dim=9, base=32)],
+    [
+        Case(90, keys=140, value_dim=9, gate=True),
+        Case(90, keys=140, value_dim=9, base=32),
+        Case(90, keys=140, value_dim=9, mass=True),
+    ],
     ids=str,
 )
 def test_gradients_that_are_not_wanted(emulator, case):
@@ -362,6 +433,8 @@ def test_gradients_that_are_not_wanted(emulator, case):
         Case(150, soft=True),
         Case(60, keys=90, value_dim=3, gate=True),
         Case(150, base=32),
+        Case(150, mass=True),
+        Case(60, keys=90, value_dim=3, mass=True),
     ],
     ids=str,
 )

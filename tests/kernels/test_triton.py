@@ -4,6 +4,7 @@ Triton reads TRITON_INTERPRET when it is imported, so the interpreter gets a pro
 `test_in_the_interpreter` runs this file again in it, and the file for the schemas.
 """
 
+import dataclasses
 import importlib.util
 import os
 import subprocess
@@ -19,6 +20,7 @@ from qflux_kernels import (
     BackendUnavailableError,
     InverseGate,
     Radius,
+    Sparsemax,
     Threshold,
     backends,
     evolve,
@@ -82,6 +84,13 @@ CASES = [
     (34, 15, 3, Threshold(-1.0, "row"), True, "sum"),
     (9, 18, 8, InverseGate(0.5, 0.1), True, "sum"),
     (8, 17, 33, Threshold(), False, "mean"),
+    (0, None, None, Sparsemax(), True, "sum"),
+    (5, 0, 3, Sparsemax(), True, "sum"),
+    (1, None, None, Sparsemax(), True, "sum"),
+    (33, None, None, Sparsemax(4.0), True, "sum"),
+    (40, None, None, Sparsemax(0.1), False, "sum"),
+    (65, 33, None, Sparsemax(), True, "sum"),
+    (16, 40, 9, Sparsemax(SIGMA), True, "sum"),
 ]
 
 
@@ -111,25 +120,28 @@ def test_interact(case, dtype, poisoned_memory):
 def test_gradients_of_interact(case, poisoned_memory):
     rows, keys, depth, score, causal, reduction = case
     states, given = inputs(rows, keys, depth, F64)
-    gated = isinstance(score, InverseGate)
-    alpha = SIGMA.to(DEVICE) if gated else None
+    # The coefficients that act through the query.
+    name = {InverseGate: "alpha", Sparsemax: "scale"}.get(type(score))
+    coefficient = [] if name is None else [SIGMA.to(DEVICE)]
 
     def run(states, *tensors, backend):
-        *tensors, alpha = tensors if gated else (*tensors, None)
-        used = InverseGate(alpha, score.eps, score.min_gate) if gated else score
+        used = score
+        if name is not None:
+            *tensors, number = tensors
+            used = dataclasses.replace(score, **{name: number})
         return interact(
             states, **dict(zip(given, tensors, strict=True)), score=used, causal=causal,
             reduction=reduction, backend=backend,
         )  # fmt: skip
 
-    tensors = [states, *given.values(), *([alpha] if gated else [])]
+    tensors = [states, *given.values(), *coefficient]
     got, wanted = (gradients(run, backend, tensors) for backend in ("triton", "reference"))
-    for name, a, b in zip(("states", *given, "alpha"), got, wanted, strict=False):
+    for name, a, b in zip(("states", *given, "coefficient"), got, wanted, strict=False):
         assert_relative(name, a, b, 1e-9)
 
 
 @needs_kernels
-@pytest.mark.parametrize("score", [Threshold(), InverseGate(0.5, 0.1)], ids=str)
+@pytest.mark.parametrize("score", [Threshold(), InverseGate(0.5, 0.1), Sparsemax()], ids=str)
 def test_gradients_of_interact_in_float32(score):
     states, keys = calm(score, (1, 20, 2), (1, 20, 2))
     values = tensor(1, 20, 3, dtype=F32).double()
@@ -143,7 +155,13 @@ def test_gradients_of_interact_in_float32(score):
 @needs_kernels
 @pytest.mark.parametrize(
     "score",
-    [Threshold(1.4, "row"), Threshold(), InverseGate(), Threshold(0.3, shrinkage="soft")],
+    [
+        Threshold(1.4, "row"),
+        Threshold(),
+        InverseGate(),
+        Threshold(0.3, shrinkage="soft"),
+        Sparsemax(),
+    ],
     ids=str,
 )
 def test_padding(score):
@@ -152,7 +170,8 @@ def test_padding(score):
     states, values = tensor(3, 33, 2), tensor(3, 33, 3)
     for given in ({}, {"values": values}):
         options = {
-            "score": score, "lengths": lengths, "reduction": "mean", "causal": not given,
+            "score": score, "lengths": lengths, "causal": not given,
+            "reduction": "sum" if score.kind.mass else "mean",
         }  # fmt: skip
         clean = interact(states, **given, **options, backend="triton")
         assert_interaction_close(clean, states, **given, **options)
@@ -177,7 +196,7 @@ def interact_of(given):
 @needs_kernels
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-@pytest.mark.parametrize("score", [Threshold(), InverseGate(0.5, 1e-3, 0.1)], ids=str)
+@pytest.mark.parametrize("score", [Threshold(), InverseGate(0.5, 1e-3, 0.1), Sparsemax()], ids=str)
 def test_not_finite(score, bad):
     states, keys, values = tensor(1, 40, 2), tensor(1, 40, 2), tensor(1, 40, 3)
     for name in ("states", "keys", "values"):
@@ -234,29 +253,37 @@ RADII = [Radius(), Radius(0.0, 1e9, 0.2, 0.3, 1.5), Radius(0.5, 0.9, -0.1), None
 
 @needs_kernels
 @pytest.mark.parametrize("radius", RADII, ids=str)
-@pytest.mark.parametrize("kernel", ["hard_threshold", "inverse_gate", "soft_threshold"])
-def test_evolve(kernel, radius, poisoned_memory):
-    states, alpha = tensor(2, 18, 2), SIGMA.to(DEVICE)
-    gated = kernel == "inverse_gate"
+@pytest.mark.parametrize(
+    "make",
+    [
+        Threshold,
+        lambda alpha: InverseGate(alpha, 1e-2),
+        lambda sigma: Threshold(sigma, shrinkage="soft"),
+        Sparsemax,
+    ],
+    ids=["hard_threshold", "inverse_gate", "soft_threshold", "sparsemax"],
+)
+def test_evolve(make, radius, poisoned_memory):
+    states, coefficient = tensor(2, 18, 2), SIGMA.to(DEVICE)
+    gated = isinstance(make(0.5), InverseGate)
     dt = tensor(2, 2, 18).abs() / 10
     skip = tensor(18).sigmoid()
     lengths = torch.tensor([18, 11], device=DEVICE) if radius == RADII[1] else None
 
-    def run(states, dt, skip, alpha, backend):
-        shrinkage = kernel.removesuffix("_threshold")
-        score = InverseGate(alpha, 1e-2) if gated else Threshold(alpha, shrinkage=shrinkage)
+    def run(states, dt, skip, coefficient, backend):
         return evolve(
-            states, dt, skip=skip, score=score, radius=radius, lengths=lengths, steps=2,
+            states, dt, skip=skip, score=make(coefficient), radius=radius, lengths=lengths, steps=2,
             reduction="mean" if gated else "sum", backend=backend,
         )  # fmt: skip
 
-    tensors = (states, dt, skip, alpha)
+    tensors = (states, dt, skip, coefficient)
     got, wanted = run(*tensors, "triton"), run(*tensors, "reference")
     assert torch.equal(got.degree, wanted.degree)
     assert_relative("states", got.states, wanted.states, 1e-9)
     assert_relative("strength", got.strength, wanted.strength, 1e-9)
     got, wanted = (gradients(run, backend, tensors) for backend in ("triton", "reference"))
-    for name, a, b in zip(("states", "dt", "skip", "alpha"), got, wanted, strict=True):
+    names = ("states", "dt", "skip", "coefficient")
+    for name, a, b in zip(names, got, wanted, strict=True):
         assert_relative(name, a, b, 1e-9)
 
 
@@ -445,7 +472,12 @@ def compile_only(name, blocks, device, *arguments, **constants):
 NVIDIA = GPUTarget("cuda", 90, 32), "cubin"
 AMD = GPUTarget("hip", "gfx942", 64), "hsaco"
 ops._launch = compile_only
-for dtype, score, (target, binary) in ((torch.float32, 0, NVIDIA), (torch.float64, 1, AMD)):
+for dtype, score, (target, binary) in (
+    (torch.float32, 0, NVIDIA),
+    (torch.float64, 1, AMD),
+    (torch.float32, 3, NVIDIA),
+    (torch.float64, 3, AMD),
+):
     x, v = torch.randn(1, 3, 2, dtype=dtype), torch.randn(1, 3, 9, dtype=dtype)
     lengths = torch.tensor([3])
     pair = (None, 0.5, None, 0.0, lengths, score, 1e-5, False, True, False, 0)
@@ -464,6 +496,6 @@ print(len(done))
 def test_kernels_compile(run_python, tmp_path):
     """Every kernel becomes machine code for NVIDIA and AMD GPUs, with or without one at hand."""
     result = run_python(COMPILE, TRITON_CACHE_DIR=str(tmp_path / "cache"), TRITON_INTERPRET="0")
-    # By score: the thresholds of the first; forward, row and key pass with and without values of
+    # By score: thresholds of all but the gate; forward, row and key pass with and without values of
     # their own, and the gradient of those.
-    assert int(result.stdout) == 15
+    assert int(result.stdout) == 3 + 4 * 7

@@ -109,7 +109,7 @@ class Solver {
     else
       each_key(group_, 0, group_.highest(), meet);
     each_vector([&](auto r) QFLUX_INLINE_LAMBDA {
-      const V coarse = absolute(most[r]) * V(static_cast<T>(sizeof(T) == 4 ? 0x1p-21 : 0x1p-50));
+      const V coarse = absolute(most[r]) * V(mass_tolerance<T>());
       const V least = most[r] - select(less(one, coarse), coarse, one);
       tau_[r] = least_[r] = select(less(none, most[r]), least, zero);
     });
@@ -206,7 +206,7 @@ class Solver {
   // A step of the lanes that are active; returns whether one still is. A lane that is done stays
   // as it is: how long others take must not show.
   bool step(const Excess<T>& e, Steps& steps) {
-    const V zero(T(0)), near(static_cast<T>(sizeof(T) == 4 ? 0x1p-21 : 0x1p-50));
+    const V zero(T(0)), near(mass_tolerance<T>());
     uint32_t left = 0;
     each_vector([&](auto r) QFLUX_INLINE_LAMBDA {
       const Mask<T> some = less(zero, e.count[r]), active = steps.active[r];

@@ -215,28 +215,45 @@ __global__ void __launch_bounds__(kThreads, Pass::Sizes::kBlocksPerSm)
   }
 }
 
+// What 32 bits cannot count: an error, or null.
+template <class T>
+const char* check_lengths(const PairParams<T>& pair, int64_t columns) {
+  if (pair.rows > kMaxLength || pair.keys > kMaxLength || columns > kMaxLength)
+    return "the dense CUDA kernels take up to 2^30 rows, keys and value columns";
+  if (pair.outer > kMaxLength || pair.inner > kMaxLength)
+    return "the dense CUDA kernels take up to 2^30 sequences of a batch dimension";
+  return nullptr;
+}
+
+template <class Sizes>
+Schedule schedule_of(int64_t batch, int owners, int64_t sources, int column_blocks, bool reversed) {
+  Schedule schedule{batch, 0, column_blocks, reversed, 0};
+  const auto blocks = [&] {
+    const int per_block = (kThreads * Sizes::kOwners) >> schedule.split_bits;
+    return (owners + per_block - 1) / per_block;
+  };
+  // A split pays where each slice finds chunks of its own.
+  while (1 << schedule.split_bits < kWarps && sources > Sizes::kChunk << schedule.split_bits &&
+         blocks() * batch * column_blocks < kEnoughBlocks)
+    ++schedule.split_bits;
+  schedule.owner_blocks = blocks();
+  return schedule;
+}
+
 template <class Pass>
 const char* launch_gather(const typename Pass::Params& params, bool reversed, void* stream) {
   using Sizes = typename Pass::Sizes;
   const PairParams<typename Pass::Scalar>& pair = params.pair;
-  if (pair.rows > kMaxLength || pair.keys > kMaxLength || Pass::columns(params) > kMaxLength)
-    return "the dense CUDA kernels take up to 2^30 rows, keys and value columns";
-  if (pair.outer > kMaxLength || pair.inner > kMaxLength)
-    return "the dense CUDA kernels take up to 2^30 sequences of a batch dimension";
-  const int owners = static_cast<int>(Pass::owners(params));
-  const int columns = static_cast<int>(Pass::columns(params));
-  const auto blocks = [](int n, int size) { return (n + size - 1) / size; };
-  Schedule schedule{pair.batch(), 0, 1, reversed, 0};
-  if (!Pass::kLoopsColumns) schedule.column_blocks = blocks(columns, Sizes::kColumns);
-  const int64_t copies = schedule.batch * schedule.column_blocks;
-  const auto per_block = [&] { return (kThreads * Sizes::kOwners) >> schedule.split_bits; };
-  // A split pays where each slice finds chunks of its own.
-  while (1 << schedule.split_bits < kWarps &&
-         Pass::sources(params) > Sizes::kChunk << schedule.split_bits &&
-         blocks(owners, per_block()) * copies < kEnoughBlocks)
-    ++schedule.split_bits;
-  schedule.owner_blocks = blocks(owners, per_block());
-  return launch(gather<Pass>, {schedule.owner_blocks * copies, kThreads}, stream, params, schedule);
+  const int64_t columns = Pass::columns(params);
+  if (const char* error = check_lengths(pair, columns)) return error;
+  const int64_t column_blocks =
+      Pass::kLoopsColumns ? 1 : (columns + Sizes::kColumns - 1) / Sizes::kColumns;
+  const Schedule schedule =
+      schedule_of<Sizes>(pair.batch(), static_cast<int>(Pass::owners(params)),
+                         Pass::sources(params), static_cast<int>(column_blocks), reversed);
+  return launch(gather<Pass>,
+                {schedule.batch * schedule.owner_blocks * schedule.column_blocks, kThreads}, stream,
+                params, schedule);
 }
 
 }  // namespace qflux::cuda

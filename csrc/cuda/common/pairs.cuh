@@ -45,8 +45,9 @@ struct SequencePass {
   __device__ __forceinline__ T limit(int row) const {
     return Score::kThresholded ? params.threshold.at(b, row) : T(0);
   }
-  __device__ __forceinline__ Score score(T limit) const {
-    return Score::make(limit, eps, min_gate);
+  // Of a mass, what the limit lost by rounding takes the place of eps.
+  __device__ __forceinline__ Score score(T limit, T rest = T(0)) const {
+    return Score::make(limit, Score::kMass ? rest : eps, min_gate);
   }
   // A key's record: its point and, where `kColumns` is not zero, so many columns of its value.
   template <int kColumns>

@@ -11,7 +11,6 @@ namespace qflux::cuda {
 
 constexpr int kScanWarps = kResidentWarps;  // of the largest block that scans
 constexpr int kRowsPerThread = 4;
-constexpr unsigned kAllLanes = 0xffffffffu;
 
 struct WarpSums {
   double at[kScanWarps][6];

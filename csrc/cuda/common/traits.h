@@ -6,6 +6,7 @@
 namespace qflux::cuda {
 
 constexpr int kWarp = 32;
+constexpr unsigned kAllLanes = 0xffffffffu;
 constexpr int kWarps = 4;  // a block of one warp per scheduler; several blocks share an SM
 constexpr int kThreads = kWarp * kWarps;
 

@@ -9,9 +9,11 @@ namespace {
 template <class T, class Score, bool kOwnValues>
 const char* launch_passes(const InteractBackwardParams<T>& params, void* stream) {
   const PairParams<T>& pair = params.pair;
-  const bool row_pass =
-      (params.grad_states || params.grad_coefficient || params.grad_threshold) && pair.rows > 0;
   const bool key_pass = (params.grad_keys || params.grad_values) && pair.keys > 0;
+  // The key pass of a mass starts from what its row pass found.
+  const bool row_pass = (params.grad_states || params.grad_coefficient || params.grad_threshold ||
+                         (Score::kMass && key_pass)) &&
+                        pair.rows > 0;
   const char* error = nullptr;
   if (row_pass) error = launch_gather<RowPass<T, Score, kOwnValues>>(params, pair.causal, stream);
   if (key_pass && error == nullptr)

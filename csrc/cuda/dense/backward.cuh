@@ -3,12 +3,13 @@
 // forward's inner product and threshold, so all three agree on the kept pairs.
 #pragma once
 
+#include "../../math/mass.h"
 #include "../common/gather.cuh"
 
 namespace qflux::cuda {
 
-// Gradients of one row's context and strength, reduction applied.
-template <class T, int kColumns>
+// Gradients of one row's context and, unless the score has a mass, strength, reduction applied.
+template <class T, class Score, int kColumns>
 __device__ __forceinline__ void load_gradients(const InteractBackwardParams<T>& params,
                                                BatchIndex b, int row, const Visibility& visibility,
                                                int column, int columns, T* grad, T& grad_strength) {
@@ -17,8 +18,8 @@ __device__ __forceinline__ void load_gradients(const InteractBackwardParams<T>& 
   for (int c = 0; c < kColumns; ++c)
     grad[c] = column + c < columns ? scale * params.grad_context.at(b, row, column + c) : T(0);
   // The gradient of a weight is a sum over all columns; the strength counts once.
-  grad_strength =
-      column == 0 && params.grad_strength ? scale * params.grad_strength.at(b, row) : T(0);
+  const bool counts = column == 0 && !Score::kMass && params.grad_strength;
+  grad_strength = counts ? scale * params.grad_strength.at(b, row) : T(0);
 }
 
 template <class T>
@@ -44,15 +45,23 @@ struct BackwardColumns {
   }
 };
 
+// No totals of columns: registers for a fourth block, those of a mass with half the rows.
+template <class T, bool kOwnValues, bool kMass>
+struct RowPassSizes
+    : TileTraits<T, kOwnValues, kOwnValues ? 2 + Traits<T, kOwnValues>::kColumns : 2, 4> {
+  static constexpr int kAll = Traits<T, kOwnValues>::kOwners;
+  static constexpr int kOwners = kMass && kAll > 1 ? kAll / 2 : kAll;
+};
+
 template <class T, class Score, bool kOwnValues>
 struct RowPass : OwnsRows<T, Score, InteractBackwardParams<T>>, BackwardColumns<T, kOwnValues> {
   using Base = OwnsRows<T, Score, InteractBackwardParams<T>>;
   using Params = InteractBackwardParams<T>;
   using Base::Base, Base::b, Base::params, Base::visibility;
   using BackwardColumns<T, kOwnValues>::kColumns;
-  // No totals of columns: registers for a fourth block.
-  using Sizes = TileTraits<T, kOwnValues, kOwnValues ? 2 + kColumns : 2, 4>;
-  static constexpr int kColumnSums = 0, kSums = Score::kLimitVjp ? 3 : 2;
+  using Sizes = RowPassSizes<T, kOwnValues, Score::kMass>;
+  // Of u k and, for what a limit or a mass has more, u, 1 and k.
+  static constexpr int kColumnSums = 0, kSums = Score::kMass ? 6 : Score::kLimitVjp ? 3 : 2;
 
   struct Owner {
     Point<T> query;
@@ -61,8 +70,8 @@ struct RowPass : OwnsRows<T, Score, InteractBackwardParams<T>>, BackwardColumns<
 
   __device__ __forceinline__ Owner load(int row, int column) const {
     Owner owner{query<Score>(params.pair, b, row), this->limit(row), T(0), {}};
-    load_gradients<T, kColumns>(params, b, row, visibility(), column, this->columns(params),
-                                owner.grad, owner.grad_strength);
+    load_gradients<T, Score, kColumns>(params, b, row, visibility(), column, this->columns(params),
+                                       owner.grad, owner.grad_strength);
     return owner;
   }
   __device__ __forceinline__ void fetch(int key, int column, T (&record)[Sizes::kWidth]) const {
@@ -78,16 +87,29 @@ struct RowPass : OwnsRows<T, Score, InteractBackwardParams<T>>, BackwardColumns<
     const T grad = score.derivative(p, grad_weight);
     sums[0] = multiply_add(grad, record[0], sums[0]);
     sums[1] = multiply_add(grad, record[1], sums[1]);
-    if constexpr (Score::kLimitVjp) sums[2] += grad;
+    if constexpr (kSums > 2) sums[2] += grad;
+    if constexpr (Score::kMass) {
+      sums[3] += T(1);
+      sums[4] += record[0];
+      sums[5] += record[1];
+    }
   }
   __device__ __forceinline__ void store(int row, int /*column*/, bool last,
                                         const T (&sums)[kSums]) const {
     if (!last) return;
     const bool inside = row < visibility().row_end;
-    const Point<T> grad{inside ? sums[0] : T(0), inside ? sums[1] : T(0)};
+    Point<T> grad{inside ? sums[0] : T(0), inside ? sums[1] : T(0)};
+    if constexpr (Score::kMass) {
+      // Each walk over the keys, one for some columns, adds to the sums that know no column.
+      const T walks = static_cast<T>((this->columns(params) + kColumns - 1) / kColumns);
+      const MassSums<T> of{
+          sums[3] / walks, sums[2], {sums[4] / walks, sums[5] / walks}, {sums[0], sums[1]}};
+      if (inside) grad = mass_query_vjp(of);
+      params.pair.row_plane().at(b, row) = inside ? -mass_mean(of) : T(0);
+    }
     if constexpr (Score::kLimitVjp)
       if (params.grad_threshold) params.grad_threshold.at(b, row) = inside ? -sums[2] : T(0);
-    if constexpr (!Score::kThresholded) {
+    if constexpr (Score::kCoefficientInQuery) {
       if (params.grad_coefficient && inside)
         params.grad_coefficient.at(b, row) +=
             Score::coefficient_vjp(grad, load_point(params.pair.states, b, row));
@@ -104,7 +126,8 @@ struct KeyPass : OwnsKeys<T, Score, InteractBackwardParams<T>>, BackwardColumns<
   using Params = InteractBackwardParams<T>;
   using Base::Base, Base::b, Base::params, Base::visibility;
   using BackwardColumns<T, kOwnValues>::kColumns;
-  // A row's query, limit and gradient of the strength, then of the context.
+  // A row's query, limit and gradient of the strength (of a mass: what the row pass left in its
+  // place), then of the context.
   using Sizes = TileTraits<T, kOwnValues, 4 + kColumns>;
   static constexpr int kColumnSums = kOwnValues ? kColumns : 0, kSums = kColumnSums + 2;
 
@@ -127,8 +150,10 @@ struct KeyPass : OwnsKeys<T, Score, InteractBackwardParams<T>>, BackwardColumns<
     record[0] = q.x;
     record[1] = q.y;
     record[2] = this->limit(row);
-    load_gradients<T, kColumns>(params, b, row, visibility(), column, this->columns(params),
-                                record + 4, record[3]);
+    load_gradients<T, Score, kColumns>(params, b, row, visibility(), column, this->columns(params),
+                                       record + 4, record[3]);
+    if constexpr (Score::kMass)
+      if (column == 0) record[3] = params.pair.row_plane().at(b, row);
   }
   __device__ __forceinline__ void accumulate(const Owner& key, const T (&record)[Sizes::kWidth],
                                              bool visible, T (&sums)[kSums]) const {

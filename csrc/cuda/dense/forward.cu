@@ -1,5 +1,6 @@
 // Every visible pair, forward: each row gathers its context, strength and degree over its keys.
 #include "../common/launch.h"
+#include "../common/mass.h"
 #include "../common/statistics.h"
 #include "../sweep/sweep.h"
 #include "forward.cuh"
@@ -16,8 +17,12 @@ template <class T>
 const char* run(const InteractParams<T>& params, void* stream) {
   const PairParams<T>& pair = params.pair;
   if (pair.batch() == 0 || pair.rows == 0) return nullptr;
-  if (is_thresholded(pair.score))
-    if (const char* error = thresholds(pair, params.threshold, stream)) return error;
+  const char* error = nullptr;
+  if (has_mass(pair.score))
+    error = mass_thresholds(params, stream);
+  else if (is_thresholded(pair.score))
+    error = thresholds(pair, params.threshold, stream);
+  if (error) return error;
   return visit_score(pair.score, [&](auto tag) {
     using Score = typename decltype(tag)::template of<T>;
     if (pair.values) return launch_forward<Forward<T, Score, true, true>>(params, stream);

@@ -19,13 +19,14 @@ struct Forward : OwnsRows<T, Score, InteractParams<T>> {
 
   struct Owner {
     Point<T> query;
-    T limit;
+    T limit, rest;
   };
 
   QFLUX_INLINE static int64_t columns(const Params& p) { return kOwnValues ? p.pair.value_dim : 2; }
 
   __device__ __forceinline__ Owner load(int row, int /*column*/) const {
-    return {query<Score>(params.pair, b, row), this->limit(row)};
+    return {query<Score>(params.pair, b, row), this->limit(row),
+            Score::kMass ? params.pair.row_plane().at(b, row) : T(0)};
   }
   __device__ __forceinline__ void fetch(int key, int column, T (&record)[Sizes::kWidth]) const {
     this->template fetch_key<Sizes::kWidth - 2>(key, column, record);
@@ -35,7 +36,7 @@ struct Forward : OwnsRows<T, Score, InteractParams<T>> {
     constexpr int kValue = kOwnValues ? 2 : 0;
     const T p =
         inner_product(row.query.x, row.query.y, record[0], record[1], static_cast<T>(Score::kBias));
-    const Score score = this->score(row.limit);
+    const Score score = this->score(row.limit, row.rest);
     const bool kept = score.kept(p);
     // What is dropped is left out of the sum only if it is finite for certain: a key below a
     // threshold is, a value of its own need not be and must show.

@@ -174,9 +174,12 @@ const char* run(const EvolveParams<T>& params, void* stream) {
   if (pair.batch() == 0 || pair.rows == 0) return nullptr;
   if (!fits_block(params)) return kDoesNotFit;
   const Grid grid = grid_of(pair, shared_bytes(params));
-  return visit_score(pair.score, [&](auto tag) {
+  return visit_score(pair.score, [&](auto tag) -> const char* {
     using Score = typename decltype(tag)::template of<T>;
-    return launch(evolve_sequences<T, Score>, grid, stream, params);
+    if constexpr (Score::kMass)
+      return kDoesNotFit;
+    else
+      return launch(evolve_sequences<T, Score>, grid, stream, params);
   });
 }
 
@@ -188,7 +191,7 @@ const char* run(const EvolveBackwardParams<T>& params, void* stream) {
   const Grid grid = grid_of(pair, shared_bytes(params));
   return visit_score(pair.score, [&](auto tag) -> const char* {
     using Score = typename decltype(tag)::template of<T>;
-    if constexpr (Score::kLimitVjp)
+    if constexpr (Score::kLimitVjp || Score::kMass)
       return kDoesNotFit;
     else
       return launch(evolve_sequences_backward<T, Score>, grid, stream, params);
@@ -199,11 +202,13 @@ const char* run(const EvolveBackwardParams<T>& params, void* stream) {
 
 template <class T>
 bool fits_block(const EvolveParams<T>& params) {
-  return params.pair.rows <= kMaxLength && shared_bytes(params) <= max_shared_bytes();
+  return !has_mass(params.pair.score) && params.pair.rows <= kMaxLength &&
+         shared_bytes(params) <= max_shared_bytes();
 }
 template <class T>
 bool fits_block(const EvolveBackwardParams<T>& params) {
-  return !has_limit_vjp(params.forward.pair.score) && params.forward.pair.rows <= kMaxLength &&
+  const ScoreKind score = params.forward.pair.score;
+  return !has_limit_vjp(score) && !has_mass(score) && params.forward.pair.rows <= kMaxLength &&
          shared_bytes(params) <= max_shared_bytes();
 }
 template bool fits_block(const EvolveParams<float>&);

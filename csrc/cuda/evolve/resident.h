@@ -5,8 +5,9 @@
 
 namespace qflux::cuda {
 
-// Whether a sequence of these fits a block of the current device: its length, and backward also its
-// score, whose limit must have no gradient, for that needs sums over the block's rows and keys.
+// Whether a sequence of these fits a block of the current device: its length, and its score, whose
+// limit must not be by mass, for that takes steps of its own, and backward must have no gradient,
+// for that needs sums over the block's rows and keys.
 template <class T>
 bool fits_block(const EvolveParams<T>& params);
 template <class T>
