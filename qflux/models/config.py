@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from qflux_kernels import InverseGate, Radius, Threshold
+from qflux_kernels import InverseGate, Radius, Sparsemax, Threshold
 from qflux_kernels.checks import check_choice, check_flag, check_integer, check_real
 from qflux_kernels.options import BACKENDS, REDUCTIONS, SHRINKAGES, STATISTICS
 
@@ -17,10 +17,12 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 # The pair scores of the kernels by the names that configurations give them.
-SCORES: dict[str, type[Threshold] | type[InverseGate]] = {
+SCORES: dict[str, type[Threshold] | type[InverseGate] | type[Sparsemax]] = {
     "threshold": Threshold,
     "inverse_gate": InverseGate,
+    "sparsemax": Sparsemax,
 }
+_DOCUMENTS_SCORES = ("threshold", "inverse_gate")
 EMBEDDINGS = ("cardioid", "annulus", "learned")
 POSITIONS = ("none", "phase")
 TIMESTEPS = ("constant", "beta")
@@ -63,7 +65,7 @@ class ModelConfig:
 
     architecture: ClassVar[str]
     choices: ClassVar[Mapping[str, tuple[str, ...]]] = {
-        "score": tuple(SCORES),
+        "score": _DOCUMENTS_SCORES,
         "reduction": REDUCTIONS,
         "backend": BACKENDS,
     }
@@ -140,6 +142,9 @@ class QuantumFluxConfig(ModelConfig):
             linearly from there to sigma_max. At exactly 0, a row whose visible keys all score the
             same stands on its threshold, and rounding decides what it keeps.
         sigma_max: selectivity of the threshold in the sharpest cylinder, >= sigma_min.
+        scale_min: scale of the mass threshold in the broadest cylinder, > 0; the cylinders start
+            spread geometrically from there to scale_max, and each layer learns its own.
+        scale_max: scale of the mass threshold in the sharpest cylinder, >= scale_min.
         shrinkage: what a pair above the threshold weighs in the value path: "hard": its score,
             as in the documents; "soft": what exceeds the threshold, which does not jump there.
         alpha: weight of the orthogonal term of the inverse gate.
@@ -158,6 +163,7 @@ class QuantumFluxConfig(ModelConfig):
     architecture: ClassVar[str] = "lm"
     choices: ClassVar[Mapping[str, tuple[str, ...]]] = {
         **ModelConfig.choices,
+        "score": tuple(SCORES),
         "shrinkage": SHRINKAGES,
     }
 
@@ -168,6 +174,8 @@ class QuantumFluxConfig(ModelConfig):
     evolution: bool = False
     sigma_min: float = 0.1
     sigma_max: float = 1.4
+    scale_min: float = 0.005
+    scale_max: float = 1.0
     shrinkage: str = "soft"
     alpha: float = 0.5
     reduction: str = field(default="mean", kw_only=True)
@@ -184,6 +192,8 @@ class QuantumFluxConfig(ModelConfig):
         for name in ("alpha", "skip_beta", "sigma_min"):
             check_real(name, getattr(self, name))
         check_real("sigma_max", self.sigma_max, minimum=self.sigma_min, why=" = sigma_min")
+        check_real("scale_min", self.scale_min, above=0.0)
+        check_real("scale_max", self.scale_max, minimum=self.scale_min, why=" = scale_min")
         check_real("dt", self.dt, above=0.0)
         check_real("dropout", self.dropout, minimum=0.0, below=1.0)
 
