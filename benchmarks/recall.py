@@ -338,9 +338,7 @@ def main() -> None:
             torch.manual_seed(seed)
             model = make_network(PROVIDERS[name], arguments).to(arguments.device)
             result, curve = train(model, recall, arguments, seed)
-            accuracy, loss, queries = evaluate(
-                model, recall, arguments.sequences, arguments.batch
-            )
+            accuracy, loss, queries = evaluate(model, recall, arguments.sequences, arguments.batch)
             kept = kept_share(model, recall)
             config = getattr(model, "config", None)
             row = {

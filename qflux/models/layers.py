@@ -123,10 +123,11 @@ def causal_convolution(config: QuantumFluxConfig) -> nn.Module:
 class GeometricAttention(nn.Module):
     """The value path: geometry decides which tokens a token gathers from, a vector what it gets.
 
-    Queries, keys and values are projections of the hidden stream. Each cylinder's context is
-    divided by the number of keys it kept, so that sharp cylinders weigh as much as broad ones
-    (weights of a sparsemax are a mean already), and the token's own value is added, since the geometry may or may not let a token keep itself.
-    LayerNorm follows, and each element passes a gate of the token's own.
+    Queries, keys and values are projections of the hidden stream. Each cylinder's context is a mean
+    over the keys it kept, so that sharp cylinders weigh as much as broad ones: the weights of a
+    sparsemax are one already, other sums are divided by the number of keys. The token's own value
+    is added, since the geometry may or may not let a token keep itself. LayerNorm follows, and each
+    element passes a gate of the token's own.
 
     Source: this project; `docs/claims.md` has what it was measured to change.
     """
