@@ -32,6 +32,8 @@ READOUTS = ("last", "layers")
 # What files written before the families and the shrinkage had their present names say.
 _OLD_ARCHITECTURES = {"values": "lm", "cylinder": "published"}
 _OLD_WEIGHTS = {"score": "hard", "excess": "soft"}
+# A file that has one of these and no score means the one that it is an option of.
+_THRESHOLD_FIELDS = ("sigma_min", "sigma_max", "shrinkage", "weight")
 _told_of_old_names = False
 
 
@@ -194,6 +196,14 @@ class QuantumFluxConfig(ModelConfig):
         check_real("sigma_max", self.sigma_max, minimum=self.sigma_min, why=" = sigma_min")
         check_real("scale_min", self.scale_min, above=0.0)
         check_real("scale_max", self.scale_max, minimum=self.scale_min, why=" = scale_min")
+        if self.score == "sparsemax":
+            defaults = {field.name: field.default for field in fields(self)}
+            for name in ("sigma_min", "sigma_max", "shrinkage", "alpha"):
+                if getattr(self, name) != defaults[name]:
+                    raise ValueError(
+                        f"{name} is not an option of score='sparsemax', got {getattr(self, name)!r}"
+                        "; give another score with it"
+                    )
         check_real("dt", self.dt, above=0.0)
         check_real("dropout", self.dropout, minimum=0.0, below=1.0)
 
@@ -349,6 +359,8 @@ def read_json(text: str) -> dict[str, Any]:
     if isinstance(architecture, str) and architecture in _OLD_ARCHITECTURES:
         given["architecture"] = _OLD_ARCHITECTURES[architecture]
         changes.append(f"architecture {architecture!r} is now {given['architecture']!r}")
+    if "score" not in given and any(name in given for name in _THRESHOLD_FIELDS):
+        given["score"] = "threshold"
     if "weight" in given and "shrinkage" not in given:
         weight = check_choice("weight", given.pop("weight"), tuple(_OLD_WEIGHTS))
         given["shrinkage"] = _OLD_WEIGHTS[weight]
