@@ -48,7 +48,8 @@ class ModelConfig:
         hidden_dim: width H of the features that the output layer reads, >= 1.
         context_length: tokens seen at once when generating, and the default window for training,
             >= 2; the model itself accepts any length.
-        score: pair score, "threshold" (the Flux document) or "inverse_gate" (the QFNN document).
+        score: pair score, "threshold" (the Flux document) or "inverse_gate" (the QFNN document);
+            the family lm has "sparsemax" too.
         reduction: of the evolution: "mean" divides by the number of visible tokens and makes it
             independent of the length; "sum" is the documents'.
         radius_min: smallest radius, >= 0.
@@ -131,6 +132,9 @@ class QuantumFluxConfig(ModelConfig):
     """Hyperparameters of `QuantumFluxLM`, the recommended family: those of `ModelConfig`, and more.
 
     Args:
+        score: pair score, "sparsemax" (a threshold by mass), "threshold" (the Flux document) or
+            "inverse_gate" (the QFNN document).
+        reduction: of the evolution, as above; the weights of a sparsemax are a mean, and stay.
         value_dim: width of the value that a token hands to the tokens that gather it, on every
             cylinder, >= 0; 0 switches the value path off and leaves the published model, whose
             values are the states themselves.
@@ -170,6 +174,7 @@ class QuantumFluxConfig(ModelConfig):
     }
 
     num_cylinders: int = 32
+    score: str = field(default="sparsemax", kw_only=True)
     value_dim: int = 4
     mlp_ratio: float = 4.0
     conv_width: int = 4

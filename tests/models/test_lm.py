@@ -25,12 +25,12 @@ VARIANTS = {
     "evolution": {"evolution": True},
     "no mlp": {"mlp_ratio": 0},
     "no convolution": {"conv_width": 0},
+    "threshold": {"score": "threshold"},
     "inverse gate": {"score": "inverse_gate"},
-    "sparsemax": {"score": "sparsemax"},
-    "sparsemax, evolution": {"score": "sparsemax", "evolution": True},
-    "sparsemax, states alone": {"score": "sparsemax", "value_dim": 0},
+    "threshold, evolution": {"score": "threshold", "evolution": True},
+    "threshold, states alone": {"score": "threshold", "value_dim": 0},
     "inverse gate, states alone": {"score": "inverse_gate", "value_dim": 0},
-    "sum": {"evolution": True, "reduction": "sum"},
+    "sum": {"score": "threshold", "evolution": True, "reduction": "sum"},
     "mean reversion": {"evolution": True, "radius_reversion": 0.1},
     "reference": {"backend": "reference"},
 }
@@ -156,7 +156,8 @@ def test_positions_turn_phases_at_the_frequency_of_the_cylinder():
 
 
 def test_evolution_applies_time_step_and_dynamic_skip():
-    config = QuantumFluxConfig(**SMALL, dt=0.3, skip_beta=2.0, backend="reference")
+    options = {"score": "threshold", "backend": "reference"}
+    config = QuantumFluxConfig(**SMALL, **options, dt=0.3, skip_beta=2.0)
     evolution = StateEvolution(config)
     torch.nn.init.normal_(evolution.log_dt, mean=-1.0)
     states = torch.randn(2, 3, 7, 2)
@@ -175,11 +176,11 @@ def test_evolution_applies_time_step_and_dynamic_skip():
 
 LAYERS = [
     {},
-    {"shrinkage": "hard"},
+    {"score": "threshold", "shrinkage": "hard"},
+    {"score": "threshold", "shrinkage": "soft"},
     {"evolution": True},
     {"value_dim": 0},
     {"score": "inverse_gate"},
-    {"score": "sparsemax"},
 ]
 
 
@@ -199,7 +200,7 @@ def test_a_layer_sees_distances_between_positions_only(changes):
 @pytest.mark.parametrize("shrinkage", ["hard", "soft"])
 def test_gathered_values_are_averaged_over_what_was_kept(shrinkage):
     torch.manual_seed(0)
-    config = QuantumFluxConfig(**SMALL, shrinkage=shrinkage)
+    config = QuantumFluxConfig(**SMALL, score="threshold", shrinkage=shrinkage)
     attention = GeometricAttention(config).double()
     torch.nn.init.normal_(attention.norm.weight)
     hidden, angle = torch.randn(2, 9, 12).double(), torch.randn(3, 9).double()
