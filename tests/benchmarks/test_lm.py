@@ -103,6 +103,7 @@ def test_a_run_appends_rows(provider, tmp_path, monkeypatch):
     assert len(rows) == (8 if provider == "ngram" else 2)
     for row in rows:
         assert 0 < float(row["validation_loss"]) < 5 and row["dataset"] == "text"
+        assert ("score=sparsemax" in row["changes"]) == (provider in ("qflux", "zero-layer"))
     if provider != "ngram":
         assert rows[0]["steps"] == "3" and rows[0]["validation_loss"] == rows[1]["validation_loss"]
         assert int(rows[0]["parameters"]) > 1000
