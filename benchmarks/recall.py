@@ -45,7 +45,7 @@ COLUMNS = [
 ]  # fmt: skip
 CURVE_COLUMNS = [
     "task", "provider", "changes", "length", "pairs", "vocabulary", "width", "rate", "seed",
-    "commit", "step", "seconds", "accuracy", "loss",
+    "commit", "steps", "step", "seconds", "accuracy", "loss",
 ]  # fmt: skip
 TASKS = ("simple", "zoology")
 FILLER = 0
@@ -221,9 +221,13 @@ def kept_share(model: nn.Module, recall: Recall) -> float | None:
 
 
 def train(
-    model: nn.Module, recall: Recall, arguments: argparse.Namespace, seed: int
-) -> tuple[dict[str, object], list[dict[str, object]]]:
-    """Train in place; columns of the run, and its curve of `--points` accuracies.
+    model: nn.Module,
+    recall: Recall,
+    arguments: argparse.Namespace,
+    seed: int,
+    tell: Callable[[dict[str, object]], None],
+) -> dict[str, object]:
+    """Train in place; columns of the run. `tell` gets each of its `--points` as it is measured.
 
     One thread on a CPU is timed by its processor time, anything else by the wall clock; what the
     points cost is not counted.
@@ -233,7 +237,7 @@ def train(
     clock = time.process_time if alone else time.perf_counter
     options = optimizer_options(arguments)
     optimizer = make_optimizer(model, options)
-    losses, curve, spent, start = [], [], 0.0, clock()
+    losses, points, spent, start = [], 0, 0.0, clock()
     for step in range(arguments.steps):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate_at(
@@ -253,22 +257,19 @@ def train(
         losses.append(loss.item())
         if not math.isfinite(losses[-1]):
             raise FloatingPointError(f"the loss is {losses[-1]} at step {step + 1}, seed {seed}")
-        if (step + 1) * arguments.points // arguments.steps > len(curve):
+        if (step + 1) * arguments.points // arguments.steps > points:
             spent += clock() - start
             accuracy, mean, _ = evaluate(model, recall, 64, arguments.batch)
             point = {"step": step + 1, "seconds": round(spent, 2)}
-            curve.append({**point, "accuracy": round(accuracy, 4), "loss": round(mean, 4)})
-            if arguments.verbose:
-                print(f"  step {step + 1}, {spent:.0f} s, accuracy {accuracy:.3f}", flush=True)
-            start = clock()
+            tell({**point, "accuracy": round(accuracy, 4), "loss": round(mean, 4)})
+            points, start = points + 1, clock()
     spent += clock() - start
-    result = {
+    return {
         "steps": arguments.steps,
         "seconds": round(spent, 1),
         "ms_per_step": round(1e3 * spent / arguments.steps, 2),
         "train_loss": round(statistics.fmean(losses[-100:]), 4),
     }
-    return result, curve
 
 
 def optimizer_options(arguments: argparse.Namespace) -> OptimizerOptions:
@@ -329,6 +330,7 @@ def main() -> None:
         "weight_decay", "beta2", "warmup",
     )  # fmt: skip
     common = {
+        "steps": arguments.steps,
         **environment(torch.device(arguments.device)),
         **{name: getattr(arguments, name) for name in columns},
         "changes": " ".join(arguments.set),
@@ -337,14 +339,20 @@ def main() -> None:
         for seed in arguments.seeds:
             torch.manual_seed(seed)
             model = make_network(PROVIDERS[name], arguments).to(arguments.device)
-            result, curve = train(model, recall, arguments, seed)
+            run = {**common, "provider": name, "seed": seed}
+
+            def tell(point: dict[str, object], run: dict[str, object] = run) -> None:
+                if arguments.verbose:
+                    print(*(f"{key} {value}" for key, value in point.items()), flush=True)
+                if arguments.curves:
+                    append(arguments.curves, CURVE_COLUMNS, {**run, **point})
+
+            result = train(model, recall, arguments, seed, tell)
             accuracy, loss, queries = evaluate(model, recall, arguments.sequences, arguments.batch)
             kept = kept_share(model, recall)
             config = getattr(model, "config", None)
             row = {
-                **common,
-                "provider": name,
-                "seed": seed,
+                **run,
                 "cylinders": getattr(config, "num_cylinders", ""),
                 "parameters": sum(parameter.numel() for parameter in model.parameters()),
                 **result,
@@ -356,9 +364,6 @@ def main() -> None:
             shown = ("provider", "changes", "rate", "seed", "parameters", "steps", "ms_per_step")
             print(*(f"{key} {row[key]}" for key in shown if row[key] != ""), end=" ")
             print(f"accuracy {accuracy:.4f}", flush=True)
-            if arguments.curves:
-                for point in curve:
-                    append(arguments.curves, CURVE_COLUMNS, {**row, **point})
             if arguments.output:
                 append(arguments.output, COLUMNS, row)
 

@@ -1,7 +1,7 @@
 """Draw accuracies that `recall.py --curves` wrote: `python benchmarks/recall_curves.py CSV SVG`.
 
 A panel over steps for each task, length, number of pairs and width. Seeds are averaged, which takes
-curves with the same number of points.
+curves with the same number of points. A run that was not finished is left out and named.
 """
 
 from __future__ import annotations
@@ -22,12 +22,23 @@ Runs = dict[
 
 def read_curves(path: Path) -> dict[Key, Runs]:
     curves: dict[Key, Runs] = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
+    planned: dict[tuple[Key, str, str], int] = {}
     with path.open(newline="") as file:
         for row in csv.DictReader(file):
             key = (row["task"], *(int(row[name]) for name in ("length", "pairs", "width")))
             label = f"{row['provider']} {row['changes']}".strip() + f", rate {row['rate']}"
             point = tuple(float(row[name]) for name in ("step", "seconds", "accuracy"))
             curves[key][label][row["seed"]].append(point)
+            planned[key, label, row["seed"]] = int(row["steps"])
+    for (key, label, seed), steps in planned.items():
+        reached = curves[key][label][seed][-1][0]
+        if reached < steps:
+            print(f"left out: {label}, seed {seed}, which has {reached:.0f} of {steps} steps")
+            del curves[key][label][seed]
+            if not curves[key][label]:
+                del curves[key][label]
+            if not curves[key]:
+                del curves[key]
     return curves
 
 

@@ -159,6 +159,10 @@ def test_runs_leave_rows_and_curves(tmp_path, monkeypatch, capsys):
     [(key, runs)] = recall_curves.read_curves(curves).items()
     assert key == ("simple", 12, 2, 16) and sorted(runs)[0] == "lm, rate 0.004"
     assert [point[0] for point in runs["lm, rate 0.004"]["1"]] == [3, 5]
+    with curves.open("ab") as file:  # the first point of a run that was killed
+        file.write(curves.read_bytes().splitlines()[-2].replace(b",1,", b",2,") + b"\r\n")
+    [(_, again)] = recall_curves.read_curves(curves).items()
+    assert again == runs and "seed 2, which has 3 of 5 steps" in capsys.readouterr().out
     pytest.importorskip("matplotlib", reason="the figure is drawn with matplotlib")
     monkeypatch.setattr(sys, "argv", ["recall_curves.py", str(curves), str(figure)])
     recall_curves.main()
@@ -171,7 +175,7 @@ def test_a_model_learns_to_recall():
     torch.manual_seed(0)
     model = recall.make_network(recall.PROVIDERS["transformer"], arguments)
     before, *_ = recall.evaluate(model, task, 256, 32)
-    recall.train(model, task, arguments, seed=0)
+    recall.train(model, task, arguments, seed=0, tell=lambda point: None)
     after, *_ = recall.evaluate(model, task, 256, 32)
     assert before < 0.6 and after > 0.9
 
