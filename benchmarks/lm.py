@@ -217,6 +217,9 @@ def trained(
         arguments = task.arguments
         changes = {**defaults, **parse_changes(arguments.set, config)}
         made = config(task.vocab_size, context_length=arguments.context, **changes)
+        named = list(arguments.set)
+        if isinstance(made, QuantumFluxConfig) and "score" not in changes:
+            named.append(f"score={made.score}")
         for seed in arguments.seeds:
             torch.manual_seed(seed)
             network = model(made).to(arguments.device)
@@ -224,7 +227,7 @@ def trained(
             loss = validate(network, task.held_out, arguments.context, arguments.batch)
             kept = kept_share(network, task.held_out, arguments.context)
             row = {
-                "changes": " ".join(arguments.set),
+                "changes": " ".join(named),
                 "context": arguments.context,
                 "batch": arguments.batch,
                 "rate": arguments.rate,

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from qflux_kernels import InverseGate, Radius, Threshold
+from qflux_kernels import InverseGate, Radius, Sparsemax, Threshold
 from qflux_kernels.checks import check_choice, check_flag, check_integer, check_real
 from qflux_kernels.options import BACKENDS, REDUCTIONS, SHRINKAGES, STATISTICS
 
@@ -17,10 +17,12 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 # The pair scores of the kernels by the names that configurations give them.
-SCORES: dict[str, type[Threshold] | type[InverseGate]] = {
+SCORES: dict[str, type[Threshold] | type[InverseGate] | type[Sparsemax]] = {
     "threshold": Threshold,
     "inverse_gate": InverseGate,
+    "sparsemax": Sparsemax,
 }
+_DOCUMENTS_SCORES = ("threshold", "inverse_gate")
 EMBEDDINGS = ("cardioid", "annulus", "learned")
 POSITIONS = ("none", "phase")
 TIMESTEPS = ("constant", "beta")
@@ -30,6 +32,8 @@ READOUTS = ("last", "layers")
 # What files written before the families and the shrinkage had their present names say.
 _OLD_ARCHITECTURES = {"values": "lm", "cylinder": "published"}
 _OLD_WEIGHTS = {"score": "hard", "excess": "soft"}
+# A file that has one of these and no score means the one that it is an option of.
+_THRESHOLD_FIELDS = ("sigma_min", "sigma_max", "shrinkage", "weight")
 _told_of_old_names = False
 
 
@@ -44,7 +48,8 @@ class ModelConfig:
         hidden_dim: width H of the features that the output layer reads, >= 1.
         context_length: tokens seen at once when generating, and the default window for training,
             >= 2; the model itself accepts any length.
-        score: pair score, "threshold" (the Flux document) or "inverse_gate" (the QFNN document).
+        score: pair score, "threshold" (the Flux document) or "inverse_gate" (the QFNN document);
+            the family lm has "sparsemax" too.
         reduction: of the evolution: "mean" divides by the number of visible tokens and makes it
             independent of the length; "sum" is the documents'.
         radius_min: smallest radius, >= 0.
@@ -63,7 +68,7 @@ class ModelConfig:
 
     architecture: ClassVar[str]
     choices: ClassVar[Mapping[str, tuple[str, ...]]] = {
-        "score": tuple(SCORES),
+        "score": _DOCUMENTS_SCORES,
         "reduction": REDUCTIONS,
         "backend": BACKENDS,
     }
@@ -127,6 +132,9 @@ class QuantumFluxConfig(ModelConfig):
     """Hyperparameters of `QuantumFluxLM`, the recommended family: those of `ModelConfig`, and more.
 
     Args:
+        score: pair score, "sparsemax" (a threshold by mass), "threshold" (the Flux document) or
+            "inverse_gate" (the QFNN document).
+        reduction: of the evolution, as above; the weights of a sparsemax are a mean, and stay.
         value_dim: width of the value that a token hands to the tokens that gather it, on every
             cylinder, >= 0; 0 switches the value path off and leaves the published model, whose
             values are the states themselves.
@@ -140,6 +148,9 @@ class QuantumFluxConfig(ModelConfig):
             linearly from there to sigma_max. At exactly 0, a row whose visible keys all score the
             same stands on its threshold, and rounding decides what it keeps.
         sigma_max: selectivity of the threshold in the sharpest cylinder, >= sigma_min.
+        scale_min: scale of the mass threshold in the broadest cylinder, > 0; the cylinders start
+            spread geometrically from there to scale_max, and each layer learns its own.
+        scale_max: scale of the mass threshold in the sharpest cylinder, >= scale_min.
         shrinkage: what a pair above the threshold weighs in the value path: "hard": its score,
             as in the documents; "soft": what exceeds the threshold, which does not jump there.
         alpha: weight of the orthogonal term of the inverse gate.
@@ -158,16 +169,20 @@ class QuantumFluxConfig(ModelConfig):
     architecture: ClassVar[str] = "lm"
     choices: ClassVar[Mapping[str, tuple[str, ...]]] = {
         **ModelConfig.choices,
+        "score": tuple(SCORES),
         "shrinkage": SHRINKAGES,
     }
 
     num_cylinders: int = 32
+    score: str = field(default="sparsemax", kw_only=True)
     value_dim: int = 4
     mlp_ratio: float = 4.0
     conv_width: int = 4
     evolution: bool = False
     sigma_min: float = 0.1
     sigma_max: float = 1.4
+    scale_min: float = 0.005
+    scale_max: float = 1.0
     shrinkage: str = "soft"
     alpha: float = 0.5
     reduction: str = field(default="mean", kw_only=True)
@@ -184,6 +199,16 @@ class QuantumFluxConfig(ModelConfig):
         for name in ("alpha", "skip_beta", "sigma_min"):
             check_real(name, getattr(self, name))
         check_real("sigma_max", self.sigma_max, minimum=self.sigma_min, why=" = sigma_min")
+        check_real("scale_min", self.scale_min, above=0.0)
+        check_real("scale_max", self.scale_max, minimum=self.scale_min, why=" = scale_min")
+        if self.score == "sparsemax":
+            defaults = {field.name: field.default for field in fields(self)}
+            for name in ("sigma_min", "sigma_max", "shrinkage", "alpha"):
+                if getattr(self, name) != defaults[name]:
+                    raise ValueError(
+                        f"{name} is not an option of score='sparsemax', got {getattr(self, name)!r}"
+                        "; give another score with it"
+                    )
         check_real("dt", self.dt, above=0.0)
         check_real("dropout", self.dropout, minimum=0.0, below=1.0)
 
@@ -339,6 +364,8 @@ def read_json(text: str) -> dict[str, Any]:
     if isinstance(architecture, str) and architecture in _OLD_ARCHITECTURES:
         given["architecture"] = _OLD_ARCHITECTURES[architecture]
         changes.append(f"architecture {architecture!r} is now {given['architecture']!r}")
+    if "score" not in given and any(name in given for name in _THRESHOLD_FIELDS):
+        given["score"] = "threshold"
     if "weight" in given and "shrinkage" not in given:
         weight = check_choice("weight", given.pop("weight"), tuple(_OLD_WEIGHTS))
         given["shrinkage"] = _OLD_WEIGHTS[weight]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from qflux_kernels import Evolution, evolve, interact
+from qflux_kernels import Evolution, Sparsemax, evolve, interact
 from qflux_kernels.options import Score
 
 from .config import SCORES, QuantumFluxConfig, radius_of, score_options
@@ -30,24 +30,37 @@ def dynamic_skip(dt: Tensor, beta: float, center: float) -> Tensor:
 class PairScore(nn.Module):
     """The pair score of a layer, with one selectivity for each cylinder.
 
-    The selectivities are spread linearly, but in an order that follows the golden ratio: broad and
-    sharp cylinders then occur among the fast and among the slow ones (`PhaseRotation` sorts
-    cylinders by frequency), whatever their number.
+    The selectivities are spread, but in an order that follows the golden ratio: broad and sharp
+    cylinders then occur among the fast and among the slow ones (`PhaseRotation` sorts cylinders by
+    frequency), whatever their number. Those of `Threshold` are spread linearly and stay; those of
+    `Sparsemax`, its scales, start spread geometrically and are learned.
     """
 
     def __init__(self, config: QuantumFluxConfig, shrinkage: str = "hard") -> None:
         super().__init__()
-        sigma = torch.linspace(config.sigma_min, config.sigma_max, config.num_cylinders)
-        order = (torch.arange(config.num_cylinders) * GOLDEN_RATIO % 1).argsort().argsort()
-        self.register_buffer("sigma", sigma[order], persistent=False)
+        count = config.num_cylinders
+        order = (torch.arange(count) * GOLDEN_RATIO % 1).argsort().argsort()
         self.kind = SCORES[config.score]
         self.options = score_options(config, sigma=0.0, shrinkage=shrinkage, alpha=config.alpha)
+        if self.kind is Sparsemax:
+            ends = math.log(config.scale_min), math.log(config.scale_max)
+            self.log_scale = nn.Parameter(torch.linspace(*ends, count)[order])
+        else:
+            sigma = torch.linspace(config.sigma_min, config.sigma_max, count)
+            self.register_buffer("sigma", sigma[order], persistent=False)
+
+    @property
+    def averages(self) -> bool:
+        """Whether the weights of a row sum to one as they are."""
+        return self.kind is Sparsemax
 
     def forward(self) -> Score:
         """The score with the selectivities `(C,)` where they are now."""
         options: dict[str, Any] = dict(self.options)
         if "sigma" in options:
             options["sigma"] = self.sigma
+        if self.kind is Sparsemax:
+            options["scale"] = self.log_scale.exp()
         return self.kind(**options)
 
 
@@ -65,7 +78,8 @@ class StateEvolution(nn.Module):
         self.log_dt = nn.Parameter(torch.full((config.num_cylinders,), math.log(config.dt)))
         self.score = PairScore(config)
         self.skip_beta, self.dt_scale = config.skip_beta, config.dt
-        self.reduction, self.backend = config.reduction, config.backend
+        self.reduction = "sum" if self.score.averages else config.reduction
+        self.backend = config.backend
         self.radius = radius_of(config)
 
     def time_step(self) -> tuple[Tensor, Tensor]:
@@ -109,10 +123,11 @@ def causal_convolution(config: QuantumFluxConfig) -> nn.Module:
 class GeometricAttention(nn.Module):
     """The value path: geometry decides which tokens a token gathers from, a vector what it gets.
 
-    Queries, keys and values are projections of the hidden stream. Each cylinder's context is
-    divided by the number of keys it kept, so that sharp cylinders weigh as much as broad ones, and
-    the token's own value is added, since the geometry may or may not let a token keep itself.
-    LayerNorm follows, and each element passes a gate of the token's own.
+    Queries, keys and values are projections of the hidden stream. Each cylinder's context is a mean
+    over the keys it kept, so that sharp cylinders weigh as much as broad ones: the weights of a
+    sparsemax are one already, other sums are divided by the number of keys. The token's own value
+    is added, since the geometry may or may not let a token keep itself. LayerNorm follows, and each
+    element passes a gate of the token's own.
 
     Source: this project; `docs/claims.md` has what it was measured to change.
     """
@@ -154,23 +169,32 @@ class GeometricAttention(nn.Module):
         queries, keys = rotate(queries, angle), rotate(keys, angle)
         if states is not None:
             keys = states + keys
-        score = self.score()
-        context, strength, degree = interact(
-            queries, keys, values, score=score, backend=self.backend
-        )
-        mean = context / degree.clamp(min=1).unsqueeze(-1)
+        mean, parts = self.gather(queries, keys, values)
         gathered = (mean + values).transpose(1, 2).flatten(2)  # (B, S, C, D) -> (B, S, C D)
         output = self.output(self.norm(gathered) * F.silu(gate))
         if not return_parts:
             return output, None
-        return output, {
-            "queries": queries,
-            "keys": keys,
-            "degree": degree,
-            "strength": strength,
-            "gathered": context,
-            "score": score,
-        }
+        return output, {"queries": queries, "keys": keys, "score": self.score(), **parts}
+
+    def gather(
+        self, queries: Tensor, keys: Tensor, values: Tensor
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """The mean of the values that each query keeps, `(B, C, S, D)`.
+
+        Args:
+            queries, keys: `(B, C, S, 2)`.
+            values: `(B, C, S, D)`.
+
+        Returns:
+            The mean, and the fields "degree", "strength" and "gathered" of a `LayerRecord`.
+        """
+        context, strength, degree = interact(
+            queries, keys, values, score=self.score(), backend=self.backend
+        )
+        mean = context
+        if not self.score.averages:
+            mean = context / degree.clamp(min=1).unsqueeze(-1)
+        return mean, {"degree": degree, "strength": strength, "gathered": context}
 
 
 class GatedMLP(nn.Module):

@@ -103,6 +103,7 @@ def test_a_run_appends_rows(provider, tmp_path, monkeypatch):
     assert len(rows) == (8 if provider == "ngram" else 2)
     for row in rows:
         assert 0 < float(row["validation_loss"]) < 5 and row["dataset"] == "text"
+        assert ("score=sparsemax" in row["changes"]) == (provider in ("qflux", "zero-layer"))
     if provider != "ngram":
         assert rows[0]["steps"] == "3" and rows[0]["validation_loss"] == rows[1]["validation_loss"]
         assert int(rows[0]["parameters"]) > 1000
@@ -114,7 +115,8 @@ def test_a_run_appends_rows(provider, tmp_path, monkeypatch):
 
 
 def test_kept_share_counts_pairs():
-    config = lm.QuantumFluxConfig(5, num_layers=1, num_cylinders=2, sigma_min=-1e3, sigma_max=-1e3)
+    small = {"num_layers": 1, "num_cylinders": 2, "score": "threshold"}
+    config = lm.QuantumFluxConfig(5, **small, sigma_min=-1e3, sigma_max=-1e3)
     works = [torch.randint(5, (40,))]
     assert lm.kept_share(lm.QuantumFluxLM(config), works, 16) == 1
     config = dataclasses.replace(config, sigma_min=0.5, sigma_max=0.5, backend="reference")

@@ -25,9 +25,12 @@ VARIANTS = {
     "evolution": {"evolution": True},
     "no mlp": {"mlp_ratio": 0},
     "no convolution": {"conv_width": 0},
+    "threshold": {"score": "threshold"},
     "inverse gate": {"score": "inverse_gate"},
+    "threshold, evolution": {"score": "threshold", "evolution": True},
+    "threshold, states alone": {"score": "threshold", "value_dim": 0},
     "inverse gate, states alone": {"score": "inverse_gate", "value_dim": 0},
-    "sum": {"evolution": True, "reduction": "sum"},
+    "sum": {"score": "threshold", "evolution": True, "reduction": "sum"},
     "mean reversion": {"evolution": True, "radius_reversion": 0.1},
     "reference": {"backend": "reference"},
 }
@@ -62,6 +65,8 @@ def make_ids(batch=2, length=16, seed=0):
         ("evolution", 1, TypeError),
         ("score", "softmax", ValueError),
         ("sigma_max", -0.1, ValueError),
+        ("scale_min", 0.0, ValueError),
+        ("scale_max", 0.001, ValueError),
         ("alpha", float("nan"), ValueError),
         ("reduction", "max", ValueError),
         ("dt", 0.0, ValueError),
@@ -89,6 +94,21 @@ def test_config_is_frozen():
 def test_config_json_round_trip():
     config = QuantumFluxConfig(**SMALL, score="inverse_gate", dt=0.25, dropout=0.5)
     assert QuantumFluxConfig.from_json(config.to_json()) == config
+
+
+@pytest.mark.parametrize(
+    "changes", [{"sigma_min": 0.2}, {"sigma_max": 2.0}, {"shrinkage": "hard"}, {"alpha": 0.1}]
+)
+def test_options_of_other_scores_are_refused(changes):
+    [(name, value)] = changes.items()
+    with pytest.raises(ValueError, match=rf"{name} is not an option.*sparsemax.*{value!r}"):
+        QuantumFluxConfig(**SMALL, score="sparsemax", **changes)
+
+
+def test_a_file_with_options_of_the_threshold_and_no_score_means_it():
+    for option in ('"sigma_max": 1.4', '"shrinkage": "soft"'):
+        config = QuantumFluxConfig.from_json(f'{{"vocab_size": 5, {option}}}')
+        assert config.score == "threshold"
 
 
 @pytest.mark.parametrize(
@@ -136,7 +156,8 @@ def test_positions_turn_phases_at_the_frequency_of_the_cylinder():
 
 
 def test_evolution_applies_time_step_and_dynamic_skip():
-    config = QuantumFluxConfig(**SMALL, dt=0.3, skip_beta=2.0, backend="reference")
+    options = {"score": "threshold", "backend": "reference"}
+    config = QuantumFluxConfig(**SMALL, **options, dt=0.3, skip_beta=2.0)
     evolution = StateEvolution(config)
     torch.nn.init.normal_(evolution.log_dt, mean=-1.0)
     states = torch.randn(2, 3, 7, 2)
@@ -155,7 +176,8 @@ def test_evolution_applies_time_step_and_dynamic_skip():
 
 LAYERS = [
     {},
-    {"shrinkage": "hard"},
+    {"score": "threshold", "shrinkage": "hard"},
+    {"score": "threshold", "shrinkage": "soft"},
     {"evolution": True},
     {"value_dim": 0},
     {"score": "inverse_gate"},
@@ -178,7 +200,7 @@ def test_a_layer_sees_distances_between_positions_only(changes):
 @pytest.mark.parametrize("shrinkage", ["hard", "soft"])
 def test_gathered_values_are_averaged_over_what_was_kept(shrinkage):
     torch.manual_seed(0)
-    config = QuantumFluxConfig(**SMALL, shrinkage=shrinkage)
+    config = QuantumFluxConfig(**SMALL, score="threshold", shrinkage=shrinkage)
     attention = GeometricAttention(config).double()
     torch.nn.init.normal_(attention.norm.weight)
     hidden, angle = torch.randn(2, 9, 12).double(), torch.randn(3, 9).double()
@@ -208,6 +230,35 @@ def test_gathered_values_are_averaged_over_what_was_kept(shrinkage):
     normal = F.layer_norm(rows.flatten(2), (12,), attention.norm.weight, attention.norm.bias)
     expected = attention.output(normal * gate * gate.sigmoid())
     torch.testing.assert_close(attention(hidden, states, angle)[0], expected)
+
+
+def test_sparsemax_gathers_means_of_its_own():
+    torch.manual_seed(0)
+    config = QuantumFluxConfig(**SMALL, score="sparsemax", scale_min=0.2, scale_max=5.0)
+    attention = GeometricAttention(config).double()
+    queries, keys = torch.randn(2, 2, 3, 9, 2).double()
+    values = torch.randn(2, 3, 9, 4).double()
+    mean, _ = attention.gather(queries, keys, values)
+    scales = [0.2, 5.0, 1.0]  # of three cylinders in the order of the golden ratio
+    torch.testing.assert_close(attention.score().scale, torch.tensor(scales).double())
+    for batch, cylinder, row in itertools.product(range(2), range(3), range(9)):
+        z = scales[cylinder] * keys[batch, cylinder, : row + 1] @ queries[batch, cylinder, row]
+        ranked = z.sort(descending=True).values
+        # The weights of the largest n sum to one; n is the largest whose last weight is positive.
+        taus = [(ranked[:n].sum() - 1) / n for n in range(1, row + 2)]
+        tau = max(tau for n, tau in enumerate(taus) if ranked[n] > tau)
+        weights = (z - tau).clamp(min=0)
+        expected = weights @ values[batch, cylinder, : row + 1]
+        torch.testing.assert_close(mean[batch, cylinder, row], expected)
+
+
+def test_each_layer_learns_the_scales_of_its_cylinders():
+    model, ids = make_model(score="sparsemax"), make_ids()
+    model(ids, labels=ids).loss.backward()
+    scales = [layer.attention.score.log_scale for layer in model.layers]
+    assert scales[0] is not scales[1]
+    for scale in scales:
+        assert scale.shape == (3,) and bool((scale.grad != 0).all())
 
 
 def test_mlp_gates_and_weighs_as_much_as_a_plain_one():
