@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 import math
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +18,16 @@ _SYMBOLS = {"full": "circle", "open": "circle-open", "cross": "x"}
 _TICKS = 24
 _LEGEND = 12
 SEQUENTIAL, DIVERGING = "Cividis", "PuOr"
+
+
+def escape(text: str) -> str:
+    """A text for plotly, which reads some HTML in texts."""
+    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+
+
+def _plain(text: str) -> str:
+    """A text for three-dimensional panels: tags are read there, too, but no character entities."""
+    return text.replace("<", "<\u200b")
 
 
 def draw(picture: Picture) -> list[Figure]:
@@ -49,7 +58,7 @@ def traces(panel: Panel) -> list[dict[str, Any]]:
 
 def layout(panel: Panel) -> dict[str, Any]:
     """The layout of a panel."""
-    title = {"text": html.escape(panel.title), "font": {"size": 14}}
+    title = {"text": escape(panel.title), "font": {"size": 14}}
     made: dict[str, Any] = {
         "title": title,
         "margin": {"l": 50, "r": 20, "t": 40, "b": 45},
@@ -67,18 +76,21 @@ def layout(panel: Panel) -> dict[str, Any]:
             "angularaxis": {"thetaunit": "radians"},
             "radialaxis": {"angle": 90, "tickangle": 90},
         }
+        # The circle's numbers stand between it and the title.
+        made |= {"margin": {"l": 40, "r": 20, "t": 70, "b": 30}, "showlegend": False}
         return made
     if panel.kind == "space":
         names = {"xaxis": panel.x_label, "yaxis": panel.y_label, "zaxis": panel.z_label}
         made["scene"] = {
-            axis: {"title": {"text": html.escape(name)}, "showbackground": False}
+            axis: {"title": {"text": escape(name)}, "showbackground": False}
             for axis, name in names.items()
         }
+        made["scene"]["camera"] = {"eye": {"x": 1.6, "y": 1.6, "z": 0.9}}
         made["margin"] = {"l": 0, "r": 0, "t": 40, "b": 0}
         return made
     axes: dict[str, Any] = {
-        "xaxis": {"title": {"text": html.escape(panel.x_label)}, "automargin": True},
-        "yaxis": {"title": {"text": html.escape(panel.y_label)}, "automargin": True},
+        "xaxis": {"title": {"text": escape(panel.x_label)}, "automargin": True},
+        "yaxis": {"title": {"text": escape(panel.y_label)}, "automargin": True},
     }
     if panel.log_y:
         axes["yaxis"] |= {"type": "log", "exponentformat": "power"}
@@ -130,12 +142,12 @@ def _places(mark: Points | Line, panel: Panel) -> dict[str, Any]:
 
 def _points(mark: Points, panel: Panel) -> list[dict[str, Any]]:
     made = _places(mark, panel)
-    made |= {"mode": "markers", "name": html.escape(mark.name)}
+    made |= {"mode": "markers", "name": escape(mark.name)}
     marker: dict[str, Any] = {"symbol": _SYMBOLS[mark.symbol], "size": 6}
     if panel.kind == "space":
         marker["size"] = 4
     if mark.values is not None:
-        bar = {"title": {"text": html.escape(mark.scale), "side": "right"}, "thickness": 10}
+        bar = {"title": {"text": escape(mark.scale), "side": "right"}, "thickness": 10}
         marker |= {
             "color": _numbers(mark.values), "colorscale": SEQUENTIAL, "showscale": True,
             "colorbar": bar,
@@ -144,10 +156,11 @@ def _points(mark: Points, panel: Panel) -> list[dict[str, Any]]:
         marker["color"] = _color(mark.color)
     made["marker"] = marker
     if mark.hover:
-        made |= {"hovertext": [html.escape(text) for text in mark.hover]}
+        made |= {"hovertext": [escape(text) for text in mark.hover]}
     if any(mark.labels):
         made |= {
-            "mode": "markers+text", "text": [html.escape(text) for text in mark.labels],
+            "mode": "markers+text",
+            "text": [(_plain if panel.kind == "space" else escape)(text) for text in mark.labels],
             "textposition": "top right", "textfont": {"size": 11},
         }  # fmt: skip
     return [made]
@@ -158,7 +171,7 @@ def _line(mark: Line, panel: Panel) -> list[dict[str, Any]]:
     line = {"color": _color(mark.color), "width": 2 if panel.kind != "space" else 4}
     made |= {
         "mode": "lines+markers" if mark.markers else "lines",
-        "name": html.escape(mark.name),
+        "name": escape(mark.name),
         "line": line | {"dash": _DASHES[mark.dash]},
     }
     if mark.markers:
@@ -187,7 +200,7 @@ def _arrows(mark: Line) -> list[dict[str, Any]]:
 def _heat(mark: Heat, panel: Panel) -> list[dict[str, Any]]:
     del panel
     made = []
-    rows, columns = ([html.escape(text) for text in part] for part in (mark.rows, mark.columns))
+    rows, columns = ([escape(text) for text in part] for part in (mark.rows, mark.columns))
     if mark.grey is not None:
         made.append(
             {
@@ -198,7 +211,7 @@ def _heat(mark: Heat, panel: Panel) -> list[dict[str, Any]]:
             }
         )  # fmt: skip
     values = [_numbers(row) for row in mark.values]
-    scale = html.escape(mark.scale)
+    scale = escape(mark.scale)
     trace: dict[str, Any] = {
         "type": "heatmap", "z": values, "colorscale": SEQUENTIAL, "hoverongaps": False,
         "colorbar": {"title": {"text": scale, "side": "right"}, "thickness": 10},
@@ -215,18 +228,19 @@ def _heat(mark: Heat, panel: Panel) -> list[dict[str, Any]]:
 
 def _ticks(labels: Any) -> dict[str, Any]:
     at = evenly(len(labels), _TICKS)
-    return {
+    turn = {"tickangle": 0} if max(map(len, labels), default=0) <= 2 else {}
+    return turn | {
         "tickmode": "array", "tickvals": at.tolist(), "tickfont": {"size": 10},
-        "ticktext": [html.escape(labels[i]) for i in at],
+        "ticktext": [escape(labels[i]) for i in at],
     }  # fmt: skip
 
 
 def _bars(mark: Bars, panel: Panel) -> list[dict[str, Any]]:
     del panel
-    labels = [html.escape(label) for label in mark.labels]
+    labels = [escape(label) for label in mark.labels]
     return [
         {
             "type": "bar", "x": labels, "y": _numbers(mark.heights),
-            "name": html.escape(mark.name), "marker": {"color": _color(mark.color)},
+            "name": escape(mark.name), "marker": {"color": _color(mark.color)},
         }
     ]  # fmt: skip

@@ -128,7 +128,7 @@ def state_evolution(places: Trajectory, labels: Sequence[str], cylinder: int = 0
     return Picture(
         "state-evolution",
         f"Layer by layer on cylinder {cylinder}",
-        f"The {places.kind} of the tokens, coloured by position."
+        f"The {places.kind} of the tokens, coloured by position; the dashed circle has radius 1."
         f"{_sample(len(stations), len(places.names), 'stations')}",
         tuple(_polar(places, station, cylinder, labels) for station in stations),
         ("states.safetensors",),

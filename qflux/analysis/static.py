@@ -45,7 +45,9 @@ def draw(picture: Picture) -> Figure:
             axes = figure.add_subplot(rows, columns, number + 1, projection=projection)
             _draw_panel(axes, panel)
         # Once here, and not again for every file.
-        figure.draw_without_rendering()
+        engine = figure.get_layout_engine()
+        assert engine is not None, "it was asked for above"
+        engine.execute(figure)
         figure.set_layout_engine("none")
     return figure
 
@@ -94,7 +96,7 @@ def _draw_panel(axes: Any, panel: Panel) -> None:
         axes.set_xlabel(panel.x_label)
         axes.set_ylabel(panel.y_label)
         if panel.equal:
-            axes.set_aspect("equal", adjustable="datalim")
+            axes.set_aspect("equal", adjustable="datalim" if panel.reach is None else "box")
         if panel.log_y:
             axes.set_yscale("log")
             # The usual labels of powers are formulas, which are switched off.

@@ -81,8 +81,8 @@ def check_packages() -> None:
         require(package, "the report", extra="analysis")
 
 
-def analyze_file(options: AnalysisOptions) -> Path:
-    """Write the report of a text file; returns the page.
+def analyze_file(options: AnalysisOptions) -> tuple[Path, list[str]]:
+    """Write the report of a text file; returns the page, and what it leaves out.
 
     Raises:
         OSError, ValueError, ImportError: what cannot be read, studied or written, on one line;
@@ -121,8 +121,8 @@ def analyze_text(
     vocabulary: Vocabulary,
     options: AnalysisOptions,
     more: bool = False,
-) -> Path:
-    """Write the report of a text, whose file is not read; returns the page.
+) -> tuple[Path, list[str]]:
+    """Write the report of a text, whose file is not read; returns the page and what it leaves out.
 
     Args:
         text: what to study.
@@ -165,7 +165,7 @@ def analyze_text(
         files["report.html"] = render(found, f"{folder.name}: what it does with a text")
         progress("files")
         write_folder(target, files)
-    return target / "report.html"
+    return target / "report.html", found.notes
 
 
 def data_files(found: Study) -> dict[str, bytes]:

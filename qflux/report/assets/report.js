@@ -7,7 +7,7 @@
   const CONFIG = { responsive: true, displaylogo: false };
   const KEPT = "#0072B2", BOUND = "#D55E00", GREY = "#9a9a9a", QUERY = "#009E73";
   // Names of tokens are text, and plotly reads its texts as HTML.
-  const escape = (text) => text.replace(/[&<>"]/g, (c) => `&#${c.charCodeAt(0)};`);
+  const escape = (text) => text.replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/>/g, "&gt;");
 
   // Light and dark: what the system wants, until the button is pressed.
   const system = matchMedia("(prefers-color-scheme: dark)");
@@ -202,7 +202,8 @@
     }
     const shade = "rgba(140,140,140,0.45)";
     const every = Math.ceil(count / 24), at = labels.map((_, i) => i).filter((i) => i % every === 0);
-    const ticks = { tickmode: "array", tickvals: at, ticktext: at.map((i) => escape(labels[i])), tickfont: { size: 10 }, showgrid: false, zeroline: false };
+    const ticks = { tickmode: "array", tickvals: at, ticktext: at.map((i) => escape(labels[i])), tickfont: { size: 10 },
+      ...(labels.every((label) => label.length <= 2) ? { tickangle: 0 } : {}), showgrid: false, zeroline: false };
     const layout = axes("heard token", "hearing token");
     layout.title = { text: `weights in layer ${state.layer}, cylinder ${state.cylinder}`, font: { size: 14 } };
     Object.assign(layout.xaxis, ticks);
