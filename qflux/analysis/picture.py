@@ -1,7 +1,8 @@
 """A picture as data: panels of marks with their numbers and labels, before anybody draws it.
 
 `static.draw` makes it a matplotlib figure and `interactive.draw` figures for a browser, so that
-both show the same numbers and tests can read them.
+both show the same numbers and tests can read them. Marks are compared by identity: arrays have no
+one truth.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 GREY = "#9a9a9a"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Points:
     """Points `(N,)` each in x and y (and z), or phase in radians and radius in a polar panel.
 
@@ -39,7 +40,7 @@ class Points:
     name: str = ""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Line:
     """A line through points; `arrows` points from each to the next, `closed` fills what is inside.
 
@@ -57,7 +58,7 @@ class Line:
     markers: bool = False
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Heat:
     """A matrix `(R, K)` of colours, row 0 at the top; NaN is left blank.
 
@@ -73,7 +74,7 @@ class Heat:
     grey: Array | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Bars:
     """Bars side by side; bars of several marks in a panel stand next to one another."""
 
@@ -86,7 +87,7 @@ class Bars:
 Mark = Points | Line | Heat | Bars
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Panel:
     """Marks in one pair of axes.
 
@@ -106,7 +107,7 @@ class Panel:
     reach: float | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Picture:
     """Panels with a name for files, a title, and a caption that says what one sees.
 

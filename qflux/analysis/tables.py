@@ -26,7 +26,7 @@ Array = np.ndarray
 Table = dict[str, Array]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class LayerTable:
     """What a layer did with one sequence.
 
@@ -102,7 +102,7 @@ def row_entropy(pairs: Pairs) -> Tensor:
     return torch.special.entr(share).sum(-1) / math.log(2)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Trajectory:
     """Points through the layers.
 
@@ -181,7 +181,7 @@ def similarity(queries: Array, keys: Array) -> tuple[Array, Array]:
     return queries @ keys.T, turned @ keys.T
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class LogitRank:
     """How many numbers the logits of a text depend on.
 

@@ -78,6 +78,7 @@ def take_excerpt(
     first: int = 0,
     unknown: str = "replace",
     more: bool = False,
+    name: str = "the text",
 ) -> Excerpt:
     """The tokens `first` to `first + length - 1` of a text.
 
@@ -88,15 +89,16 @@ def take_excerpt(
         first: the first token, >= 0.
         unknown: as in `fit_prompt`.
         more: whether the text goes on behind what was read.
+        name: what messages call the text.
 
     Raises:
         ValueError: an empty text, one with characters that the vocabulary lacks and `unknown`
             refuses, or one of no more than `first` tokens.
     """
-    fitted, told = fit_prompt(text, vocabulary, unknown, name="the text")
+    fitted, told = fit_prompt(text, vocabulary, unknown, name=name)
     ids = vocabulary.encode(fitted).long()
     if first >= len(ids):
-        raise ValueError(f"first_token must be below the {len(ids):,} tokens of the text, "
+        raise ValueError(f"first_token must be below the {len(ids):,} tokens of {name}, "
                          f"got {first}")  # fmt: skip
     part = ids[first : first + length]
     notes = [f"Characters that the model's vocabulary lacks: {told}."] if told else []
@@ -149,7 +151,10 @@ def study(
         done.append(tables.layer_table(record, shown))
     places = tables.trajectory(records) if records else None
     notes += _non_finite(done, logits)
-    if shown < len(excerpt.ids):
+    if getattr(config, "memory", False):
+        notes.append("Pairs are those that the score keeps; what the connection memory adds to them "
+                     "is in the strengths that the model itself counts only.")  # fmt: skip
+    if records and shown < len(excerpt.ids):
         notes.append(f"Single weights are kept for the first {shown:,} tokens of the "
                      f"{len(excerpt.ids):,} only; all other numbers are of all of them.")  # fmt: skip
     mismatch = sum(table.mismatch for table in done)

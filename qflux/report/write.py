@@ -11,6 +11,7 @@ from tqdm import tqdm
 from qflux_kernels.checks import check_choice, check_flag, check_integer
 
 from ..analysis import static
+from ..inference.session import STANDARD_INPUT
 from ..inference.text import UNKNOWN
 from ..models.base import CausalLM
 from ..optional import require
@@ -142,7 +143,12 @@ def analyze_text(
             bar.set_description_str(step)
             bar.update()
 
-        excerpt = take_excerpt(text, vocabulary, length, options.first_token, options.unknown, more)
+        name = "the text"
+        if options.input_file != STANDARD_INPUT:
+            name = f"input_file {options.input_file!r}"
+        excerpt = take_excerpt(
+            text, vocabulary, length, options.first_token, options.unknown, more, name
+        )
         found = study(
             model, vocabulary, excerpt, layer=options.layer, cylinder=options.cylinder,
             metrics=folder / METRICS_FILE, progress=progress,
