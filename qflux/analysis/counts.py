@@ -49,9 +49,7 @@ def visible_pairs(rows: int, keys: int, causal: bool) -> int:
     return rows * (keys - rows) + rows * (rows + 1) // 2
 
 
-def interact_flops(
-    batch: int, rows: int, keys: int, value_dim: int, causal: bool = True
-) -> int:
+def interact_flops(batch: int, rows: int, keys: int, value_dim: int, causal: bool = True) -> int:
     """Operations of `interact` if it meets every visible pair and keeps all of them.
 
     A pair costs its score, and two operations for each column of its value and for the strength.
@@ -68,9 +66,7 @@ def _interact(given: Any) -> int:
     states = tuple(given.states)
     keys = _shape(given.keys) or states
     values = _shape(given.values) or keys
-    return interact_flops(
-        math.prod(states[:-2]), states[-2], keys[-2], values[-1], given.causal
-    )
+    return interact_flops(math.prod(states[:-2]), states[-2], keys[-2], values[-1], given.causal)
 
 
 def _interact_backward(given: Any) -> int:
@@ -105,7 +101,7 @@ def _evolve_backward(given: Any) -> int:
 
 
 def _project_norm(given: Any) -> int:
-    (tokens, features), width = tuple(given.features), tuple(given.weight)[0]
+    (tokens, features), (width, _) = tuple(given.features), tuple(given.weight)
     return tokens * (2 * width * (features + 1) + 3 * (features + 1) ** 2)
 
 

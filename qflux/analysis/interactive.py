@@ -37,9 +37,7 @@ def draw(picture: Picture) -> list[Figure]:
         ImportError: plotly is missing; says how to install it.
     """
     objects = require("plotly.graph_objects", "interactive figures", extra="analysis")
-    return [
-        objects.Figure(data=traces(panel), layout=layout(panel)) for panel in picture.panels
-    ]
+    return [objects.Figure(data=traces(panel), layout=layout(panel)) for panel in picture.panels]
 
 
 def traces(panel: Panel) -> list[dict[str, Any]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -72,7 +72,7 @@ def network_layout(found: Table, seed: int = 0) -> dict[int, Array]:
 
 
 def token_network(
-    found: Table, names: Sequence[str], layer: int = 0, cylinder: int = 0
+    found: Table, names: Mapping[int, str], layer: int = 0, cylinder: int = 0
 ) -> Picture:
     """Tokens of the vocabulary and the mean weights between them, as a directed graph.
 
@@ -108,7 +108,7 @@ def token_network(
         f"The {len(found['weight'])} largest mean weights between tokens of the vocabulary. An "
         "arrow leads from the heard token to the hearing one; solid: more than half of the "
         "largest; orange: negative.",
-        (Panel("", tuple(marks), equal=True, hide_axes=True),),
+        (Panel("", tuple(marks), hide_axes=True),),
         ("network.csv",),
     )
 
@@ -162,9 +162,7 @@ def boundaries(
     own.append(
         Line(np.array([0, tip[0]]), np.array([0, tip[1]]), name="query", color=2, arrows=True)
     )
-    every: list[Line | Points] = [
-        Points(*seen[finite].T, color=None, name="keys", symbol="open")
-    ]
+    every: list[Line | Points] = [Points(*seen[finite].T, color=None, name="keys", symbol="open")]
     rows = evenly(row + 1, BOUNDARIES)
     for number, i in enumerate(rows):
         ends = _line(direction[i], float(low[i]), reach)

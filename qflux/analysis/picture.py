@@ -124,13 +124,16 @@ class Picture:
 def shown_text(text: str) -> str:
     """A token as it is printed: white space and control characters have signs."""
     signs = {"\n": "↵", " ": "␣", "\t": "⇥", "\r": "␍"}
-    return "".join(
-        signs.get(c, c if c.isprintable() else f"\\u{ord(c):04x}") for c in text
-    )
+    return "".join(signs.get(c, c if c.isprintable() else f"\\u{ord(c):04x}") for c in text)
 
 
 def evenly(count: int, limit: int) -> Array:
-    """At most `limit` of the numbers 0 to `count - 1`, evenly spread, the first and last included."""
+    """At most `limit` of the numbers 0 to `count - 1`, evenly spread, both ends included."""
     if count <= limit:
         return np.arange(count)
     return np.unique(np.linspace(0, count - 1, limit).round().astype(np.int64))
+
+
+def pick(texts: Sequence[str], positions: Array) -> list[str]:
+    """The texts at these positions."""
+    return [texts[int(i)] for i in positions]

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from .picture import Array, Bars, Heat, Line, Panel, Picture, Points, evenly, shown_text
+from .picture import Array, Bars, Heat, Line, Panel, Picture, Points, evenly, pick
 from .tables import LayerTable, LogitRank, Table, Trajectory, similarity
 
 # Above these, what is drawn is a sample, and the title says so.
@@ -24,7 +24,7 @@ POINTS = 400
 
 
 def _hover(labels: Sequence[str], positions: Array) -> list[str]:
-    return [f"{labels[i]} (token {i})" for i in positions]
+    return [f"{labels[int(i)]} (token {i})" for i in positions]
 
 
 def _sample(shown: int, total: int, what: str = "tokens") -> str:
@@ -39,7 +39,7 @@ def _circle() -> Line:
 def _labelled(labels: Sequence[str], positions: Array, limit: int = LABELS) -> list[str]:
     """Labels of an evenly spread part of the positions, "" for the rest."""
     chosen = set(evenly(len(positions), limit).tolist())
-    return [labels[i] if at in chosen else "" for at, i in enumerate(positions)]
+    return [labels[int(i)] if at in chosen else "" for at, i in enumerate(positions)]
 
 
 def _polar(places: Trajectory, station: int, cylinder: int, labels: Sequence[str]) -> Panel:
@@ -82,8 +82,11 @@ def token_states(places: Trajectory, labels: Sequence[str], cylinder: int = 0) -
             Panel(
                 "along the text",
                 (Points(x, y, at.astype(float), **common),),
-                "x", "y", "position", kind="space",
-            ),  # fmt: skip
+                "x",
+                "y",
+                "position",
+                kind="space",
+            ),
         ),
         ("states.safetensors",),
     )
@@ -115,8 +118,11 @@ def token_embedding(embedding: Array, names: Sequence[str], cylinder: int = 0) -
             Panel(
                 "by id",
                 (Points(x, y, ids.astype(float), **common),),
-                "x", "y", "token id", kind="space",
-            ),  # fmt: skip
+                "x",
+                "y",
+                "token id",
+                kind="space",
+            ),
         ),
         ("embedding.csv",),
     )
@@ -141,7 +147,7 @@ def _weights(table: LayerTable, cylinder: int, labels: Sequence[str]) -> tuple[H
     at = evenly(len(weight), HEAT_TOKENS)
     part = weight[np.ix_(at, at)]
     visible = at[None, :] <= at[:, None]
-    names = [labels[i] for i in at]
+    names = pick(labels, at)
     heat = Heat(
         part, names, names, "weight", diverging=bool((part < 0).any()),
         grey=visible & ~np.isfinite(part),
@@ -149,9 +155,7 @@ def _weights(table: LayerTable, cylinder: int, labels: Sequence[str]) -> tuple[H
     return heat, len(at), len(weight)
 
 
-def attention(
-    tables: Sequence[LayerTable], labels: Sequence[str], cylinder: int = 0
-) -> Picture:
+def attention(tables: Sequence[LayerTable], labels: Sequence[str], cylinder: int = 0) -> Picture:
     """Which tokens each token hears, layer by layer, as heat maps."""
     panels, shown, total = [], 0, 0
     layers = evenly(len(tables), PANELS)
@@ -183,7 +187,10 @@ def thresholds(
     low, high = table.low[cylinder], table.high[cylinder]
     kept = (value >= low[row]) & (value <= high[row])
     marks: list[Points | Line] = []
-    for chosen, name, color, symbol in ((kept, "kept", 0, "full"), (~kept, "dropped", None, "open")):
+    for chosen, name, color, symbol in (
+        (kept, "kept", 0, "full"),
+        (~kept, "dropped", None, "open"),
+    ):
         which = np.nonzero(chosen)[0]
         which = which[evenly(len(which), 6 * POINTS)]
         hover = [f"{labels[row[p]]} (token {row[p]}) hears {labels[key[p]]} (token {key[p]})"
@@ -358,7 +365,7 @@ def radii(places: Trajectory, labels: Sequence[str], cylinder: int = 0) -> Pictu
         at = evenly(len(labels), HEAT_TOKENS)
         change = np.diff(radius, axis=0)[:, at]
         names = [f"{a} → {b}" for a, b in zip(places.names, places.names[1:], strict=False)]
-        heat = Heat(change, names, [labels[i] for i in at], "change of radius", diverging=True)
+        heat = Heat(change, names, pick(labels, at), "change of radius", diverging=True)
         panels.append(Panel("change of the radius", (heat,), "token", ""))
     return Picture(
         "radii",
@@ -375,7 +382,7 @@ def similarities(
 ) -> Picture:
     """Direct and orthogonal similarity of queries and keys, side by side."""
     at = evenly(len(labels), HEAT_TOKENS)
-    names = [labels[i] for i in at]
+    names = pick(labels, at)
     direct, orthogonal = similarity(table.queries[cylinder, at], table.keys[cylinder, at])
     return Picture(
         "similarities",
@@ -383,7 +390,9 @@ def similarities(
         "r r' cos of the phase difference, and r r' sin of it, of the query of the row with the "
         f"key of the column.{_sample(len(at), len(labels))}",
         tuple(
-            Panel(title, (Heat(values, names, names, "similarity", diverging=True),), "key", "query")
+            Panel(
+                title, (Heat(values, names, names, "similarity", diverging=True),), "key", "query"
+            )
             for title, values in (("direct", direct), ("orthogonal", orthogonal))
         ),
         ("states.safetensors",),

@@ -38,7 +38,9 @@ def draw(picture: Picture) -> Figure:
     with matplotlib.rc_context(_SETTINGS), warnings.catch_warnings():
         # `save` tells of characters without a glyph.
         warnings.filterwarnings("ignore", "Glyph .* missing from font")
-        figure = figures.Figure(figsize=(4.3 * columns + 0.6, 4.1 * rows + 0.5), layout="constrained")
+        figure = figures.Figure(
+            figsize=(4.3 * columns + 0.6, 4.1 * rows + 0.5), layout="constrained"
+        )
         figure.suptitle(picture.title)
         for number, panel in enumerate(picture.panels):
             projection = {"plane": None, "polar": "polar", "space": "3d"}[panel.kind]
@@ -150,9 +152,7 @@ def _draw_line(axes: Any, mark: Line, panel: Panel) -> None:
         for start in range(len(mark.x) - 1):
             ends = [(float(mark.x[i]), float(mark.y[i])) for i in (start, start + 1)]
             if all(math.isfinite(v) for end in ends for v in end):
-                axes.annotate(
-                    "", ends[1], ends[0], arrowprops={"arrowstyle": "->", "color": color}
-                )
+                axes.annotate("", ends[1], ends[0], arrowprops={"arrowstyle": "->", "color": color})
 
 
 def _limits(mark: Heat) -> tuple[float, float]:

@@ -90,9 +90,7 @@ def layer_table(record: LayerRecord, tokens: int = 64, sequence: int = 0) -> Lay
         visible = pairs.visible.sum(-1).cpu().numpy()
     found = {name: np.stack(values) for name, values in columns.items() if values}
     counted = record.degree[sequence].cpu().numpy()
-    return LayerTable(
-        **found, visible=visible, mismatch=int((counted != found["degree"]).sum())
-    )
+    return LayerTable(**found, visible=visible, mismatch=int((counted != found["degree"]).sum()))
 
 
 def row_entropy(pairs: Pairs) -> Tensor:
@@ -148,9 +146,7 @@ def trajectory(records: Sequence[LayerRecord], sequence: int = 0) -> Trajectory:
     """
     if not records:
         raise ValueError("records must have length >= 1, got none: the model has no layers")
-    moved = any(
-        record.states_after is not record.states_before for record in records
-    )
+    moved = any(record.states_after is not record.states_before for record in records)
     if moved:
         points = [records[0].states_before, *(record.states_after for record in records)]
         names = ("input", *(f"layer {i}" for i in range(len(records))))

@@ -35,7 +35,7 @@ def render(study: Study, title: str) -> bytes:
         ImportError: plotly is missing; says how to install it.
     """
     offline = require("plotly.offline", "the report", extra="analysis")
-    assets = resources.files(__package__) / "assets"
+    assets = resources.files("qflux.report") / "assets"
     style, program, frame = (
         (assets / name).read_text(encoding="utf-8")
         for name in ("report.css", "report.js", "report.html")
@@ -85,7 +85,7 @@ def _json(value: Any) -> str:
 
 def _figures(pictures: Sequence[Picture]) -> dict[str, list[Any]]:
     return {
-        picture.name: [json.loads(figure.to_json()) for figure in interactive.draw(picture)]
+        picture.name: [figure.to_plotly_json() for figure in interactive.draw(picture)]
         for picture in pictures
     }
 

@@ -67,7 +67,7 @@ def token_labels(vocabulary: Vocabulary, ids: Sequence[int]) -> list[str]:
     found = []
     for number in ids:
         text = vocabulary.decode([number])
-        found.append(f"‹{number:02x}›" if "\ufffd" in text else shown_text(text) or f"‹{number}›")
+        found.append(f"[{number:02x}]" if "\ufffd" in text else shown_text(text) or f"[{number}]")
     return found
 
 
@@ -152,11 +152,11 @@ def study(
     places = tables.trajectory(records) if records else None
     notes += _non_finite(done, logits)
     if getattr(config, "memory", False):
-        notes.append("Pairs are those that the score keeps; what the connection memory adds to them "
-                     "is in the strengths that the model itself counts only.")  # fmt: skip
+        notes.append("Pairs are those that the score keeps; what the connection memory adds to "
+                     "them is in the strengths that the model itself counts only.")  # fmt: skip
     if records and shown < len(excerpt.ids):
-        notes.append(f"Single weights are kept for the first {shown:,} tokens of the "
-                     f"{len(excerpt.ids):,} only; all other numbers are of all of them.")  # fmt: skip
+        notes.append(f"Single weights are kept for the first {shown:,} tokens of "
+                     f"{len(excerpt.ids):,}; all other numbers are of all of them.")  # fmt: skip
     mismatch = sum(table.mismatch for table in done)
     if mismatch:
         notes.append(f"{mismatch:,} rows have pairs so close to their threshold that rounding "
@@ -348,9 +348,7 @@ def _finite_mean(values: np.ndarray) -> float | None:
     return float(finite.mean()) if len(finite) else None
 
 
-def _tensors(
-    done: Sequence[LayerTable], places: Trajectory | None
-) -> dict[str, dict[str, Tensor]]:
+def _tensors(done: Sequence[LayerTable], places: Trajectory | None) -> dict[str, dict[str, Tensor]]:
     if places is None:
         return {}
     states = {"points": torch.from_numpy(places.points)}

@@ -102,7 +102,7 @@ def analyze_file(options: AnalysisOptions) -> tuple[Path, list[str]]:
 
 
 def read_start(file: Path, enough: int) -> tuple[str, bool]:
-    """The first characters of a text file, at least `enough` if it has them; and whether it goes on.
+    """The beginning of a text file, at least `enough` characters; and whether it goes on.
 
     Raises:
         OSError, ValueError: as `read_pieces`.

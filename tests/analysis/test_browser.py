@@ -1,4 +1,4 @@
-"""The report in a real browser: nothing in its console, and controls that show the data's numbers."""
+"""The report in a real browser: a silent console, and controls that show the data's numbers."""
 
 from __future__ import annotations
 
@@ -133,7 +133,9 @@ def test_the_half_plane_holds_what_is_kept(page, report):
     )  # fmt: skip
     sides = [direction[0] * x + direction[1] * y - low for x, y in zip(*region, strict=True)]
     assert min(sides) == pytest.approx(0, abs=1e-5) and max(sides) > 0
-    assert all(direction[0] * x + direction[1] * y >= low - 1e-6 for x, y in zip(*kept, strict=True))
+    assert all(
+        direction[0] * x + direction[1] * y >= low - 1e-6 for x, y in zip(*kept, strict=True)
+    )
 
 
 def test_every_picture_is_drawn(page):

@@ -56,7 +56,7 @@ def test_samples_are_even_and_have_both_ends():
 def test_states_stand_where_they_are(places):
     picture = pictures.token_states(places, LABELS)
     plane, polar, space = picture.panels
-    x, y = places.points[-1, 0].T
+    x = places.points[-1, 0, :, 0]
     np.testing.assert_array_equal(plane.marks[0].x, x)
     np.testing.assert_array_equal(polar.marks[0].y, places.radius[-1, 0])
     np.testing.assert_array_equal(polar.marks[0].x, places.phase[-1, 0])
@@ -236,7 +236,9 @@ def test_the_line_of_a_query_parts_kept_from_dropped(records, done):
     np.testing.assert_allclose(np.stack((line.x, line.y), -1) @ direction, limit, atol=1e-12)
     assert (direction @ [query.x[1], query.y[1]]) > 0 and len(oval.x) == 120
     assert sum(isinstance(m, Line) and m.dash == "dot" for m in every.marks) == row + 1
-    counted = sum(int(m.name.split()[1]) for m in boxes.marks if m.name.endswith("keys") and ":" in m.name)
+    counted = sum(
+        int(m.name.split()[1]) for m in boxes.marks if m.name.endswith("keys") and ":" in m.name
+    )
     assert counted == row + 1
     assert f"{done[1].band[2]:.1%}" in picture.caption
     # The gate keeps everything: there is no line.

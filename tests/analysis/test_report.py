@@ -34,7 +34,10 @@ PICTURES = {
 
 def columns(path):
     rows = list(csv.reader(path.open(encoding="utf-8", newline="")))
-    return {name: list(column) for name, column in zip(rows[0], zip(*rows[1:], strict=True))}
+    return {
+        name: list(column)
+        for name, column in zip(rows[0], zip(*rows[1:], strict=True), strict=True)
+    }
 
 
 @pytest.fixture(scope="module")
@@ -200,7 +203,7 @@ def test_long_texts_keep_the_page_small(make, monkeypatch):
 
 
 def test_bytes_and_pairs_have_labels(make):
-    assert study.token_labels(ByteVocabulary(), [65, 0xC3, 10, 0]) == ["A", "‹c3›", "↵", "\\u0000"]
+    assert study.token_labels(ByteVocabulary(), [65, 0xC3, 10, 0]) == ["A", "[c3]", "↵", "\\u0000"]
     bpe = BpeVocabulary.train("low lower lowest " * 20, 270)
     ids = bpe.encode("lower low").tolist()
     assert "".join(study.token_labels(bpe, ids)).replace("␣", " ") == "lower low"

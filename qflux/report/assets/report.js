@@ -53,7 +53,8 @@
     root.dataset.theme = dark ? "dark" : "light";
     element("theme").textContent = dark ? "Light" : "Dark";
     element("theme").setAttribute("aria-pressed", String(dark));
-    for (const place of drawn.keys()) draw(place);
+    // What is in view at once, the rest when it comes into view.
+    for (const place of drawn.keys()) watcher.observe(place);
     if (layers.length) { drawPlane(); drawHeat(); }
   };
 
@@ -270,6 +271,5 @@
   system.addEventListener("change", (event) => setTheme(event.matches));
   element("theme").addEventListener("click", () => setTheme(!isDark()));
   for (const place of places) watcher.observe(place);
-  // A link leads to its place also while pictures above it are still being drawn.
   window.addEventListener("beforeprint", () => places.forEach(draw));
 })();
