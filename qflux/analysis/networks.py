@@ -40,13 +40,13 @@ def attention_flow(
                  name=f"{labels[source]} ({source}) → {labels[target]} ({target}): {weight:.3g}",
                  color=0 if weight >= 0 else 1, dash="solid" if strong else "dot")
         )  # fmt: skip
-    ends = sorted({*found["source"].tolist(), *found["target"].tolist()})
-    at = np.array(ends, dtype=np.int64)
+    ends: list[int] = sorted({*found["source"].tolist(), *found["target"].tolist()})
+    at = np.array(ends, dtype=float)
     few = set(evenly(len(at), 40).tolist())
     marks.append(
-        Points(at.astype(float), np.zeros(len(at)), color=None,
-               labels=[labels[i] if n in few else "" for n, i in enumerate(at)],
-               hover=[f"{labels[i]} (token {i})" for i in at])
+        Points(at, np.zeros(len(at)), color=None,
+               labels=[labels[i] if n in few else "" for n, i in enumerate(ends)],
+               hover=[f"{labels[i]} (token {i})" for i in ends])
     )  # fmt: skip
     return Picture(
         "attention-flow",
@@ -149,8 +149,8 @@ def boundaries(
     product = seen @ direction[row]
     kept = (product >= low[row]) & (product <= high[row])
     own: list[Line | Points] = [
-        Points(*seen[chosen].T, hover=[f"{labels[i]} (token {i})" for i in np.nonzero(chosen)[0]],
-               name=name, color=color, symbol=symbol)
+        Points(*seen[chosen].T, name=name, color=color, symbol=symbol,
+               hover=[f"{labels[i]} (token {i})" for i in np.flatnonzero(chosen).tolist()])
         for chosen, name, color, symbol in (
             (kept & finite, "kept", 0, "full"), (~kept & finite, "dropped", None, "open"))
     ]  # fmt: skip

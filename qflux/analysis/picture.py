@@ -7,10 +7,12 @@ one truth.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+
+from ..text.vocabulary import Vocabulary
 
 Array = np.ndarray
 # Of Okabe and Ito, who chose them so that colour-blind readers can tell them apart.
@@ -137,3 +139,12 @@ def evenly(count: int, limit: int) -> Array:
 def pick(texts: Sequence[str], positions: Array) -> list[str]:
     """The texts at these positions."""
     return [texts[int(i)] for i in positions]
+
+
+def token_labels(vocabulary: Vocabulary, ids: Iterable[int]) -> list[str]:
+    """A text for each token id; a token that ends within a character has its number in hex."""
+    found = []
+    for number in ids:
+        text = vocabulary.decode([number])
+        found.append(f"[{number:02x}]" if "\ufffd" in text else shown_text(text) or f"[{number}]")
+    return found

@@ -99,11 +99,11 @@ def token_embedding(embedding: Array, names: Sequence[str], cylinder: int = 0) -
     """
     x, y = embedding[cylinder].T
     radius, phase = np.hypot(x, y), np.arctan2(y, x)
-    ids = np.arange(len(x))
+    ids, count = np.arange(len(x)), len(x)
     wanted = {*ids[:10].tolist(), *np.argsort(-radius, kind="stable")[:10].tolist()}
     common = {
-        "labels": [names[i] if i in wanted else "" for i in ids],
-        "hover": [f"{names[i]} (id {i})" for i in ids],
+        "labels": [names[i] if i in wanted else "" for i in range(count)],
+        "hover": [f"{names[i]} (id {i})" for i in range(count)],
         "values": ids.astype(float),
         "scale": "token id",
     }
@@ -193,8 +193,8 @@ def thresholds(
     ):
         which = np.nonzero(chosen)[0]
         which = which[evenly(len(which), 6 * POINTS)]
-        hover = [f"{labels[row[p]]} (token {row[p]}) hears {labels[key[p]]} (token {key[p]})"
-                 for p in which]  # fmt: skip
+        ends = zip(row[which].tolist(), key[which].tolist(), strict=True)
+        hover = [f"{labels[i]} (token {i}) hears {labels[j]} (token {j})" for i, j in ends]
         marks.append(
             Points(row[which].astype(float), value[which], hover=hover, color=color,
                    symbol=symbol, name=name)

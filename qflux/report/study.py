@@ -18,7 +18,7 @@ from qflux_kernels import Threshold
 from ..analysis import networks, pictures, tables
 from ..analysis.counts import count_forward, parameter_counts
 from ..analysis.pairs import boundary_ellipse, cylinder_score, layer_pairs
-from ..analysis.picture import Picture, shown_text
+from ..analysis.picture import Picture, token_labels
 from ..analysis.tables import LayerTable, Table, Trajectory
 from ..inference.generate import evaluating
 from ..inference.text import fit_prompt
@@ -60,15 +60,6 @@ class Study:
     tensors: dict[str, dict[str, Tensor]]
     explorer: dict[str, Any]
     notes: list[str]
-
-
-def token_labels(vocabulary: Vocabulary, ids: Sequence[int]) -> list[str]:
-    """A text for each token id; a token that ends within a character has its number in hex."""
-    found = []
-    for number in ids:
-        text = vocabulary.decode([number])
-        found.append(f"[{number:02x}]" if "\ufffd" in text else shown_text(text) or f"[{number}]")
-    return found
 
 
 def take_excerpt(
