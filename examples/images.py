@@ -46,7 +46,8 @@ class FluxImages(nn.Module):
         angle = None
         if positions:
             row, column = (
-                part.reshape(-1) for part in torch.meshgrid(*2 * [torch.arange(SIDE)], indexing="ij")
+                part.reshape(-1)
+                for part in torch.meshgrid(*2 * [torch.arange(SIDE)], indexing="ij")
             )
             # The slowest phase turns by half over the picture, so that its two ends differ.
             speed = math.pi / SIDE * 2.0 ** torch.arange(cylinders // 2)[:, None]

@@ -33,6 +33,14 @@ def temperatures() -> Tensor:
     return torch.tensor(data.seattle_temps()["temp"].to_numpy(), dtype=torch.float32)
 
 
+def change_head(width: int) -> nn.Linear:
+    """The last map of a forecast, which begins with no change against the day before."""
+    head = nn.Linear(width, AHEAD)
+    nn.init.zeros_(head.weight)
+    nn.init.zeros_(head.bias)
+    return head
+
+
 class FluxForecast(nn.Module):
     """Hours are tokens; half of the cylinders turn once a day, the others by learned frequencies.
 
@@ -41,12 +49,15 @@ class FluxForecast(nn.Module):
 
     def __init__(self, width: int = 24, cylinders: int = 8) -> None:
         super().__init__()
-        self.inputs, self.block = nn.Linear(2, width), Block(width, cylinders=cylinders, value_dim=4)
+        self.inputs, self.block = (
+            nn.Linear(2, width),
+            Block(width, cylinders=cylinders, value_dim=4),
+        )
         self.daily = cylinders // 2
         self.log_frequency = nn.Parameter(
             torch.linspace(math.log(1.0), math.log(0.02), cylinders - self.daily)
         )
-        self.head = nn.Linear(width, AHEAD)
+        self.head = change_head(width)
 
     def forward(self, past: Tensor) -> Tensor:
         """Changes `(B, 24)` for scaled temperatures `(B, PAST)`."""
@@ -62,7 +73,7 @@ class GruForecast(nn.Module):
 
     def __init__(self, width: int = 32) -> None:
         super().__init__()
-        self.gru, self.head = nn.GRU(2, width, batch_first=True), nn.Linear(width, AHEAD)
+        self.gru, self.head = nn.GRU(2, width, batch_first=True), change_head(width)
 
     def forward(self, past: Tensor) -> Tensor:
         """Changes `(B, 24)` for scaled temperatures `(B, PAST)`."""
