@@ -35,12 +35,18 @@ def digits() -> tuple[Tensor, Tensor]:
 
 
 class FluxImages(nn.Module):
-    """Every pixel hears every other; even cylinders turn with the row, odd ones with the column."""
+    """Every pixel hears every other. Half of the cylinders turn with the row, half with the column.
+
+    A pixel comes in as a point on each cylinder, too: its brightness is the radius, its place the
+    phase. Without `positions` only the brightness is left.
+    """
+
+    angle: Tensor | None
 
     def __init__(self, width: int = 32, cylinders: int = 8, positions: bool = True) -> None:
         super().__init__()
         options = {"cylinders": cylinders, "value_dim": 4, "causal": False}
-        self.inputs = nn.Linear(1, width)
+        self.inputs = nn.Linear(1 + 2 * cylinders * positions, width)
         self.blocks = nn.ModuleList(Block(width, **options) for _ in range(2))
         self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, CLASSES)
         angle = None
@@ -56,10 +62,14 @@ class FluxImages(nn.Module):
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Logits `(B, 10)` of pixels `(B, 64)`."""
-        x = self.inputs(pixels[..., None])
+        features = pixels[..., None]
+        if self.angle is not None:
+            turned = torch.cat((self.angle.cos(), self.angle.sin())).mT  # (64, 2 cylinders)
+            features = torch.cat((features, features * turned), -1)
+        x = self.inputs(features)
         for block in self.blocks:
             x = block(x, self.angle)
-        return self.head(self.norm(x).amax(1))
+        return self.head(self.norm(x.mean(1)))
 
 
 def run(steps: int, seed: int = 0) -> dict[str, float]:
