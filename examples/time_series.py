@@ -2,8 +2,9 @@
 
 `python examples/time_series.py` reads four years of Seattle's weather from the package
 vega-datasets (`pip install vega-datasets`), trains on the first 80 % to forecast the highest
-temperatures of the next 7 days from the last 28, and prints the mean absolute error in degrees Celsius on the rest,
-beside those of the last day, of the same day a year before (seasonal-naive), and of a GRU.
+temperatures of the next 7 days from the last 28, and prints the mean absolute error in degrees
+Celsius on the rest, beside those of the last day, of the same day a year before (seasonal-naive),
+and of a GRU.
 """
 
 from __future__ import annotations

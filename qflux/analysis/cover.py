@@ -66,6 +66,6 @@ def band_share(pairs: Pairs, block: int = 64) -> float:
     tested = 0
     for rows in order.split(block):
         kept, visible = pairs.kept[rows], pairs.visible[rows]
-        mixed = (kept & visible).any(0) & (~kept & visible).any(0)
+        mixed = kept.any(0) & (~kept & visible).any(0)
         tested += int((visible & mixed).sum())
     return tested / max(1, int(pairs.visible.sum()))

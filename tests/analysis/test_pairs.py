@@ -155,6 +155,9 @@ def test_a_tree_over_equal_keys_and_none():
     assert [node.kind for node in tree_cover(same, same[0], 2.0)] == ["kept"]
     assert [node.kind for node in tree_cover(same, same[0], 2.1)] == ["dropped"]
     assert tree_cover(same[:0], same[0], 0.0) == []
+    # A key on the line is kept, so that its box is not dropped.
+    two = torch.tensor([[0.0, 0], [1, 0]]).double()
+    assert [node.kind for node in tree_cover(two, two[1], 1.0)] == ["crossed"]
 
 
 def test_rows_that_decide_alike_leave_nothing_to_test():

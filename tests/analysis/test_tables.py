@@ -95,6 +95,9 @@ def test_the_rank_of_logits(rank):
     assert tables.logit_rank(logits).tokens == 29
     assert tables.logit_rank(logits[3:4]).rank == 0
     assert tables.logit_rank(torch.ones(1, 4)).rank == 0
+    # Small ones count until they are rounding.
+    spread = torch.diag(torch.tensor([1, 1e-3, 1e-7, 0]).double())
+    assert tables.logit_rank(torch.cat((spread, -spread))).rank == 2
     # Two equally large directions count as two.
     square = torch.eye(4).double()[:2].repeat_interleave(2, 0)
     assert tables.logit_rank(torch.cat((square, -square))).effective == pytest.approx(2)

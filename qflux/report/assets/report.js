@@ -20,7 +20,11 @@
   const themed = (layout) => {
     const { ink, grid, line } = colors();
     const axis = { gridcolor: grid, zerolinecolor: line, linecolor: line, color: ink };
-    const made = { ...layout, font: { ...layout.font, color: ink } };
+    const made = {
+      ...layout,
+      font: { ...layout.font, color: ink },
+      modebar: { bgcolor: "rgba(0,0,0,0)", color: line, activecolor: ink },
+    };
     for (const name of Object.keys(layout).filter((name) => /^[xy]axis/.test(name)))
       made[name] = { ...layout[name], ...axis };
     if (layout.polar) {
