@@ -1,4 +1,4 @@
-# make demo | test | soak | sanitize | bench | gpu-check | lint | format | clean
+# make demo | test | soak | sanitize | bench | gpu-check | docs | lint | format | clean
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV ?= .venv
@@ -15,7 +15,7 @@ BIN := $(VENV)/bin
 SOURCES := pyproject.toml setup.py $(shell find csrc -type f)
 CXX_SOURCES := git ls-files | grep -E '\.(h|cpp|cu|cuh)$$'
 
-.PHONY: demo test soak sanitize bench gpu-check lint style types format clean
+.PHONY: demo test soak sanitize bench gpu-check docs lint style types format clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.built
@@ -55,6 +55,11 @@ GPU_PYTHON = $(if $(filter file,$(origin PYTHON)),$(HERE_OR_ELSE),$(PYTHON))
 
 gpu-check:
 	PYTHONPATH=$(CURDIR) $(GPU_PYTHON) benchmarks/gpu_check.py $(GPU_CHECK_ARGS)
+
+# The pages of docs/ with the reference from the docstrings, in build/site.
+docs: $(VENV)/.tested
+	$(BIN)/python -m pip install -q -e ".[docs]" --no-build-isolation
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
 
 # The style needs no build, so it is checked first.
 lint: style types

@@ -20,6 +20,7 @@ COMMANDS = {
     "train": "Train a model on a text.",
     "generate": "Continue a prompt.",
     "eval": "Measure how well a trained model predicts a text.",
+    "analyze": "Show what a trained model does with a text: a page, figures and data.",
     "export": "Write a trained model as a Hugging Face model.",
 }
 

@@ -21,10 +21,12 @@ from tyro import conf
 from qflux_kernels import BackendUnavailableError
 from qflux_kernels.checks import check_integer
 
-from .inference.session import GenerationOptions, Session
+from .inference.session import STANDARD_INPUT, GenerationOptions, Session
 from .inference.text import UNKNOWN
 from .models.config import ModelConfig
 from .models.presets import PRESETS, make_config
+from .report.files import check_target
+from .report.write import AnalysisOptions, analyze_file, analyze_text, check_packages
 from .text.files import check_path
 from .text.ngrams import ngram_losses
 from .text.sources import TextSource, open_dataset, open_split, open_text
@@ -312,6 +314,9 @@ GENERATION_FLAGS = flags(
     aliases={"model_path": ["--model-dir"], "max_new_tokens": ["--max-length"]},
 )
 EVALUATION_FLAGS = flags(EvaluationOptions, aliases={"model_path": ["--model-dir"]})
+ANALYSIS_FLAGS = flags(
+    AnalysisOptions, choices={"unknown": UNKNOWN}, aliases={"model_path": ["--model-dir"]}
+)
 EXPORT_FLAGS = flags(ExportOptions, aliases={"model_path": ["--model-dir"]})
 
 
@@ -462,10 +467,50 @@ class Generate:
     ] = ()
 
     def run(self) -> None:
-        """Write the prompt and its continuation, as it is made."""
+        """Write the prompt and its continuation, as it is made, and a report of both if asked."""
         options = GenerationOptions(**self.generation, stop=self.stop)
+        report = _report_of(options)
         model, vocabulary = load_model(options.model_path, options.device)
-        Session(options, model, vocabulary).run()
+        session = Session(options, model, vocabulary)
+        session.run()
+        if report is not None:
+            page, notes = analyze_text(session.text, model, vocabulary, report)
+            for line in (*(f"note: {note}" for note in notes), f"report in {page}"):
+                print(line, file=sys.stderr)
+
+
+def _report_of(options: GenerationOptions) -> AnalysisOptions | None:
+    """What to write beside the text; None for no report.
+
+    Raises:
+        ImportError, OSError, ValueError: no report can be written.
+    """
+    if not options.analyze:
+        return None
+    assert options.output_dir is not None, "GenerationOptions checks it"
+    check_packages()
+    check_target(Path(options.output_dir), options.overwrite, Path(options.model_path))
+    return AnalysisOptions(
+        options.model_path,
+        input_file=STANDARD_INPUT,
+        output_dir=options.output_dir,
+        overwrite=options.overwrite,
+        device=options.device,
+    )
+
+
+@dataclass(frozen=True)
+class Analyze:
+    """`qflux analyze`: the options that were given."""
+
+    analysis: Annotated[dict[str, Any], conf.arg(constructor=ANALYSIS_FLAGS)]
+
+    def run(self) -> None:
+        """Write the report, and say where it is and what it leaves out."""
+        page, notes = analyze_file(AnalysisOptions(**self.analysis))
+        for line in notes:
+            print(f"note: {line}", file=sys.stderr)
+        print(f"report in {page}")
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""States that try a kernel's corners, and the scores to try them with."""
+"""States that try a kernel's corners, the scores to try them with, and a text for pictures."""
 
 from __future__ import annotations
 
@@ -10,6 +10,9 @@ import torch
 
 from qflux_kernels import InverseGate, Sparsemax, Threshold
 from qflux_kernels.options import Score
+
+# Signs that HTML, plotly and matplotlib read, and one without a glyph in matplotlib's font.
+TEXT = 'To be, or <b>not</b> to be: "that" & $x_1$ is\n中 the question.\n'
 
 SCORES = [
     Threshold(),

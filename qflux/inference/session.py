@@ -50,6 +50,9 @@ class GenerationOptions:
         top_p: keep the most likely tokens of this total probability, in (0, 1].
         seed: of the sampling, in [-2^63, 2^63 - 1].
         device: where to run, as PyTorch names it, such as cpu, cuda or cuda:1.
+        analyze: also write a report of prompt and continuation, as `qflux analyze` does.
+        output_dir: folder for that report, a new or an empty one.
+        overwrite: replace what has the same names there, if it is not empty.
 
     Raises:
         TypeError, ValueError: a bad value, or two options that contradict each other; named.
@@ -68,9 +71,12 @@ class GenerationOptions:
     top_p: float | None = None
     seed: int = 0
     device: str = "cpu"
+    analyze: bool = False
+    output_dir: str | None = None
+    overwrite: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("model_path", "prompt_file"):
+        for name in ("model_path", "prompt_file", "output_dir"):
             if getattr(self, name) is not None:
                 check_path(name, getattr(self, name))
         if self.prompt == "":
@@ -87,6 +93,17 @@ class GenerationOptions:
             raise ValueError("prompt and prompt_file cannot both be given")
         if self.interactive and (self.prompt is not None or self.prompt_file is not None):
             raise ValueError("interactive reads prompts itself: give no prompt and no prompt_file")
+        self._check_report()
+
+    def _check_report(self) -> None:
+        for name in ("analyze", "overwrite"):
+            check_flag(name, getattr(self, name))
+        if self.analyze and self.output_dir is None:
+            raise ValueError("analyze needs output_dir, the folder for the report")
+        if self.output_dir is not None and not self.analyze:
+            raise ValueError("output_dir is the folder for a report: give analyze too")
+        if self.analyze and (self.interactive or self.num_samples > 1):
+            raise ValueError("analyze takes one text: give no interactive, and num_samples 1")
 
 
 class Session:
@@ -99,6 +116,8 @@ class Session:
 
     Raises:
         OSError: standard output is closed.
+
+    `text` is the last prompt with its continuation, as far as it was made.
     """
 
     def __init__(
@@ -106,6 +125,7 @@ class Session:
     ) -> None:
         self.options, self.model, self.vocabulary = options, model, vocabulary
         self.out = _standard_output()
+        self.text = ""
 
     def run(self) -> None:
         """Continue the prompt, or each line in turn.
@@ -169,8 +189,10 @@ class Session:
         _tell_speed(made, start)
 
     def _write_all(self, stream: TextStream) -> None:
+        self.text = ""
         try:
             for text in stream:
+                self.text += text
                 self._write(text)
         except KeyboardInterrupt:
             self._write(stream.finish() + "\n")

@@ -20,7 +20,9 @@ UNKNOWN = ("refuse", "replace", "drop")
 _NAMED = 5
 
 
-def fit_prompt(prompt: str, vocabulary: Vocabulary, unknown: str = "refuse") -> tuple[str, str]:
+def fit_prompt(
+    prompt: str, vocabulary: Vocabulary, unknown: str = "refuse", name: str = "prompt"
+) -> tuple[str, str]:
     """The prompt in characters that the vocabulary has, and what was done to it ("": nothing).
 
     Args:
@@ -28,6 +30,7 @@ def fit_prompt(prompt: str, vocabulary: Vocabulary, unknown: str = "refuse") -> 
         vocabulary: the model's. Only one of characters can lack some.
         unknown: what becomes of characters that it lacks: "refuse", "replace" by a space (a line
             break or its first character, if it lacks that too), or "drop".
+        name: what messages call the text.
 
     Raises:
         ValueError: no characters, characters that the vocabulary lacks (named), or a prompt that
@@ -37,7 +40,7 @@ def fit_prompt(prompt: str, vocabulary: Vocabulary, unknown: str = "refuse") -> 
     try:
         prompt.encode()
     except UnicodeEncodeError as error:
-        raise ValueError(f"prompt is not valid UTF-8 at position {error.start}") from None
+        raise ValueError(f"{name} is not valid UTF-8 at position {error.start}") from None
     told = ""
     if isinstance(vocabulary, CharacterVocabulary):
         known = set(vocabulary.characters)
@@ -49,7 +52,7 @@ def fit_prompt(prompt: str, vocabulary: Vocabulary, unknown: str = "refuse") -> 
                 named += f" and {len(first) - _NAMED} more"
             if unknown == "refuse":
                 raise ValueError(
-                    f"prompt contains {named}, not among the {vocabulary.size} characters of the "
+                    f"{name} contains {named}, not among the {vocabulary.size} characters of the "
                     "vocabulary; --unknown replace or --unknown drop goes on without"
                 )
             instead = next((c for c in " \n" if c in known), vocabulary.characters[0])
@@ -58,7 +61,7 @@ def fit_prompt(prompt: str, vocabulary: Vocabulary, unknown: str = "refuse") -> 
             told = f"{named} dropped" if unknown == "drop" else f"{named} replaced by {instead!r}"
     if not len(vocabulary.encode(prompt)):
         raise ValueError(
-            f"prompt must have length >= 1 in tokens, got {prompt!r}"
+            f"{name} must have length >= 1 in tokens, got {prompt!r}"
             + (f" ({told})" if told else "")
         )
     return prompt, told

@@ -39,6 +39,7 @@ from .checkpoint import (
 )
 from .display import Display
 from .evaluation import evaluate
+from .figures import check_figures, cylinder_figures
 from .folder import check_vacant, clear, forget_trackers, sole_writer
 from .metrics import METRICS_FILE, Interval, append_line, drop_lines_after, peak_memory
 from .options import DEFAULT_EPOCHS, TrainingOptions
@@ -290,6 +291,8 @@ class _Run:
 
     def learn(self) -> None:
         """Step after step until the end, with the files of the run."""
+        if self.options.log_figures:
+            check_figures()
         if self.options.overwrite:
             forget_trackers(self.folder)
         with open_trackers(
@@ -405,6 +408,12 @@ class _Run:
         append_line(self.folder / METRICS_FILE, line)
         for tracker in self.trackers:
             tracker.log(self.step, line)
+        if evaluate_now and self.options.log_figures:
+            # Of the text whose loss has just been measured.
+            work = max(self.held_out, key=len)
+            for name, figure in cylinder_figures(self.model, work, self.vocabulary):
+                for tracker in self.trackers:
+                    tracker.log_figure(self.step, f"cylinders/{name}", figure)
         if evaluate_now:
             self.stale += 1
             if self.validation_loss < self.best:

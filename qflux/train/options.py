@@ -36,6 +36,7 @@ MAY_CHANGE = (
     "sample_prompt",
     "sample_tokens",
     "trackers",
+    "log_figures",
     "device",
     "compile",
     "accumulation",
@@ -134,6 +135,8 @@ class TrainingOptions(OptimizerOptions):
         device: where to train, as PyTorch names it, such as cpu, cuda or cuda:1.
         compile: run the steps through `torch.compile`; only with `learning` "backprop".
         trackers: services that get the metrics too: "tensorboard", "wandb".
+        log_figures: the trackers also get pictures of the cylinders at every evaluation; needs
+            `trackers` and matplotlib.
         init_from: folder of a model, as training or export wrote it, whose weights to start with.
             From the command line it gives network and vocabulary too. None: new weights.
         progress: say on standard error what is trained and how it goes: a bar on a terminal, else
@@ -179,6 +182,7 @@ class TrainingOptions(OptimizerOptions):
     device: str = "cpu"
     compile: bool = False
     trackers: tuple[TrackerName, ...] = ()
+    log_figures: bool = False
     init_from: str | Path | None = None
     progress: bool = True
     resume: bool = False
@@ -215,11 +219,14 @@ class TrainingOptions(OptimizerOptions):
         for name in self.trackers:
             check_choice("trackers", name, TRACKERS)
         for name in (
-            "gradient_checkpointing", "compile", "progress", "resume", "overwrite", "dry_run"
+            "gradient_checkpointing", "compile", "log_figures", "progress", "resume", "overwrite",
+            "dry_run",
         ):  # fmt: skip
             check_flag(name, getattr(self, name))
         if self.sample_prompt == "":
             raise ValueError("sample_prompt must have at least one character, got ''")
+        if self.log_figures and not self.trackers:
+            raise ValueError(f"log_figures needs trackers, some of {TRACKERS}, got none")
         if self.resume and self.overwrite:
             raise ValueError("resume and overwrite contradict each other: give one of them")
         if self.resume_step is not None and not self.resume:

@@ -8,12 +8,15 @@ import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from ..models.config import ModelConfig
 from ..optional import require
 from .checkpoint import write_atomically
 from .options import TrackerName
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 # The names of the training program that the Flux document describes.
 NAMES = {
@@ -30,9 +33,11 @@ NAMES = {
 
 
 class Tracker(Protocol):
-    """Takes a line of `metrics.jsonl` after a step."""
+    """Takes a line of `metrics.jsonl` after a step, and figures of that step."""
 
     def log(self, step: int, line: dict[str, Any]) -> None: ...
+
+    def log_figure(self, step: int, name: str, figure: Figure) -> None: ...
 
     def close(self) -> None: ...
 
@@ -72,6 +77,10 @@ class TensorBoardTracker:
         for name, value in named_scalars(line).items():
             self.writer.add_scalar(name, value, step)
 
+    def log_figure(self, step: int, name: str, figure: Figure) -> None:
+        """Write a figure as an image."""
+        self.writer.add_figure(name, figure, step)
+
     def close(self) -> None:
         """Flush and close the files."""
         self.writer.close()
@@ -89,6 +98,7 @@ class WandbTracker:
 
     def __init__(self, folder: Path, config: ModelConfig, step: int = 0) -> None:
         wandb = require("wandb", "tracking with Weights & Biases", extra="wandb")
+        self.image = wandb.Image
         file = folder / "wandb_id"
         if not file.exists():
             write_atomically(file, uuid.uuid4().hex[:8].encode())
@@ -110,6 +120,10 @@ class WandbTracker:
     def log(self, step: int, line: dict[str, Any]) -> None:
         """Send the scalars of a line."""
         self.run.log(named_scalars(line), step=step)
+
+    def log_figure(self, step: int, name: str, figure: Figure) -> None:
+        """Send a figure as an image."""
+        self.run.log({name: self.image(figure)}, step=step)
 
     def close(self) -> None:
         """Finish the run."""

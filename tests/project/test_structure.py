@@ -19,6 +19,7 @@ LAYERS = (
     {"qflux.__main__"},
     {"qflux.cli"},
     {"qflux.commands"},
+    {"qflux.report"},
     {"qflux.hf"},
     {"qflux.train"},
     {"qflux.analysis"},

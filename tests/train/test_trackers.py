@@ -63,6 +63,10 @@ class FakeWandb(types.ModuleType):
     def finish(self):
         self.finished += 1
 
+    class Image:
+        def __init__(self, figure):
+            self.figure = figure
+
 
 def test_wandb_gets_configuration_lines_and_an_end(tmp_path, monkeypatch):
     wandb = FakeWandb()
@@ -84,6 +88,49 @@ def test_wandb_gets_configuration_lines_and_an_end(tmp_path, monkeypatch):
     ]  # fmt: skip
     assert {options["resume"] for options in wandb.started} == {"allow"}
     assert wandb.logged[-1][0] == 8
+
+
+def test_figures_are_logged_at_evaluations_and_change_nothing(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib", reason='pip install "qflux[analysis]" for figures')
+    wandb = FakeWandb()
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    plain = run(tmp_path / "plain", "wandb")
+    assert not [name for _, values in wandb.logged for name in values if "cylinders" in name]
+    wandb.logged.clear()
+    # Evaluations after steps 3 and 6.
+    shown = run(tmp_path / "shown", "wandb", log_figures=True)
+    found = [(step, name, value) for step, values in wandb.logged
+             for name, value in values.items() if name.startswith("cylinders/")]  # fmt: skip
+    assert [step for step, name, _ in found if name == "cylinders/attention"] == [3, 6]
+    assert len(found) == 2 * 6
+    image = {name: value for step, name, value in found if step == 6}["cylinders/degrees"]
+    # The visible pairs, and the pairs that each of the two layers keeps, of the held-out text.
+    visible, *kept = image.figure.axes[0].lines
+    assert list(visible.get_ydata()) == list(range(1, 64)) and len(kept) == 2
+    for name, value in plain.model.state_dict().items():
+        assert value.equal(shown.model.state_dict()[name]), name
+
+
+def test_figures_need_a_tracker_and_a_package(tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="log_figures needs trackers"):
+        run(tmp_path / "run", log_figures=True)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setitem(sys.modules, "wandb", FakeWandb())
+    with pytest.raises(ImportError, match=r"qflux\[analysis\]"):
+        run(tmp_path / "run", "wandb", log_figures=True)
+    assert not (tmp_path / "run" / "run.json").exists()
+
+
+def test_tensorboard_files_hold_the_figures(tmp_path):
+    pytest.importorskip("tensorboard", reason="tensorboard reads its files")
+    pytest.importorskip("matplotlib", reason='pip install "qflux[analysis]" for figures')
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run(tmp_path, "tensorboard", log_figures=True, max_steps=2)
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    [image] = events.Images("cylinders/attention")
+    assert image.step == 2 and image.encoded_image_string.startswith(b"\x89PNG")
 
 
 def test_tensorboard_files_hold_the_scalars(tmp_path):
