@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
 import traceback
 from datetime import timedelta
 from importlib import util
@@ -43,6 +44,8 @@ def _work(rank: int, ranks: int, port: int, path: str, names: list[str], out) ->
                 getattr(module, name)(mesh)
             except Exception:
                 error = f"rank {rank}: {traceback.format_exc()}"
+                # Where the other ranks wait for this one, the group ends without a report.
+                print(error, file=sys.stderr, flush=True)
             errors: list[str | None] = [None] * ranks
             dist.all_gather_object(errors, error)
             if rank == 0:

@@ -168,7 +168,7 @@ def next_token_loss(
     )
     if num_labels is None or scored is None:
         return loss, 1.0
-    return loss / num_labels, scored / num_labels
+    return loss / num_labels, scored.to(loss.dtype) / num_labels
 
 
 def check_ids(name: str, ids: Tensor, vocab_size: int) -> None:

@@ -108,12 +108,12 @@ class SplitOperators:
     @staticmethod
     def _of_group(rows: _Rows, keys: _Keys) -> Interaction:
         """The results of a group of cylinders, once its keys are there."""
-        found, states = _InBackward.apply(keys.forget, keys.arrived(), rows.args.states)
+        found, states = _InBackward.apply(keys.forget, False, keys.arrived(), rows.args.states)
         rows = replace(rows, args=replace(rows.args, states=states))
         with saved_tensors_hooks(keys.pack, keys.unpack):
             context, strength, degree = rows.meet(found)
         # What was gathered comes along, for a rank whose rows do not lead back to it.
-        context, strength, _ = _InBackward.apply(keys.fetch, context, strength, found)
+        context, strength, _ = _InBackward.apply(keys.fetch, True, context, strength, found)
         return Interaction(context, strength, degree)
 
 
@@ -223,23 +223,27 @@ class _Keys:
 
 
 class _InBackward(torch.autograd.Function):
-    """The tensors as they are; their backward does something first."""
+    """The tensors as they are; their backward does something first.
+
+    With `together` all of them need a gradient if one does, else each for itself.
+    """
 
     @staticmethod
-    def forward(ctx, action, *tensors):
+    def forward(ctx, action, together, *tensors):
         ctx.action = action
         ctx.set_materialize_grads(False)
         results = tuple(tensor.view_as(tensor) for tensor in tensors)
-        needs = ctx.needs_input_grad[1:]
-        ctx.mark_non_differentiable(
-            *(result for result, needed in zip(results, needs, strict=True) if not needed)
-        )
+        needs = ctx.needs_input_grad[2:]
+        if not together:
+            ctx.mark_non_differentiable(
+                *(result for result, needed in zip(results, needs, strict=True) if not needed)
+            )
         return results
 
     @staticmethod
     def backward(ctx, *grads):
         ctx.action()
-        return None, *grads
+        return None, None, *grads
 
 
 class _Note(NamedTuple):
