@@ -41,6 +41,7 @@ from .train.checkpoint import load_model, read_config, read_vocabulary
 from .train.evaluation import score
 from .train.loop import NonFiniteLossError, train
 from .train.options import TrackerName, TrainingOptions
+from .train.ranks import LostRankError
 from .train.record import RunRecord, read_record
 from .train.start import read_start
 
@@ -51,6 +52,7 @@ USER_ERRORS = (
     MemoryError,
     BackendUnavailableError,
     NonFiniteLossError,
+    LostRankError,
 )
 # What of `TextOptions` says what a token is.
 TOKEN_OPTIONS = ("vocabulary", "vocab_size", "vocabulary_file")
@@ -339,7 +341,7 @@ class Train:
         run = self._new() if record is None else self._resumed(record)
         result = train(run.config, run.text, run.vocabulary, run.options, source=run.source)
         options = run.options
-        if options.dry_run:
+        if options.dry_run or not result.first:
             return
         assert result.text is not None, "train gives the text that it was trained on"
         held_out = result.text.validation_sample(options.eval_tokens, run.config.context_length)

@@ -32,9 +32,7 @@ def _work(rank: int, ranks: int, port: int, path: str, names: list[str], out) ->
     torch.set_num_threads(1)
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     module = load(path)
-    dist.init_process_group(
-        "gloo", rank=rank, world_size=ranks, timeout=timedelta(seconds=60)
-    )
+    dist.init_process_group("gloo", rank=rank, world_size=ranks, timeout=timedelta(seconds=60))
     mesh = dist.init_device_mesh("cpu", (ranks,), mesh_dim_names=("context",))
     try:
         for name in names:

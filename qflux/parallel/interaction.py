@@ -104,7 +104,6 @@ class SplitOperators:
             strength, degree = torch.where(present, strength, 0), torch.where(present, degree, 0)
         return Interaction(context, strength, degree)
 
-
     @staticmethod
     def _of_group(rows: _Rows, keys: _Keys) -> Interaction:
         """The results of a group of cylinders, once its keys are there."""
@@ -318,7 +317,9 @@ class _Rows:
         )
         lengths = args.lengths.flatten()
         places = self.layout.positions(self.rank, found.device)
-        context = found.new_zeros(*rows.shape[:-1], 2 if args.values is None else found.shape[-1] - 2)
+        context = found.new_zeros(
+            *rows.shape[:-1], 2 if args.values is None else found.shape[-1] - 2
+        )
         strength = found.new_zeros(rows.shape[:-1])
         degree = torch.zeros(rows.shape[:-1], dtype=torch.int32, device=rows.device)
         for length in lengths.unique().tolist():

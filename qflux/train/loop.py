@@ -42,11 +42,15 @@ from .evaluation import evaluate
 from .folder import check_vacant, clear, forget_trackers, sole_writer
 from .metrics import METRICS_FILE, Interval, append_line, drop_lines_after, peak_memory
 from .options import DEFAULT_EPOCHS, TrainingOptions
+from .pipeline import PipelinedReplica
+from .ranks import Group, Ranks, joined, own_device
 from .record import changed_options, check_same_text, make_record, read_record
+from .replica import Replica
 from .schedules import radius_factor, radius_rate, radius_rules, shorten, window_length
+from .sharded import put_whole, read_shards, tensors_of
 from .signals import Stopper, StopRequested, TrainingInterrupted
 from .start import load_start
-from .states import States, all_finite, random_state, set_random_state
+from .states import SHARDS, States, all_finite, random_state, set_random_state
 from .step import StepResult, TrainStep, checkpoint_layers
 from .trackers import open_trackers
 
@@ -60,7 +64,8 @@ class TrainingResult:
     """The model of the last step, its validation loss in nats a token, and the run's extent.
 
     seconds: of training, resumed runs included. reason: why the run ended, in words. more: the
-    command that makes the run longer. text: what it was trained and validated on.
+    command that makes the run longer. text: what it was trained and validated on. first: whether
+    this process is the one of the run that writes files; the model of several is in their parts.
     """
 
     model: CausalLM
@@ -71,6 +76,7 @@ class TrainingResult:
     reason: str = ""
     more: str = ""
     text: EncodedText | None = None
+    first: bool = True
 
 
 def train(
@@ -108,18 +114,28 @@ def train(
         TrainingInterrupted: a signal stopped the run, and its state is saved.
     """
     folder = check_path("output_dir", options.output_dir)
-    device = usable_device(options.device)
+    device = usable_device(own_device(options.device))
     if options.resume and not folder.is_dir():
         raise FileNotFoundError(f"nothing to resume: there is no folder {str(folder)!r}")
     with ExitStack() as stack:
-        if not options.dry_run:
-            stack.enter_context(sole_writer(folder))
-        if not (options.resume or options.overwrite):
-            check_vacant(folder)
+        ranks = stack.enter_context(joined(options, device))
         stack.enter_context(_plain_errors(options))
-        run = _Run(config, text, vocabulary, options, device, source)
+        with ranks.together():
+            if ranks.first:
+                if not options.dry_run:
+                    stack.enter_context(sole_writer(folder))
+                if not (options.resume or options.overwrite):
+                    check_vacant(folder)
+        with ranks.together():
+            run = _Run(config, text, vocabulary, options, device, source, ranks)
+        ranks.agree(run.facts())
+        with ranks.together():
+            run.check_division()
+        run.prepare()
         if options.dry_run:
-            print(run.rehearse())
+            shown = run.rehearse()
+            if ranks.first:
+                print(shown)
         else:
             run.learn()
     return TrainingResult(
@@ -131,6 +147,7 @@ def train(
         run.reason(),
         f"{resume_command(folder)} {run.longer()}",
         run.text,
+        ranks.first,
     )
 
 
@@ -148,16 +165,18 @@ class _Run:
         options: TrainingOptions,
         device: torch.device,
         source: Mapping[str, Any] | None,
+        ranks: Ranks,
     ) -> None:
+        self.ranks = ranks
         self.config, self.vocabulary, self.options = config, vocabulary, options
         self.folder, self.device = Path(options.output_dir), device
         self.states = States(self.folder, options.keep_states)
-        self.display = Display(options.progress)
+        self.display = Display(options.progress and ranks.first)
         check_vocabulary_size(vocabulary, config.vocab_size)
         self.text = self._encode(text)
         self.record = make_record(self.text, vocabulary, options, source)
         self.changes: dict[str, tuple[Any, Any]] = {}
-        state = self._find_state(source) if options.resume else None
+        self.state = self._find_state(source) if options.resume else None
 
         length = config.context_length
         self.held_out = self.text.validation_sample(options.eval_tokens, length)
@@ -170,13 +189,47 @@ class _Run:
         self.total_steps = options.total_steps(self.windows.steps_per_epoch)
         self.display.total_steps = self.total_steps
 
+    def facts(self) -> dict[str, Any]:
+        """What all processes of a run must have in common."""
+        record = self.record
+        return {
+            "versions": record.versions,
+            "text": record.text["sha256"],
+            "vocabulary": self.vocabulary.to_json(),
+            "network": self.config.to_json(),
+            "options": record.options,
+            "state": None if self.state is None else self.state["step"],
+        }
+
+    def check_division(self) -> None:
+        """Raise unless the processes can divide the windows."""
+        options, chunks = self.options, 2 * self.ranks.context
+        lengths = [options.curriculum_length or self.config.context_length]
+        needed = chunks * max(0, getattr(self.config, "conv_width", 0) - 1)
+        if self.ranks.context > 1 and min(*lengths, self.config.context_length) < needed:
+            raise ValueError(
+                f"context_parallel {self.ranks.context} needs windows of at least {needed} tokens, "
+                f"since a convolution looks back from each of the {chunks} chunks, got "
+                f"{min(*lengths, self.config.context_length)}"
+            )
+
+    def prepare(self) -> None:
+        """Make the model, as this process holds it, and take it where its state says."""
+        options, device, state = self.options, self.device, self.state
         torch.manual_seed(options.seed)
-        self.model = make_model(config).to(device)
+        model = make_model(self.config).to(device)
+        if options.precision == "float64":
+            model = model.double()
         if options.init_from is not None and state is None:
-            load_start(self.model, options.init_from)
+            load_start(model, options.init_from)
         if options.gradient_checkpointing:
-            checkpoint_layers(self.model)
-        self.train_step = TrainStep(self.model, options, device)
+            checkpoint_layers(model)
+        self.model, self.parameters = model, parameters(model)
+        self.replica = make_replica(model, options, self.ranks)
+        self.train_step = TrainStep(model, options, device, self.replica)
+        if self.ranks.rank > 0:
+            # Random draws in training are each process's own.
+            torch.manual_seed(options.seed + self.ranks.rank)
         self.rules = radius_rules(self.model)
         self.step, self.validation_loss, self.best, self.stale = 0, math.nan, math.inf, 0
         self.interval, self.pending, seconds_before = Interval(), None, 0.0
@@ -186,16 +239,18 @@ class _Run:
             self._restore(state)
         self.first_step, self.saved_step = self.step, self.step if state is not None else None
         self.start = time.perf_counter() - seconds_before
-        self.stopper = Stopper()
+        self.heard = seconds_before
+        self.stopper = Stopper(repeats=self.ranks.size > 1)
 
     def _encode(self, text: TextSplit | TextSource) -> EncodedText:
         try:
-            return encode_text(
-                text,
-                self.vocabulary,
-                None if self.options.dry_run else self.folder,
-                progress=self.display.terminal,
-            )
+            with self.ranks.first_alone("encoded"):
+                return encode_text(
+                    text,
+                    self.vocabulary,
+                    None if self.options.dry_run else self.folder,
+                    progress=self.display.terminal,
+                )
         except UnknownCharacterError as error:
             if self.options.resume:
                 # The vocabulary of the run has every character of its text.
@@ -220,9 +275,7 @@ class _Run:
     def _restore(self, state: dict[str, Any]) -> None:
         check_same_model(state, self.config, self.vocabulary)
         try:
-            self.model.load_state_dict(state["model"])
-            self.train_step.load_state_dict(state["learner"])
-            set_random_state(state["random_state"], self.device)
+            self._restore_learner(state)
             self.step, self.stale = state["step"], state["stale"]
             self.validation_loss = state["validation_loss"]
             self.best = state["best_validation_loss"]
@@ -236,6 +289,24 @@ class _Run:
                 f"{first_line(error)}"
             ) from None
 
+    def _restore_learner(self, state: dict[str, Any]) -> None:
+        step, shards = self.train_step, state.get(SHARDS)
+        if shards is not None:
+            read_shards(Path(shards), self.model, step.optimizer)
+            step.scaler.load_state_dict(state["scaler"])
+        elif self.ranks.size > 1:
+            put_whole(state, self.model, step.optimizer)
+            step.scaler.load_state_dict(state["learner"]["scaler"])
+        else:
+            self.model.load_state_dict(state["model"])
+            step.load_state_dict(state["learner"])
+        drawn = state.get("random_states", [state["random_state"]])
+        if len(drawn) == self.ranks.size:
+            set_random_state(drawn[self.ranks.rank], self.device)
+        else:
+            # Another number of processes draws anew.
+            torch.manual_seed(self.options.seed + 1_000_003 * state["step"] + self.ranks.rank)
+
     def _encode_prompt(self) -> Tensor | None:
         if self.options.sample_prompt is None:
             return None
@@ -248,12 +319,22 @@ class _Run:
         """How long the run has taken, its earlier parts included."""
         return time.perf_counter() - self.start
 
+    def clock(self) -> float:
+        """The seconds by which the run goes: the same in all processes."""
+        return self.seconds() if self.ranks.size == 1 else self.heard
+
+    def _listen(self) -> None:
+        """Learn of signals that came to other processes, and of the time there."""
+        if self.ranks.size > 1:
+            number, self.heard = self.ranks.largest(self.stopper.signal or 0, self.seconds())
+            self.stopper.signal = int(number) or None
+
     def progress(self) -> float:
         """How much of the run is behind, in [0, 1]."""
         options = self.options
         progress = 0.0 if self.total_steps is None else self.step / self.total_steps
         if options.max_seconds is not None:
-            progress = max(progress, self.seconds() / options.max_seconds)
+            progress = max(progress, self.clock() / options.max_seconds)
         if self._out_of_patience():
             progress = 1.0
         return min(progress, 1.0)
@@ -292,10 +373,11 @@ class _Run:
         """Step after step until the end, with the files of the run."""
         if self.options.overwrite:
             forget_trackers(self.folder)
-        with open_trackers(
-            self.options.trackers, self.folder, self.config, self.step
-        ) as self.trackers:
-            self._prepare_folder()
+        trackers = self.options.trackers if self.ranks.first else ()
+        with open_trackers(trackers, self.folder, self.config, self.step) as self.trackers:
+            with self.ranks.together():
+                if self.ranks.first:
+                    self._prepare_folder()
             self.display.header(self.header())
             with self.stopper.listening(), self.display.running(self.progress()):
                 self.model.train()
@@ -303,6 +385,7 @@ class _Run:
                     self._close_interval(self.pending, evaluate_now=True)
                 while (progress := self.progress()) < 1:
                     taken, length = self._take_step(progress)
+                    self._listen()
                     last = self.progress() >= 1
                     if last or self._writes_line(self.step):
                         line = self._measure(taken, length)
@@ -337,7 +420,7 @@ class _Run:
         rows = [
             *self.text.report(self.config.context_length, options.eval_tokens),
             ("vocabulary", f"{self.vocabulary.kind}, {self.vocabulary.size:,} tokens"),
-            ("model", f"{self.config.architecture}, {parameters(self.model):,} parameters, "
+            ("model", f"{self.config.architecture}, {self.parameters:,} parameters, "
                       f"context {self.config.context_length}"),
             ("device", f"{self.device}, {options.precision}, {torch.get_num_threads()} threads"),
             ("run", f"{length} of {batch} into {options.output_dir} "
@@ -345,12 +428,21 @@ class _Run:
         ]  # fmt: skip
         if options.max_seconds is not None:
             rows.append(("time", f"at most {options.max_seconds:g} s (max_seconds)"))
+        if self.ranks.size > 1:
+            rows.append(("processes", self._division()))
         if options.init_from is not None and not options.resume:
             rows.append(("starts from", str(options.init_from)))
         if options.resume:
             rows.append(("resumes", f"after step {self.step:,}"))
         rows += [("changed", f"{name} {old} -> {new}") for name, (old, new) in self.changes.items()]
         return rows
+
+    def _division(self) -> str:
+        ranks = self.ranks
+        return (
+            f"{ranks.size}: {ranks.data} of data ({self.options.parallel or 'ddp'}) x "
+            f"{ranks.context} of context x {ranks.pipeline} of pipeline"
+        )
 
     def _writes_line(self, step: int) -> bool:
         options = self.options
@@ -364,7 +456,8 @@ class _Run:
         """Learn from the next batch; returns also the length of its windows."""
         options = self.options
         length = window_length(progress, self.config.context_length, options)
-        batch = shorten(self.windows.batch(self.step), length).to(self.device)
+        rows = self.ranks.rows(options.batch_size)
+        batch = shorten(self.windows.batch(self.step, rows), length).to(self.device)
         # With a time limit any step may turn out to be the last, which has a line.
         measured = (
             self._writes_line(self.step + 1)
@@ -373,14 +466,15 @@ class _Run:
         )
         with radius_rate(self.rules, radius_factor(progress, options.radius_warmup)):
             taken = self.train_step(batch, progress, return_layers=measured)
-        self.interval.add(taken.loss, batch.numel())
+        self.interval.add(taken.loss, batch.numel() * self.ranks.data)
         self.step, self.last_batch = self.step + 1, batch
         self.display.step(self.step, self.progress())
         return taken, length
 
     def _measure(self, taken: StepResult, length: int) -> dict[str, Any]:
         """The line of metrics of the interval that ends here."""
-        numbers = self.interval.fetch(taken)
+        numbers = self.interval.fetch(taken, self.ranks, length)
+        (peak,) = self.ranks.largest(peak_memory(self.device))
         self._check_losses(numbers.losses, taken.rate)
         line = {
             "step": self.step,
@@ -390,7 +484,7 @@ class _Run:
             "gradient_norm": numbers.gradient_norm,
             "window_length": length,
             "tokens_per_second": self.interval.tokens_per_second(time.perf_counter()),
-            "peak_memory_mb": peak_memory(self.device) / 2**20,
+            "peak_memory_mb": peak / 2**20,
             "elapsed_seconds": self.seconds(),
             **numbers.layers,
         }
@@ -402,14 +496,15 @@ class _Run:
         self.interval, self.pending = Interval(), None
         if evaluate_now:
             self._evaluate(line)
-        append_line(self.folder / METRICS_FILE, line)
+        if self.ranks.first:
+            append_line(self.folder / METRICS_FILE, line)
         for tracker in self.trackers:
             tracker.log(self.step, line)
         if evaluate_now:
             self.stale += 1
             if self.validation_loss < self.best:
                 self.best, self.stale = self.validation_loss, 0
-                save_model(self.folder, self.model, self.vocabulary)
+                self._save_model()
         if evaluate_now or self._due(self.options.save_interval):
             self._save(known_good=evaluate_now)
         self.interval = Interval()
@@ -423,9 +518,9 @@ class _Run:
         try:
             with (
                 self.display.evaluating(self.model, tokens),
-                self.stopper.interrupting(self.model),
+                self.stopper.interrupting(self.model, self._listen),
             ):
-                loss = evaluate(self.model, self.held_out, self.options.batch_size)
+                loss = self._loss_of_held_out()
         except StopRequested:
             set_random_state(before, self.device)
             self.pending = line
@@ -442,6 +537,19 @@ class _Run:
             with self._random_numbers_kept():
                 line["sample"] = self._sample(self.prompt)
             self.display.say(line["sample"])
+
+    def _loss_of_held_out(self) -> float:
+        if self.ranks.size == 1:
+            return evaluate(self.model, self.held_out, self.options.batch_size)
+        with evaluating(self.model):
+            return self.replica.evaluate(self.held_out, self.options.batch_size)
+
+    def _save_model(self) -> None:
+        """Write the model file, from the weights of all processes."""
+        weights = self.replica.weights()
+        with self.ranks.together():
+            if self.ranks.first:
+                save_model(self.folder, self.model, self.vocabulary, weights)
 
     def _sample(self, prompt: Tensor) -> str:
         generator = torch.Generator(self.device).manual_seed(self.options.seed)
@@ -481,8 +589,6 @@ class _Run:
         state = {
             "config": self.config.to_json(),
             "vocabulary": self.vocabulary.to_json(),
-            "model": self.model.state_dict(),
-            "learner": self.train_step.state_dict(),
             "random_state": random_state(self.device),
             "step": self.step,
             "seconds": self.seconds(),
@@ -492,16 +598,28 @@ class _Run:
             "interval": self.interval.state_dict(),
             "pending": self.pending,
         }
-        if not (known_good or self._loss_is_finite()) or not all_finite(
-            (state["model"], state["learner"])
-        ):
+        divided = self.ranks.size > 1
+        if divided:
+            tensors = tensors_of(self.model, self.train_step.optimizer)
+            state["scaler"] = self.train_step.scaler.state_dict()
+            state["random_states"] = self.ranks.gathered(state["random_state"])
+        else:
+            tensors = {
+                "model": self.model.state_dict(),
+                "learner": self.train_step.state_dict(),
+            }
+        good = known_good or self._loss_is_finite()
+        if not self.ranks.all(good and all_finite(tensors)):
             raise NonFiniteLossError(
                 f"step {self.step} left weights that are not finite or have no finite loss; "
                 f"{self._remedy()}"
             )
         if self.best == math.inf:
-            save_model(self.folder, self.model, self.vocabulary)
-        self.states.save(state)
+            self._save_model()
+        if divided:
+            self.states.save_shards(tensors, state, self.ranks)
+        else:
+            self.states.save({**state, **tensors})
         self.saved_step = self.step
 
     @torch.no_grad()
@@ -512,7 +630,7 @@ class _Run:
         # A part that is known to fit into memory.
         batch = batch.chunk(self.options.accumulation)[0]
         with self._random_numbers_kept(), evaluating(self.model):
-            return bool(self.model(batch, labels=batch).cross_entropy.isfinite())
+            return self.replica.finite_loss(batch)
 
     def _check_losses(self, losses: list[float], rate: float) -> None:
         """Raise for the first loss that is not finite; the last one is of this step."""
@@ -532,7 +650,7 @@ class _Run:
 
     def rehearse(self) -> str:
         """What a run would be like: header, shapes, memory, and one step on the first batch."""
-        window = self.windows.batch(self.step)
+        window = self.windows.batch(self.step, self.ranks.rows(self.options.batch_size))
         shapes = {name: tuple(p.shape) for name, p in self.model.named_parameters()}
         width = max(map(len, shapes))
         weights = sum(p.numel() * p.element_size() for p in self.model.parameters())
@@ -542,7 +660,7 @@ class _Run:
         self.model.train()
         begin = time.perf_counter()
         with radius_rate(self.rules, radius_factor(progress, self.options.radius_warmup)):
-            loss = self.train_step(batch, progress).loss.item()
+            loss = self.ranks.sum(self.train_step(batch, progress).loss).item() / self.ranks.data
         seconds = time.perf_counter() - begin
         rows = [f"{name:11} {text}" for name, text in self.header()]
         rows += ["parameters", *(f"  {name:{width}} {shape}" for name, shape in shapes.items())]
@@ -555,6 +673,13 @@ class _Run:
             "dry run: nothing was written",
         ]
         return "\n".join(rows)
+
+
+def make_replica(model: CausalLM, options: TrainingOptions, ranks: Ranks) -> Replica:
+    """The model as the processes of a run hold it."""
+    if isinstance(ranks, Group) and ranks.pipeline > 1:
+        return PipelinedReplica(model, options, ranks)
+    return Replica(model, options, ranks)
 
 
 def resume_command(folder: Path) -> str:

@@ -163,9 +163,7 @@ def split_steps(mesh):
             inputs = [states, dt, skip, number]
             expected = evolve(states, 0.1 * dt, **given)
             loss = (expected.states * weight).sum()
-            gradients = torch.autograd.grad(
-                loss, inputs, allow_unused=True, materialize_grads=True
-            )
+            gradients = torch.autograd.grad(loss, inputs, allow_unused=True, materialize_grads=True)
             with context_parallel(mesh, length):
                 found = evolve(shard(states, mesh, -2), 0.1 * shard(dt, mesh, -1), **given)
                 loss = (found.states * shard(weight, mesh, -2)).sum()

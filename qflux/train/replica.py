@@ -1,0 +1,130 @@
+"""A model as the processes of a run hold it: whole, whole in each, or in shards."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from ..models.base import CausalLM
+from ..models.output import LayerRecord
+from ..text.windows import IGNORED_LABEL, evaluation_batches
+from .options import TrainingOptions
+from .ranks import Ranks
+
+
+class Replica:
+    """A model and how its gradients come about.
+
+    With one process it is the model. With several, `parallel="ddp"` keeps it whole in each and
+    `"fsdp"` in shards; either way gradients are reduced once a step, by the last part of a batch.
+
+    Args:
+        model: of this process; its weights are the same in all processes.
+        options: `parallel`, `accumulation` and `compile` count.
+        ranks: the processes of the run.
+    """
+
+    def __init__(self, model: CausalLM, options: TrainingOptions, ranks: Ranks) -> None:
+        self.model, self.options, self.ranks = model, options, ranks
+        called: nn.Module = model
+        if ranks.replicas is not None and options.parallel == "fsdp":
+            for layer in model.layers:
+                fully_shard(layer, mesh=ranks.replicas)
+            fully_shard(model, mesh=ranks.replicas)
+        elif ranks.replicas is not None and ranks.replicas.size() > 1:
+            called = DistributedDataParallel(
+                model, process_group=ranks.replicas.get_group(), broadcast_buffers=False
+            )
+        self.called = called
+        # Evaluation and sampling stay with the model itself: their shapes would compile it anew.
+        self.forward: Any = torch.compile(called) if options.compile else called
+
+    def backward(
+        self,
+        batch: Tensor,
+        autocast: Callable[[], AbstractContextManager[object]],
+        scaler: torch.amp.GradScaler,
+        return_layers: bool,
+    ) -> tuple[Tensor, tuple[LayerRecord, ...]]:
+        """Add the gradients of a batch `(B, S)`, this process's rows.
+
+        Returns:
+            this process's share of the loss, which add up to `data` times that of the whole batch,
+            and the records of the layers.
+        """
+        loss, layers = torch.zeros((), device=batch.device), ()
+        parts = batch.chunk(self.options.accumulation)
+        with self.ranks.sequences(batch.shape[1]):
+            for at, part in enumerate(parts):
+                ids = self.ranks.part(part)
+                with self.reducing(at == len(parts) - 1):
+                    with autocast():
+                        output = self.forward(ids, labels=ids, return_layers=return_layers)
+                    mean = output.loss * (len(part) / len(batch))
+                    # Reducing takes the mean over processes, and shares of a sequence add up.
+                    scaler.scale(mean * self.ranks.context).backward()
+                loss, layers = loss + mean.detach(), output.layers
+        return loss, layers
+
+    @contextmanager
+    def reducing(self, now: bool) -> Iterator[None]:
+        """Meanwhile a backward reduces gradients over the processes, or leaves it to a later one."""
+        if isinstance(self.called, FSDPModule):
+            self.called.set_requires_gradient_sync(now)
+            yield
+        elif isinstance(self.called, DistributedDataParallel) and not now:
+            with self.called.no_sync():
+                yield
+        else:
+            yield
+
+    def clip(self, parameters: Sequence[nn.Parameter], largest: float) -> Tensor:
+        """Scale the gradients down to a norm; returns the norm they had."""
+        return whole(nn.utils.clip_grad_norm_(parameters, largest))
+
+    @torch.no_grad()
+    def loss_sum(self, ids: Tensor, labels: Tensor) -> Tensor:
+        """This process's share of the summed loss of windows `(B, S)` in evaluation."""
+        with self.ranks.sequences(ids.shape[1]):
+            ids, labels = self.ranks.part(ids), self.ranks.part(labels)
+            return self.model(ids, labels=labels, num_labels=1).cross_entropy
+
+    def evaluate(self, works: Sequence[Tensor], batch_size: int) -> float:
+        """`qflux.evaluate` by all processes together, in equal rounds."""
+        ranks, device = self.ranks, next(self.model.parameters()).device
+        total, tokens = torch.zeros((), dtype=torch.float64), 0
+        rows = -(-batch_size // ranks.data)
+        for ids, labels in evaluation_batches(works, self.model.config.context_length, batch_size):
+            tokens += int((labels[:, 1:] != IGNORED_LABEL).sum())
+            own = slice(ranks.data_rank, None, ranks.data)
+            # Windows that count for nothing: whoever shares weights needs this process.
+            missing = rows - len(ids[own])
+            ids = torch.cat((ids[own], ids[:1].expand(missing, -1)))
+            nothing = torch.full_like(labels[:1], IGNORED_LABEL).expand(missing, -1)
+            labels = torch.cat((labels[own], nothing))
+            total += self.loss_sum(ids.to(device), labels.to(device)).cpu()
+        return ranks.sum(total).item() / tokens
+
+    def finite_loss(self, batch: Tensor) -> bool:
+        """Whether a batch `(B, S)` of the rows of this process has a finite loss, in all of them."""
+        return self.ranks.all(bool(self.loss_sum(batch, batch).isfinite()))
+
+    def weights(self) -> dict[str, Tensor]:
+        """All weights by name, on the CPU of the first process; others may get none of them."""
+        if self.ranks.size == 1:
+            return {name: value.detach().cpu() for name, value in self.model.state_dict().items()}
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        return get_model_state_dict(self.model, options=options)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The tensor of which this process may have a shard."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

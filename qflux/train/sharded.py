@@ -1,0 +1,117 @@
+"""Training states of several processes: each writes its part, and any number of them reads it.
+
+A state is a folder of `torch.distributed.checkpoint` with what is no weight in `run.pt` beside it.
+Its tensors go by the names of the parameters and not by processes.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_state_dict,
+    set_state_dict,
+)
+
+from .checkpoint import first_line
+from .ranks import Ranks
+
+RUN_PART = "run.pt"
+_OPTIONS = StateDictOptions(cpu_offload=True)
+
+
+def tensors_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Weights and the state of their optimiser, by the names of the parameters."""
+    weights, moments = get_state_dict(model, optimizer, options=_OPTIONS)
+    return {"model": weights, "optimizer": moments}
+
+
+def write_shards(path: Path, tensors: dict[str, Any], plain: dict[str, Any], ranks: Ranks) -> None:
+    """Write a state: whatever happens meanwhile, the folder at `path` is not there or whole.
+
+    Args:
+        path: where it will be.
+        tensors: as `tensors_of` gives them, a part of them in each process.
+        plain: the rest, that of the first process counts.
+        ranks: all processes, each of which has to call this.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    if ranks.first:
+        shutil.rmtree(temporary, ignore_errors=True)
+    ranks.gathered(None)
+    dcp.save(tensors, checkpoint_id=temporary)
+    if ranks.first:
+        with open(temporary / RUN_PART, "wb") as stream:
+            torch.save(plain, stream)
+            stream.flush()
+            os.fsync(stream.fileno())
+        shutil.rmtree(path, ignore_errors=True)
+        os.replace(temporary, path)
+    ranks.gathered(None)
+
+
+def read_plain(path: Path) -> dict[str, Any]:
+    """What a state has beside its tensors.
+
+    Raises:
+        ValueError: it is broken; names the folder.
+    """
+    try:
+        return torch.load(path / RUN_PART, map_location="cpu", weights_only=True)
+    # A broken archive raises errors of zip, pickle, PyTorch and the system alike.
+    except Exception as error:
+        raise ValueError(f"{str(path)!r} cannot be read ({first_line(error)})") from None
+
+
+def read_shards(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Put the tensors of a state into a model and its optimiser, however these are divided.
+
+    Raises:
+        ValueError: the state is broken or of another model; names the folder.
+    """
+    tensors = tensors_of(model, optimizer)
+    try:
+        dcp.load(tensors, checkpoint_id=path, no_dist=not dist.is_initialized())
+    except (dcp.api.CheckpointException, RuntimeError, ValueError, OSError) as error:
+        raise ValueError(f"{str(path)!r} cannot be read ({first_line(error)})") from None
+    set_state_dict(
+        model,
+        optimizer,
+        model_state_dict=tensors["model"],
+        optim_state_dict=tensors["optimizer"],
+    )
+
+
+def put_whole(state: dict[str, Any], model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Put the state of a run of one process into a model and an optimiser that are divided.
+
+    Args:
+        state: weights by name, and the state of the optimiser by the order of its parameters.
+        model, optimizer: of this process, with the parameters in that order.
+    """
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    ordered = [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
+    moments = state["learner"]["optimizer"]
+    groups, at = [], 0
+    for group in moments["param_groups"]:
+        count = len(group["params"])
+        groups.append({**group, "params": ordered[at : at + count]})
+        at += count
+    set_state_dict(
+        model,
+        optimizer,
+        model_state_dict=state["model"],
+        optim_state_dict={
+            "state": {ordered[number]: value for number, value in moments["state"].items()},
+            "param_groups": groups,
+        },
+        options=StateDictOptions(full_state_dict=True),
+    )
