@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from qflux_kernels import evolve, interact, project_norm
 from qflux_kernels.reference import move_radius
 
-from .base import CausalLM, Reading
 from ..parallel import current_split
+from .base import CausalLM, Reading
 from .config import SCORES, PublishedConfig, radius_of, score_options
 from .embedding import (
     CylinderEmbedding,

@@ -31,9 +31,9 @@ def context_parallel(mesh: DeviceMesh, length: int | None = None) -> Iterator[Se
     ranks a few cylinders at a time, while pairs of others are computed, and again in the backward,
     so that between them a rank keeps its part alone. `lengths` are those of whole sequences.
 
-    The losses of a model are this rank's share: they add up to that of the whole over the ranks, and
-    so do the gradients of its parameters. Forward and backward belong inside. What a rank draws for
-    dropout is its own. Every rank of the mesh has to make the same calls in the same order.
+    The losses of a model are this rank's share: over the ranks they add up to that of the whole,
+    and so do the gradients of its parameters. Forward and backward belong inside. What a rank draws
+    for dropout is its own. Every rank of the mesh has to make the same calls in the same order.
 
     Args:
         mesh: of one dimension, the ranks that share sequences.

@@ -456,8 +456,7 @@ class _Run:
         """Learn from the next batch; returns also the length of its windows."""
         options = self.options
         length = window_length(progress, self.config.context_length, options)
-        rows = self.ranks.rows(options.batch_size)
-        batch = shorten(self.windows.batch(self.step, rows), length).to(self.device)
+        batch = shorten(self._windows(), length).to(self.device)
         # With a time limit any step may turn out to be the last, which has a line.
         measured = (
             self._writes_line(self.step + 1)
@@ -470,6 +469,12 @@ class _Run:
         self.step, self.last_batch = self.step + 1, batch
         self.display.step(self.step, self.progress())
         return taken, length
+
+    def _windows(self) -> Tensor:
+        """The windows of the next step that are this process's."""
+        if self.ranks.data == 1:
+            return self.windows.batch(self.step)
+        return self.windows.batch(self.step, self.ranks.rows(self.options.batch_size))
 
     def _measure(self, taken: StepResult, length: int) -> dict[str, Any]:
         """The line of metrics of the interval that ends here."""
@@ -650,7 +655,7 @@ class _Run:
 
     def rehearse(self) -> str:
         """What a run would be like: header, shapes, memory, and one step on the first batch."""
-        window = self.windows.batch(self.step, self.ranks.rows(self.options.batch_size))
+        window = self._windows()
         shapes = {name: tuple(p.shape) for name, p in self.model.named_parameters()}
         width = max(map(len, shapes))
         weights = sum(p.numel() * p.element_size() for p in self.model.parameters())

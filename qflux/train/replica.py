@@ -76,7 +76,7 @@ class Replica:
 
     @contextmanager
     def reducing(self, now: bool) -> Iterator[None]:
-        """Meanwhile a backward reduces gradients over the processes, or leaves it to a later one."""
+        """Meanwhile a backward reduces gradients, or leaves that to a later one."""
         if isinstance(self.called, FSDPModule):
             self.called.set_requires_gradient_sync(now)
             yield
@@ -114,7 +114,7 @@ class Replica:
         return ranks.sum(total).item() / tokens
 
     def finite_loss(self, batch: Tensor) -> bool:
-        """Whether a batch `(B, S)` of the rows of this process has a finite loss, in all of them."""
+        """Whether batches `(B, S)`, one in each process, all have a finite loss."""
         return self.ranks.all(bool(self.loss_sum(batch, batch).isfinite()))
 
     def weights(self) -> dict[str, Tensor]:
