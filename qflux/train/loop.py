@@ -665,14 +665,15 @@ class _Run:
         self.model.train()
         begin = time.perf_counter()
         with radius_rate(self.rules, radius_factor(progress, self.options.radius_warmup)):
-            loss = self.ranks.sum(self.train_step(batch, progress).loss).item() / self.ranks.data
+            loss = self.ranks.sum(self.train_step(batch, progress).loss.double())
         seconds = time.perf_counter() - begin
         rows = [f"{name:11} {text}" for name, text in self.header()]
         rows += ["parameters", *(f"  {name:{width}} {shape}" for name, shape in shapes.items())]
         rows += [
             f"memory      {weights / 2**20:,.1f} MB of weights, "
             f"{peak_memory(self.device) / 2**20:,.0f} MB in all after one step",
-            f"first batch {tuple(batch.shape)} tokens, loss {loss:.3f} nats/token, "
+            f"first batch {tuple(batch.shape)} tokens, "
+            f"loss {loss.item() / self.ranks.data:.3f} nats/token, "
             f"{seconds:.3g} s with what happens once",
             f"its window  {self.vocabulary.decode(batch[0][:60])!r}",
             "dry run: nothing was written",

@@ -72,7 +72,8 @@ class Interval:
         else:
             with ranks.sequences(length):
                 table = [reduced_metrics(layer, ranks, length) for layer in last.layers]
-            losses = list(ranks.sum(torch.stack(losses)) / ranks.data)
+            # In one precision: a process without the last layers has zeros of its own.
+            losses = list(ranks.sum(torch.stack(losses).double()) / ranks.data)
         names = list(table[0]) if table else []
         values = [metrics[name] for metrics in table for name in names]
         *numbers, norm = torch.stack([*values, *losses, last.norm]).tolist()

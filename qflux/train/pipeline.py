@@ -14,9 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from torch.distributed.fsdp import fully_shard
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
-from torch.nn.parallel import DistributedDataParallel
 
 from ..models.base import CausalLM, next_token_loss
 from ..models.embedding import flatten_states, rotate
@@ -24,7 +22,7 @@ from ..models.lm import QuantumFluxLM
 from ..models.output import LayerRecord
 from .options import TrainingOptions
 from .ranks import Group
-from .replica import Replica, whole
+from .replica import Replica, in_shards, replicated, whole
 
 
 def check_divisible(model: CausalLM, stages: int) -> QuantumFluxLM:
@@ -107,14 +105,10 @@ class PipelinedReplica(Replica):
         self.stage = Stage(divided)
         self.called: nn.Module = self.stage
         if options.parallel == "fsdp":
-            for layer in divided.layers:
-                if not isinstance(layer, nn.Identity):
-                    fully_shard(layer, mesh=ranks.replicas)
-            fully_shard(self.stage, mesh=ranks.replicas)
+            own = [layer for layer in divided.layers if not isinstance(layer, nn.Identity)]
+            in_shards(self.stage, own, ranks.replicas)
         elif ranks.replicas.size() > 1:
-            self.called = DistributedDataParallel(
-                self.stage, process_group=ranks.replicas.get_group(), broadcast_buffers=False
-            )
+            self.called = replicated(self.stage, ranks.replicas)
         # A schedule is for one shape of its parts.
         self._schedules: dict[tuple[bool, torch.Size], Any] = {}
 

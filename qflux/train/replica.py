@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from inspect import signature
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
@@ -18,6 +21,29 @@ from ..models.output import LayerRecord
 from ..text.windows import IGNORED_LABEL, evaluation_batches
 from .options import TrainingOptions
 from .ranks import Ranks
+
+# PyTorch 2.13 renames it and warns of the old name. Buffers never change.
+_KEPT_BUFFERS: dict[str, Any] = {
+    name: False
+    for name in ("forward_sync_buffers", "broadcast_buffers")
+    if name in signature(DistributedDataParallel).parameters
+}
+if len(_KEPT_BUFFERS) > 1:
+    del _KEPT_BUFFERS["broadcast_buffers"]
+
+
+def replicated(module: nn.Module, replicas: DeviceMesh) -> nn.Module:
+    """The module whole in each process, with gradients that are reduced."""
+    return DistributedDataParallel(module, process_group=replicas.get_group(), **_KEPT_BUFFERS)
+
+
+def in_shards(module: nn.Module, layers: Iterable[nn.Module], replicas: DeviceMesh) -> None:
+    """Give each process a shard of the module's weights; those of a layer come together."""
+    # Nothing changes what a layer returns in place, which is what it warns of.
+    warnings.filterwarnings("ignore", message=".*returned a view tensor", category=UserWarning)
+    for layer in layers:
+        fully_shard(layer, mesh=replicas)
+    fully_shard(module, mesh=replicas)
 
 
 class Replica:
@@ -36,13 +62,9 @@ class Replica:
         self.model, self.options, self.ranks = model, options, ranks
         called: nn.Module = model
         if ranks.replicas is not None and options.parallel == "fsdp":
-            for layer in model.layers:
-                fully_shard(layer, mesh=ranks.replicas)
-            fully_shard(model, mesh=ranks.replicas)
+            in_shards(model, model.layers, ranks.replicas)
         elif ranks.replicas is not None and ranks.replicas.size() > 1:
-            called = DistributedDataParallel(
-                model, process_group=ranks.replicas.get_group(), broadcast_buffers=False
-            )
+            called = replicated(model, ranks.replicas)
         self.called = called
         # Evaluation and sampling stay with the model itself: their shapes would compile it anew.
         self.forward: Any = torch.compile(called) if options.compile else called
