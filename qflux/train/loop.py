@@ -42,15 +42,14 @@ from .evaluation import evaluate
 from .folder import check_vacant, clear, forget_trackers, sole_writer
 from .metrics import METRICS_FILE, Interval, append_line, drop_lines_after, peak_memory
 from .options import DEFAULT_EPOCHS, TrainingOptions
-from .pipeline import PipelinedReplica
-from .ranks import Group, Ranks, joined, own_device
+from .pipeline import make_replica
+from .ranks import Ranks, check_windows, joined, own_device
 from .record import changed_options, check_same_text, make_record, read_record
-from .replica import Replica
 from .schedules import radius_factor, radius_rate, radius_rules, shorten, window_length
-from .sharded import put_whole, read_shards, tensors_of
+from .sharded import restore, tensors_of
 from .signals import Stopper, StopRequested, TrainingInterrupted
 from .start import load_start
-from .states import SHARDS, States, all_finite, random_state, set_random_state
+from .states import States, all_finite, random_state, set_random_state
 from .step import StepResult, TrainStep, checkpoint_layers
 from .trackers import open_trackers
 
@@ -130,7 +129,7 @@ def train(
             run = _Run(config, text, vocabulary, options, device, source, ranks)
         ranks.agree(run.facts())
         with ranks.together():
-            run.check_division()
+            check_windows(config, options)
         run.prepare()
         if options.dry_run:
             shown = run.rehearse()
@@ -201,18 +200,6 @@ class _Run:
             "state": None if self.state is None else self.state["step"],
         }
 
-    def check_division(self) -> None:
-        """Raise unless the processes can divide the windows."""
-        options, chunks = self.options, 2 * self.ranks.context
-        lengths = [options.curriculum_length or self.config.context_length]
-        needed = chunks * max(0, getattr(self.config, "conv_width", 0) - 1)
-        if self.ranks.context > 1 and min(*lengths, self.config.context_length) < needed:
-            raise ValueError(
-                f"context_parallel {self.ranks.context} needs windows of at least {needed} tokens, "
-                f"since a convolution looks back from each of the {chunks} chunks, got "
-                f"{min(*lengths, self.config.context_length)}"
-            )
-
     def prepare(self) -> None:
         """Make the model, as this process holds it, and take it where its state says."""
         options, device, state = self.options, self.device, self.state
@@ -275,7 +262,12 @@ class _Run:
     def _restore(self, state: dict[str, Any]) -> None:
         check_same_model(state, self.config, self.vocabulary)
         try:
-            self._restore_learner(state)
+            drawn = restore(state, self.train_step, self.ranks)
+            if drawn is None:
+                # Another number of processes draws anew.
+                torch.manual_seed(self.options.seed + 1_000_003 * state["step"] + self.ranks.rank)
+            else:
+                set_random_state(drawn, self.device)
             self.step, self.stale = state["step"], state["stale"]
             self.validation_loss = state["validation_loss"]
             self.best = state["best_validation_loss"]
@@ -288,24 +280,6 @@ class _Run:
                 f"the training state in {str(self.folder)!r} does not fit this run: "
                 f"{first_line(error)}"
             ) from None
-
-    def _restore_learner(self, state: dict[str, Any]) -> None:
-        step, shards = self.train_step, state.get(SHARDS)
-        if shards is not None:
-            read_shards(Path(shards), self.model, step.optimizer)
-            step.scaler.load_state_dict(state["scaler"])
-        elif self.ranks.size > 1:
-            put_whole(state, self.model, step.optimizer)
-            step.scaler.load_state_dict(state["learner"]["scaler"])
-        else:
-            self.model.load_state_dict(state["model"])
-            step.load_state_dict(state["learner"])
-        drawn = state.get("random_states", [state["random_state"]])
-        if len(drawn) == self.ranks.size:
-            set_random_state(drawn[self.ranks.rank], self.device)
-        else:
-            # Another number of processes draws anew.
-            torch.manual_seed(self.options.seed + 1_000_003 * state["step"] + self.ranks.rank)
 
     def _encode_prompt(self) -> Tensor | None:
         if self.options.sample_prompt is None:
@@ -429,20 +403,13 @@ class _Run:
         if options.max_seconds is not None:
             rows.append(("time", f"at most {options.max_seconds:g} s (max_seconds)"))
         if self.ranks.size > 1:
-            rows.append(("processes", self._division()))
+            rows.append(("processes", self.ranks.describe(options)))
         if options.init_from is not None and not options.resume:
             rows.append(("starts from", str(options.init_from)))
         if options.resume:
             rows.append(("resumes", f"after step {self.step:,}"))
         rows += [("changed", f"{name} {old} -> {new}") for name, (old, new) in self.changes.items()]
         return rows
-
-    def _division(self) -> str:
-        ranks = self.ranks
-        return (
-            f"{ranks.size}: {ranks.data} of data ({self.options.parallel or 'ddp'}) x "
-            f"{ranks.context} of context x {ranks.pipeline} of pipeline"
-        )
 
     def _writes_line(self, step: int) -> bool:
         options = self.options
@@ -679,13 +646,6 @@ class _Run:
             "dry run: nothing was written",
         ]
         return "\n".join(rows)
-
-
-def make_replica(model: CausalLM, options: TrainingOptions, ranks: Ranks) -> Replica:
-    """The model as the processes of a run hold it."""
-    if isinstance(ranks, Group) and ranks.pipeline > 1:
-        return PipelinedReplica(model, options, ranks)
-    return Replica(model, options, ranks)
 
 
 def resume_command(folder: Path) -> str:

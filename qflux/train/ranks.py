@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from ..models.config import ModelConfig
 from ..parallel import context_parallel, shard
 from .checkpoint import first_line
 from .options import TrainingOptions
@@ -45,6 +46,13 @@ class Ranks:
     context = 1
     pipeline, stage = 1, 0
     replicas: DeviceMesh | None = None
+
+    def describe(self, options: TrainingOptions) -> str:
+        """How the processes divide the work, in words."""
+        return (
+            f"{self.size}: {self.data} of data ({options.parallel or 'ddp'}) x "
+            f"{self.context} of context x {self.pipeline} of pipeline"
+        )
 
     @property
     def first(self) -> bool:
@@ -238,6 +246,18 @@ def check_ranks(options: TrainingOptions, size: int) -> None:
         )
     if options.compile and context * pipeline > 1:
         raise ValueError("compile goes with neither context_parallel nor pipeline_parallel")
+
+
+def check_windows(config: ModelConfig, options: TrainingOptions) -> None:
+    """Raise unless windows can be split over the processes that share sequences."""
+    chunks = 2 * options.context_parallel
+    shortest = min(options.curriculum_length or config.context_length, config.context_length)
+    needed = chunks * max(1, getattr(config, "conv_width", 0) - 1)
+    if chunks > 2 and shortest < needed:
+        raise ValueError(
+            f"context_parallel {options.context_parallel} needs windows of at least {needed} "
+            f"tokens, since a convolution looks back from each of {chunks} chunks, got {shortest}"
+        )
 
 
 def own_device(name: str) -> str:

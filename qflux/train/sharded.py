@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_state_dict,
@@ -23,8 +23,11 @@ from torch.distributed.checkpoint.state_dict import (
 
 from .checkpoint import first_line
 from .ranks import Ranks
+from .step import TrainStep
 
 RUN_PART = "run.pt"
+# Where a state that several processes wrote says in which folder its tensors are.
+SHARDS = "shards"
 _OPTIONS = StateDictOptions(cpu_offload=True)
 
 
@@ -115,3 +118,23 @@ def put_whole(state: dict[str, Any], model: nn.Module, optimizer: torch.optim.Op
         },
         options=StateDictOptions(full_state_dict=True),
     )
+
+
+def restore(state: dict[str, Any], step: TrainStep, ranks: Ranks) -> dict[str, Tensor] | None:
+    """Put a state, of any number of processes, into what learns in this one.
+
+    Returns:
+        the state of this process's random numbers; None: the run had another number of processes.
+    """
+    model, shards = step.model, state.get(SHARDS)
+    if shards is not None:
+        read_shards(Path(shards), model, step.optimizer)
+        step.scaler.load_state_dict(state["scaler"])
+    elif ranks.size > 1:
+        put_whole(state, model, step.optimizer)
+        step.scaler.load_state_dict(state["learner"]["scaler"])
+    else:
+        model.load_state_dict(state["model"])
+        step.load_state_dict(state["learner"])
+    drawn = state.get("random_states", [state["random_state"]])
+    return drawn[ranks.rank] if len(drawn) == ranks.size else None

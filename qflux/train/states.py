@@ -15,13 +15,11 @@ from torch import Tensor
 
 from .checkpoint import first_line, write_atomically
 from .ranks import Ranks
-from .sharded import read_plain, write_shards
+from .sharded import SHARDS, read_plain, write_shards
 
 STATE_FILE = "training_state.pt"
 _KEPT = re.compile(r"training_state-(\d+)\.pt")
 _SHARDED = re.compile(r"training_state-(\d+)")
-# Where a state that several processes wrote says in which folder its tensors are.
-SHARDS = "shards"
 # What a state of any version has.
 _KEYS = {
     "config", "vocabulary", "model", "learner", "random_state", "step", "seconds",
