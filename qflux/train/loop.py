@@ -41,12 +41,13 @@ from .display import Display
 from .evaluation import evaluate
 from .folder import check_vacant, clear, forget_trackers, sole_writer
 from .metrics import METRICS_FILE, Interval, append_line, drop_lines_after, peak_memory
+from .optimizer import make_optimizer
 from .options import DEFAULT_EPOCHS, TrainingOptions
 from .pipeline import make_replica
 from .ranks import Ranks, check_windows, joined, own_device
 from .record import changed_options, check_same_text, make_record, read_record
 from .schedules import radius_factor, radius_rate, radius_rules, shorten, window_length
-from .sharded import restore, tensors_of
+from .sharded import parameter_order, restore, tensors_of
 from .signals import Stopper, StopRequested, TrainingInterrupted
 from .start import load_start
 from .states import States, all_finite, random_state, set_random_state
@@ -212,6 +213,7 @@ class _Run:
         if options.gradient_checkpointing:
             checkpoint_layers(model)
         self.model, self.parameters = model, parameters(model)
+        self.order = parameter_order(model, make_optimizer(model, options))
         self.replica = make_replica(model, options, self.ranks)
         self.train_step = TrainStep(model, options, device, self.replica)
         if self.ranks.rank > 0:
@@ -262,7 +264,7 @@ class _Run:
     def _restore(self, state: dict[str, Any]) -> None:
         check_same_model(state, self.config, self.vocabulary)
         try:
-            drawn = restore(state, self.train_step, self.ranks)
+            drawn = restore(state, self.train_step, self.ranks, self.order)
             if drawn is None:
                 # Another number of processes draws anew.
                 torch.manual_seed(self.options.seed + 1_000_003 * state["step"] + self.ranks.rank)

@@ -22,7 +22,7 @@ from ..models.lm import QuantumFluxLM
 from ..models.output import LayerRecord
 from .options import TrainingOptions
 from .ranks import Group, Ranks
-from .replica import Replica, in_shards, replicated, whole
+from .replica import Replica, in_shards, whole
 
 
 def check_divisible(model: CausalLM, stages: int) -> QuantumFluxLM:
@@ -103,12 +103,10 @@ class PipelinedReplica(Replica):
         self.model, self.options, self.ranks = divided, options, ranks
         self.group = ranks.mesh["pipeline"].get_group()
         self.stage = Stage(divided)
-        self.called: nn.Module = self.stage
+        self.called = self.stage
         if options.parallel == "fsdp":
             own = [layer for layer in divided.layers if not isinstance(layer, nn.Identity)]
             in_shards(self.stage, own, ranks.replicas)
-        elif ranks.replicas.size() > 1:
-            self.called = replicated(self.stage, ranks.replicas)
         # A schedule is for one shape of its parts.
         self._schedules: dict[tuple[bool, torch.Size], Any] = {}
 
@@ -149,9 +147,27 @@ class PipelinedReplica(Replica):
             schedule = self._schedule(ids.shape, training=True)
             schedule.step(*given, target=target, losses=losses, return_outputs=False)
         self.stage.autocast = nullcontext
+        if self.options.parallel != "fsdp":
+            self._reduce()
         if not ranks.ends:
             return torch.zeros((), device=batch.device), ()
         return torch.stack([loss.detach() for loss in losses]).mean() / ranks.context, ()
+
+    def _reduce(self) -> None:
+        """The mean of the gradients over the processes that have this stage, once a step.
+
+        DistributedDataParallel would count a parameter once for each part that is under way.
+        """
+        assert self.ranks.replicas is not None
+        size = self.ranks.replicas.size()
+        if size == 1:
+            return
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        flat = torch.cat([gradient.flatten() for gradient in gradients])
+        dist.all_reduce(flat, group=self.ranks.replicas.get_group())
+        sizes = [gradient.numel() for gradient in gradients]
+        for gradient, mean in zip(gradients, (flat / size).split(sizes), strict=True):
+            gradient.copy_(mean.view_as(gradient))
 
     def clip(self, parameters: Sequence[nn.Parameter], largest: float) -> Tensor:
         gradients = [p.grad for p in parameters if p.grad is not None]

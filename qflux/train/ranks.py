@@ -119,7 +119,10 @@ class Group(Ranks):
         device: of the model.
     """
 
+    _made = 0  # runs of this process so far
+
     def __init__(self, options: TrainingOptions, device: torch.device) -> None:
+        Group._made += 1
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
         self.context, self.pipeline = options.context_parallel, options.pipeline_parallel
         self.data = self.size // (self.context * self.pipeline)
@@ -163,14 +166,15 @@ class Group(Ranks):
     @contextmanager
     def first_alone(self, name: str) -> Iterator[None]:
         store = dist.distributed_c10d._get_default_store()
+        key = f"qflux/{self._made}/{name}"
         if self.first:
             try:
                 yield
             finally:
-                store.set(f"qflux/{name}", "done")
+                store.set(key, "done")
         else:
             # It may take long; what ends the first process has torchrun end this one.
-            store.wait([f"qflux/{name}"], timedelta(days=7))
+            store.wait([key], timedelta(days=7))
             yield
 
     @contextmanager

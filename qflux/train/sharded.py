@@ -93,35 +93,49 @@ def read_shards(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) 
     )
 
 
-def put_whole(state: dict[str, Any], model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+def parameter_order(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[str]:
+    """The names of the parameters of a whole model, in the order of its optimiser."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    return [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
+
+
+def put_whole(
+    state: dict[str, Any], model: nn.Module, optimizer: torch.optim.Optimizer, order: list[str]
+) -> None:
     """Put the state of a run of one process into a model and an optimiser that are divided.
 
     Args:
         state: weights by name, and the state of the optimiser by the order of its parameters.
-        model, optimizer: of this process, with the parameters in that order.
+        model, optimizer: what this process has of them.
+        order: `parameter_order` of the whole.
     """
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    ordered = [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
+    own = {name for name, _ in model.named_parameters()}
     moments = state["learner"]["optimizer"]
     groups, at = [], 0
     for group in moments["param_groups"]:
         count = len(group["params"])
-        groups.append({**group, "params": ordered[at : at + count]})
+        names = [name for name in order[at : at + count] if name in own]
+        groups.append({**group, "params": names})
         at += count
+    found = {order[number]: value for number, value in moments["state"].items()}
     set_state_dict(
         model,
         optimizer,
-        model_state_dict=state["model"],
+        model_state_dict={name: value for name, value in state["model"].items() if name in own},
         optim_state_dict={
-            "state": {ordered[number]: value for number, value in moments["state"].items()},
+            "state": {name: value for name, value in found.items() if name in own},
             "param_groups": groups,
         },
-        options=StateDictOptions(full_state_dict=True),
+        options=StateDictOptions(full_state_dict=True, strict=False),
     )
 
 
-def restore(state: dict[str, Any], step: TrainStep, ranks: Ranks) -> dict[str, Tensor] | None:
+def restore(
+    state: dict[str, Any], step: TrainStep, ranks: Ranks, order: list[str]
+) -> dict[str, Tensor] | None:
     """Put a state, of any number of processes, into what learns in this one.
+
+    `order` is `parameter_order` of the whole model.
 
     Returns:
         the state of this process's random numbers; None: the run had another number of processes.
@@ -131,7 +145,7 @@ def restore(state: dict[str, Any], step: TrainStep, ranks: Ranks) -> dict[str, T
         read_shards(Path(shards), model, step.optimizer)
         step.scaler.load_state_dict(state["scaler"])
     elif ranks.size > 1:
-        put_whole(state, model, step.optimizer)
+        put_whole(state, model, step.optimizer, order)
         step.scaler.load_state_dict(state["learner"]["scaler"])
     else:
         model.load_state_dict(state["model"])

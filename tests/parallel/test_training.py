@@ -7,14 +7,18 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+import signal
 from pathlib import Path
 
 import pytest
 import ranks
 import torch
 
-from qflux import QuantumFluxConfig, TextSplit, TrainingOptions, train
+from qflux import QuantumFluxConfig, TextSplit, TrainingOptions, load_model, train
 from qflux.text.vocabulary import CharacterVocabulary
+from qflux.text.windows import TrainingWindows
+from qflux.train.signals import TrainingInterrupted
 
 PATTERN = TextSplit({"a": "abcdefgh hgfedcba " * 40}, {"b": "abcdefgh " * 9})
 VOCABULARY = CharacterVocabulary(PATTERN.text)
@@ -57,6 +61,7 @@ DIVISIONS = {
         "ddp": {"accumulation": 2},
         "fsdp x context": {"parallel": "fsdp", "context_parallel": 2},
         "ddp x pipeline": {"pipeline_parallel": 2, "accumulation": 2},
+        "fsdp x pipeline": {"parallel": "fsdp", "pipeline_parallel": 2, "accumulation": 2},
         "context x pipeline": {"pipeline_parallel": 2, "context_parallel": 2, "accumulation": 2},
         "context": {"context_parallel": 4, "gradient_checkpointing": True},
     },
@@ -82,6 +87,81 @@ def run_every_division(mesh):
                     assert own[key] == pytest.approx(line[key], rel=1e-5), key
 
 
+def copied(name, source):
+    """A folder of this group's own with what another run left."""
+    path = folder_of(name)
+    if torch.distributed.get_rank() == 0:
+        shutil.copytree(folder_of(source), path)
+    torch.distributed.barrier()
+    return path
+
+
+def run_from_a_state_of_another_number(mesh):
+    """Weights, moments and place of a run of one process, and of two, in shards or not."""
+    size = mesh.size()
+    sources = {
+        2: [("one", {"parallel": "fsdp"}), ("one", {"pipeline_parallel": 2})],
+        4: [("2 fsdp", {"context_parallel": 2}), ("2 pipeline", {"parallel": "fsdp"})],
+    }
+    for number, (source, options) in enumerate(sources[size]):
+        folder = copied(f"{size} resumed {number}", source)
+        run(folder, resume=True, resume_step=2, **options)
+        torch.distributed.barrier()
+        close(curve(folder), curve(folder_of("one")))
+
+
+def run_stops_for_a_signal_to_any_process(mesh):
+    """All save and end at the same step, and go on as if nothing had been."""
+    folder, original = folder_of(f"{mesh.size()} stopped"), TrainingWindows.batch
+    last = mesh.size() - 1
+
+    def batch(self, step, *rows):
+        if step == 1 and mesh.get_local_rank() == last:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(self, step, *rows)
+
+    TrainingWindows.batch = batch
+    try:
+        with pytest.raises(TrainingInterrupted, match="stopped by SIGTERM and saved at step 2"):
+            run(folder)
+    finally:
+        TrainingWindows.batch = original
+    run(folder, resume=True)
+    torch.distributed.barrier()
+    close(curve(folder), curve(folder_of("one")))
+
+
+def raises(kind, text, **options):
+    folder = options.pop("folder", folder_of("refused"))
+    with pytest.raises(kind, match=text):
+        run(folder, **options)
+
+
+def run_is_refused_by_all(mesh):
+    """The same error in every process, before anything is written."""
+    size, rank = mesh.size(), mesh.get_local_rank()
+    raises(ValueError, f"must divide the number of processes, got {size}", context_parallel=3)
+    raises(ValueError, "batch_size must be a multiple", batch_size=size + 1)
+    raises(ValueError, "need learning='backprop', got 'hebbian'", learning="hebbian")
+    raises(ValueError, "compile goes with neither", compile=True, context_parallel=2)
+    raises(ValueError, "accumulation must divide", pipeline_parallel=2, accumulation=5)
+    raises(ValueError, "sample_prompt needs a whole model", pipeline_parallel=2, sample_prompt="a")
+    raises(ValueError, "windows of at least 12 tokens", context_parallel=2, curriculum_length=6)
+    mine = f"same options: rank 0 has .* rank {size - 1} has"
+    raises(ValueError, mine, seed=int(rank == size - 1))
+    mine = "holds a run already" if rank == 0 else "rank 0: output_dir"
+    raises((ValueError, FileExistsError), mine, folder=folder_of("one"))
+    others = TextSplit({"a": "abcdefgh" * (40 + rank)}, {"b": "abcdefgh " * 9})
+    with pytest.raises(ValueError, match="all ranks must have the same text"):
+        train(CONFIG, others, VOCABULARY, TrainingOptions(folder_of("refused"), **SMALL))
+    if rank == size - 1:
+        others = TextSplit({"a": "xyz" * 40}, {"b": "abcdefgh " * 9})
+    mine = "has no token" if rank == size - 1 else f"rank {size - 1}: "
+    with pytest.raises(ValueError, match=mine):
+        train(CONFIG, others, VOCABULARY, TrainingOptions(folder_of("refused"), **SMALL))
+    assert not list(folder_of("refused").glob("*"))
+
+
 CHECKS = [name for name in globals() if name.startswith("run_")]
 
 
@@ -96,6 +176,19 @@ def folder(tmp_path_factory):
 def checked(request, folder):
     os.environ["QFLUX_TEST_FOLDER"] = str(folder)
     return ranks.run(request.param, __file__, CHECKS)
+
+
+def test_one_process_goes_on_where_two_stopped(checked, folder, tmp_path):
+    """And reads the model that they wrote."""
+    for source in ("2 fsdp", "2 pipeline"):
+        path = tmp_path / source
+        shutil.copytree(folder / source, path)
+        run(path, resume=True, resume_step=2)
+        close(curve(path), curve(folder / "one"))
+        model, _ = load_model(folder / source)
+        expected, _ = load_model(folder / "one")
+        for own, parameter in zip(model.parameters(), expected.parameters(), strict=True):
+            torch.testing.assert_close(own, parameter)
 
 
 @pytest.mark.parametrize("name", CHECKS)
