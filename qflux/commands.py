@@ -6,6 +6,7 @@ Every option is a field of a dataclass: its docstring is the help, its default t
 from __future__ import annotations
 
 import math
+import os
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
@@ -42,7 +43,7 @@ from .train.evaluation import score
 from .train.loop import NonFiniteLossError, train
 from .train.options import TrackerName, TrainingOptions
 from .train.ranks import LostRankError
-from .train.record import RunRecord, read_record
+from .train.record import RUN_FILE, RunRecord, read_record
 from .train.start import read_start
 
 USER_ERRORS = (
@@ -336,6 +337,9 @@ class Train:
     def run(self) -> None:
         """Train, and print how the model and counting models do on the held-out text."""
         record = None
+        if restarted(self.training):
+            self.training["resume"] = True
+            self.training.pop("overwrite", None)
         if self.training.get("resume"):
             record = read_record(check_path("output_dir", self.training["output_dir"]))
         run = self._new() if record is None else self._resumed(record)
@@ -416,6 +420,12 @@ class Train:
                 f"use_hebbian and learning={self.training['learning']!r} contradict each other"
             )
         return {**self.training, "learning": "hebbian"}
+
+
+def restarted(training: Mapping[str, Any]) -> bool:
+    """Whether torchrun has started a run anew that wrote its record before it was lost."""
+    again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+    return again and (Path(training["output_dir"]) / RUN_FILE).is_file()
 
 
 @dataclass(frozen=True)
