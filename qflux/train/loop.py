@@ -43,9 +43,9 @@ from .folder import check_vacant, clear, forget_trackers, sole_writer
 from .metrics import METRICS_FILE, Interval, append_line, drop_lines_after, peak_memory
 from .optimizer import make_optimizer
 from .options import DEFAULT_EPOCHS, TrainingOptions
-from .pipeline import make_replica
-from .ranks import Ranks, check_windows, joined, own_device
+from .ranks import Group, Ranks, check_windows, joined, own_device
 from .record import changed_options, check_same_text, make_record, read_record
+from .replica import Replica
 from .schedules import radius_factor, radius_rate, radius_rules, shorten, window_length
 from .sharded import parameter_order, restore, tensors_of
 from .signals import Stopper, StopRequested, TrainingInterrupted
@@ -214,7 +214,12 @@ class _Run:
             checkpoint_layers(model)
         self.model, self.parameters = model, parameters(model)
         self.order = parameter_order(model, make_optimizer(model, options))
-        self.replica = make_replica(model, options, self.ranks)
+        if isinstance(self.ranks, Group) and self.ranks.pipeline > 1:
+            from .pipeline import PipelinedReplica
+
+            self.replica: Replica = PipelinedReplica(model, options, self.ranks)
+        else:
+            self.replica = Replica(model, options, self.ranks)
         self.train_step = TrainStep(model, options, device, self.replica)
         if self.ranks.rank > 0:
             # Random draws in training are each process's own.

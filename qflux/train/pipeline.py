@@ -21,7 +21,7 @@ from ..models.embedding import flatten_states, rotate
 from ..models.lm import QuantumFluxLM
 from ..models.output import LayerRecord
 from .options import TrainingOptions
-from .ranks import Group, Ranks
+from .ranks import Group
 from .replica import Replica, in_shards, whole
 
 
@@ -193,10 +193,3 @@ class PipelinedReplica(Replica):
         once = self.ranks.replicas.get_local_rank() == 0
         parts = self.ranks.gathered({name: t.cpu() for name, t in own.items()} if once else {})
         return {name: value for part in parts for name, value in part.items()}
-
-
-def make_replica(model: CausalLM, options: TrainingOptions, ranks: Ranks) -> Replica:
-    """The model as the processes of a run hold it."""
-    if isinstance(ranks, Group) and ranks.pipeline > 1:
-        return PipelinedReplica(model, options, ranks)
-    return Replica(model, options, ranks)

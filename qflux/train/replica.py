@@ -6,14 +6,11 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from inspect import signature
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from ..models.base import CausalLM
@@ -39,6 +36,9 @@ def replicated(module: nn.Module, replicas: DeviceMesh) -> nn.Module:
 
 def in_shards(module: nn.Module, layers: Iterable[nn.Module], replicas: DeviceMesh) -> None:
     """Give each process a shard of the module's weights; those of a layer come together."""
+    # Here and below, since one process does without what takes half a second to import.
+    from torch.distributed.fsdp import fully_shard
+
     # Nothing changes what a layer returns in place, which is what it warns of.
     warnings.filterwarnings("ignore", message=".*returned a view tensor", category=UserWarning)
     for layer in layers:
@@ -99,8 +99,8 @@ class Replica:
     @contextmanager
     def reducing(self, now: bool) -> Iterator[None]:
         """Meanwhile a backward reduces gradients, or leaves that to a later one."""
-        if isinstance(self.called, FSDPModule):
-            self.called.set_requires_gradient_sync(now)
+        if self.options.parallel == "fsdp":
+            cast("Any", self.called).set_requires_gradient_sync(now)
             yield
         elif isinstance(self.called, DistributedDataParallel) and not now:
             with self.called.no_sync():
@@ -143,10 +143,13 @@ class Replica:
         """All weights by name, on the CPU of the first process; others may get none of them."""
         if self.ranks.size == 1:
             return {name: value.detach().cpu() for name, value in self.model.state_dict().items()}
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
         return get_model_state_dict(self.model, options=options)
 
 
 def whole(tensor: Tensor) -> Tensor:
     """The tensor of which this process may have a shard."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    full = getattr(tensor, "full_tensor", None)
+    return tensor if full is None else full()

@@ -13,13 +13,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_state_dict,
-    set_state_dict,
-)
 
 from .checkpoint import first_line
 from .ranks import Ranks
@@ -28,12 +22,15 @@ from .step import TrainStep
 RUN_PART = "run.pt"
 # Where a state that several processes wrote says in which folder its tensors are.
 SHARDS = "shards"
-_OPTIONS = StateDictOptions(cpu_offload=True)
 
 
 def tensors_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """Weights and the state of their optimiser, by the names of the parameters."""
-    weights, moments = get_state_dict(model, optimizer, options=_OPTIONS)
+    # Here and below, since one process does without what takes half a second to import.
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
+
+    options = StateDictOptions(cpu_offload=True)
+    weights, moments = get_state_dict(model, optimizer, options=options)
     return {"model": weights, "optimizer": moments}
 
 
@@ -46,6 +43,8 @@ def write_shards(path: Path, tensors: dict[str, Any], plain: dict[str, Any], ran
         plain: the rest, that of the first process counts.
         ranks: all processes, each of which has to call this.
     """
+    import torch.distributed.checkpoint as dcp
+
     temporary = path.with_name(f".{path.name}.tmp")
     if ranks.first:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -80,6 +79,9 @@ def read_shards(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) 
     Raises:
         ValueError: the state is broken or of another model; names the folder.
     """
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import set_state_dict
+
     tensors = tensors_of(model, optimizer)
     try:
         dcp.load(tensors, checkpoint_id=path, no_dist=not dist.is_initialized())
@@ -109,6 +111,8 @@ def put_whole(
         model, optimizer: what this process has of them.
         order: `parameter_order` of the whole.
     """
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_state_dict
+
     own = {name for name, _ in model.named_parameters()}
     moments = state["learner"]["optimizer"]
     groups, at = [], 0

@@ -20,11 +20,11 @@ TEXT = "To be, or not to be: that is the question.\n" * 20
 # The command line, in which the last process kills itself at a step or within the saving of one.
 PROGRAM = """
 import os, signal, sys
-from qflux.train import sharded
+import torch.distributed.checkpoint as dcp
 from qflux.text.windows import TrainingWindows
 
 where, step = sys.argv[1], int(sys.argv[2])
-original_batch, original_save = TrainingWindows.batch, sharded.dcp.save
+original_batch, original_save = TrainingWindows.batch, dcp.save
 at = 0
 
 def batch(self, now, *rows):
@@ -43,7 +43,7 @@ def end():
     if int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1:
         os.kill(os.getpid(), signal.SIGKILL)
 
-TrainingWindows.batch, sharded.dcp.save = batch, save
+TrainingWindows.batch, dcp.save = batch, save
 from qflux.cli import main
 sys.exit(main(sys.argv[3:]))
 """
