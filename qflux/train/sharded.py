@@ -42,22 +42,32 @@ def write_shards(path: Path, tensors: dict[str, Any], plain: dict[str, Any], ran
         tensors: as `tensors_of` gives them, a part of them in each process.
         plain: the rest, that of the first process counts.
         ranks: all processes, each of which has to call this.
+
+    Raises:
+        OSError: a process cannot write its part; in all of them.
     """
     import torch.distributed.checkpoint as dcp
 
     temporary = path.with_name(f".{path.name}.tmp")
-    if ranks.first:
-        shutil.rmtree(temporary, ignore_errors=True)
-    ranks.gathered(None)
-    dcp.save(tensors, checkpoint_id=temporary)
-    if ranks.first:
-        with open(temporary / RUN_PART, "wb") as stream:
-            torch.save(plain, stream)
-            stream.flush()
-            os.fsync(stream.fileno())
-        shutil.rmtree(path, ignore_errors=True)
-        os.replace(temporary, path)
-    ranks.gathered(None)
+    with ranks.together():
+        if ranks.first and temporary.exists():
+            shutil.rmtree(temporary)
+    try:
+        dcp.save(tensors, checkpoint_id=temporary)
+    except dcp.api.CheckpointException as error:
+        rank, (cause, _) = next(iter(error.failures.items()))
+        raise OSError(
+            f"{str(path)!r} cannot be written: rank {rank}: {type(cause).__name__}: {cause}"
+        ) from None
+    with ranks.together():
+        if ranks.first:
+            with open(temporary / RUN_PART, "wb") as stream:
+                torch.save(plain, stream)
+                stream.flush()
+                os.fsync(stream.fileno())
+            if path.exists():
+                shutil.rmtree(path)
+            os.replace(temporary, path)
 
 
 def read_plain(path: Path) -> dict[str, Any]:
