@@ -87,7 +87,7 @@ class Stage(nn.Module):
                 states, hidden, _ = layer(states, hidden, angle)
         if model.head is not None:
             return model.head(model.norm(hidden))
-        return (hidden, angle, states) if self.evolves else (hidden, angle)
+        return (hidden, angle, cast("Tensor", states)) if self.evolves else (hidden, angle)
 
 
 class PipelinedReplica(Replica):
@@ -188,7 +188,8 @@ class PipelinedReplica(Replica):
         return losses[0] if ranks.ends else torch.zeros((), device=ids.device)
 
     def weights(self) -> dict[str, Tensor]:
-        own = get_model_state_dict(self.model, options=StateDictOptions(full_state_dict=True))
+        options = StateDictOptions(full_state_dict=True)
+        own: dict[str, Any] = get_model_state_dict(self.model, options=options)
         assert self.ranks.replicas is not None
         once = self.ranks.replicas.get_local_rank() == 0
         parts = self.ranks.gathered({name: t.cpu() for name, t in own.items()} if once else {})

@@ -210,7 +210,7 @@ def _short(value: object) -> str:
 
 def first_line_of(error: BaseException) -> str:
     """What an error says, on one line."""
-    return first_line(error) if isinstance(error, Exception) else type(error).__name__
+    return str(error).strip().split("\n")[0] or type(error).__name__
 
 
 def check_ranks(options: TrainingOptions, size: int) -> None:

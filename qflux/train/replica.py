@@ -146,7 +146,7 @@ class Replica:
         from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        return get_model_state_dict(self.model, options=options)
+        return cast("dict[str, Tensor]", get_model_state_dict(self.model, options=options))
 
 
 def whole(tensor: Tensor) -> Tensor:

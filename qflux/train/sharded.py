@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .checkpoint import first_line
-from .ranks import Ranks
+from .ranks import Ranks, first_line_of
 from .step import TrainStep
 
 RUN_PART = "run.pt"
@@ -46,15 +46,16 @@ def write_shards(path: Path, tensors: dict[str, Any], plain: dict[str, Any], ran
     Raises:
         OSError: a process cannot write its part; in all of them.
     """
-    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.api import CheckpointException
+    from torch.distributed.checkpoint.state_dict_saver import save
 
     temporary = path.with_name(f".{path.name}.tmp")
     with ranks.together():
         if ranks.first and temporary.exists():
             shutil.rmtree(temporary)
     try:
-        dcp.save(tensors, checkpoint_id=temporary)
-    except dcp.api.CheckpointException as error:
+        save(tensors, checkpoint_id=temporary)
+    except CheckpointException as error:
         rank, (cause, _) = next(iter(error.failures.items()))
         raise OSError(
             f"{str(path)!r} cannot be written: rank {rank}: {type(cause).__name__}: {cause}"
@@ -89,14 +90,15 @@ def read_shards(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) 
     Raises:
         ValueError: the state is broken or of another model; names the folder.
     """
-    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.api import CheckpointException
     from torch.distributed.checkpoint.state_dict import set_state_dict
+    from torch.distributed.checkpoint.state_dict_loader import load
 
     tensors = tensors_of(model, optimizer)
     try:
-        dcp.load(tensors, checkpoint_id=path, no_dist=not dist.is_initialized())
-    except (dcp.api.CheckpointException, RuntimeError, ValueError, OSError) as error:
-        raise ValueError(f"{str(path)!r} cannot be read ({first_line(error)})") from None
+        load(tensors, checkpoint_id=path, no_dist=not dist.is_initialized())
+    except (CheckpointException, RuntimeError, ValueError, OSError) as error:
+        raise ValueError(f"{str(path)!r} cannot be read ({first_line_of(error)})") from None
     set_state_dict(
         model,
         optimizer,

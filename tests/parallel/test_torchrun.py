@@ -20,7 +20,7 @@ TEXT = "To be, or not to be: that is the question.\n" * 20
 # The command line, in which the last process kills itself at a step or within the saving of one.
 PROGRAM = """
 import os, signal, sys
-import torch.distributed.checkpoint as dcp
+import torch.distributed.checkpoint.state_dict_saver as dcp
 from qflux.text.windows import TrainingWindows
 
 where, step = sys.argv[1], int(sys.argv[2])
