@@ -155,10 +155,9 @@ def next_token_loss(
         logits, wanted = logits[:, :-1], labels[:, 1:]
     else:
         wanted = split.following(labels, IGNORED_LABEL)
-    scored: Tensor | None = None
-    if split is not None or num_labels is not None:
-        scored = (wanted != IGNORED_LABEL).sum()
-    if split is not None and num_labels is None:
+    alone = split is None and num_labels is None
+    scored = None if alone else (wanted != IGNORED_LABEL).sum()
+    if split is not None and num_labels is None and scored is not None:
         num_labels = split.total(scored)
     loss = F.cross_entropy(
         logits.flatten(0, 1).to(torch.promote_types(logits.dtype, torch.float32)),

@@ -211,7 +211,7 @@ class _Keys:
         """What the graph keeps in the place of a tensor that it saves."""
         if not tensor.numel() or tensor.untyped_storage().data_ptr() != self._storage:
             return tensor
-        return _Note(tensor.shape, tensor.stride(), tensor.storage_offset())
+        return _Note(tensor.shape, tensor.stride(), int(tensor.storage_offset()))
 
     def unpack(self, kept: Any) -> Tensor:
         """The tensor itself, when the backward wants it."""
