@@ -145,7 +145,7 @@ def train(
         run.step,
         run.seconds(),
         run.reason(),
-        f"{resume_command(folder)} {run.longer()}",
+        f"{run.resume_command()} {run.longer()}",
         run.text,
         ranks.first,
     )
@@ -556,7 +556,7 @@ class _Run:
         assert self.stopper.signal is not None
         raise TrainingInterrupted(
             f"stopped by {self.stopper.name} and saved at step {self.step:,}; go on with: "
-            f"{resume_command(self.folder)}",
+            f"{self.resume_command()}",
             self.stopper.signal,
         )
 
@@ -624,8 +624,18 @@ class _Run:
             return f"{advice}; no state was saved before"
         return (
             f"{advice}; the state of step {self.saved_step:,} is kept: "
-            f"{resume_command(self.folder)} --learning-rate {self.options.learning_rate / 4:.2g}"
+            f"{self.resume_command()} --learning-rate {self.options.learning_rate / 4:.2g}"
         )
+
+    def resume_command(self) -> str:
+        """What to type to go on with this run as it is."""
+        options, given = self.options, []
+        if options.parallel is not None:
+            given.append(f" --parallel {options.parallel}")
+        for name in ("context_parallel", "pipeline_parallel"):
+            if getattr(options, name) > 1:
+                given.append(f" --{name.replace('_', '-')} {getattr(options, name)}")
+        return resume_command(self.folder, self.ranks.size, "".join(given))
 
     def rehearse(self) -> str:
         """What a run would be like: header, shapes, memory, and one step on the first batch."""
@@ -655,9 +665,10 @@ class _Run:
         return "\n".join(rows)
 
 
-def resume_command(folder: Path) -> str:
-    """What to type to go on with the run in `folder`."""
-    return f"qflux train --output-dir {shlex.quote(str(folder))} --resume"
+def resume_command(folder: Path, processes: int = 1, division: str = "") -> str:
+    """What to type to go on with the run in `folder`, in so many processes."""
+    start = "" if processes == 1 else f"torchrun --nproc-per-node {processes} -m "
+    return f"{start}qflux train --output-dir {shlex.quote(str(folder))} --resume{division}"
 
 
 def parameters(model: torch.nn.Module) -> int:

@@ -42,15 +42,14 @@ MAY_CHANGE = (
     "compile",
     "accumulation",
     "gradient_checkpointing",
-    "parallel",
-    "context_parallel",
-    "pipeline_parallel",
-    "rank_timeout",
     "learning_rate",
     "max_gradient_norm",
 )
 # What is said of a call and is no part of the run.
-OF_THE_CALL = ("output_dir", "progress", "resume", "resume_step", "overwrite", "dry_run")
+OF_THE_CALL = (
+    "output_dir", "progress", "resume", "resume_step", "overwrite", "dry_run",
+    "parallel", "context_parallel", "pipeline_parallel", "rank_timeout",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)

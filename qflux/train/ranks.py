@@ -264,6 +264,20 @@ def check_windows(config: ModelConfig, options: TrainingOptions) -> None:
         )
 
 
+def same_division(options: TrainingOptions) -> None:
+    """Raise in all processes unless they would divide the work in the same way."""
+    names = ("parallel", "context_parallel", "pipeline_parallel", "batch_size")
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, [getattr(options, name) for name in names])
+    for rank, theirs in enumerate(found):
+        for name, first, other in zip(names, found[0], theirs, strict=True):
+            if first != other:
+                raise ValueError(
+                    f"all ranks must have the same {name}: rank 0 has {first!r} and rank {rank} "
+                    f"has {other!r}"
+                )
+
+
 def own_device(name: str) -> str:
     """The device of this process, where several of one machine would take the same GPU."""
     local = os.environ.get("LOCAL_RANK")
@@ -301,6 +315,8 @@ def joined(options: TrainingOptions, device: torch.device) -> Iterator[Ranks]:
                 f"{options.rank_timeout:g} s: {first_line(error)}"
             ) from None
     try:
+        # Groups within groups are made by all alike, or never.
+        same_division(options)
         yield Group(options, device)
     except RuntimeError as error:
         text = first_line(error).lower()

@@ -122,8 +122,9 @@ def run_stops_for_a_signal_to_any_process(mesh):
 
     TrainingWindows.batch = batch
     try:
-        with pytest.raises(TrainingInterrupted, match="stopped by SIGTERM and saved at step 2"):
-            run(folder)
+        said = f"stopped by SIGTERM and saved at step 2; go on with: torchrun .*{mesh.size()} -m"
+        with pytest.raises(TrainingInterrupted, match=f"{said} .* --resume --context-parallel 2$"):
+            run(folder, context_parallel=2)
     finally:
         TrainingWindows.batch = original
     run(folder, resume=True)
@@ -149,6 +150,9 @@ def run_is_refused_by_all(mesh):
     raises(ValueError, "windows of at least 12 tokens", context_parallel=2, curriculum_length=6)
     mine = f"same options: rank 0 has .* rank {size - 1} has"
     raises(ValueError, mine, seed=int(rank == size - 1))
+    raises(
+        ValueError, "same context_parallel: rank 0 has 1", context_parallel=1 + rank // (size - 1)
+    )
     mine = "holds a run already" if rank == 0 else "rank 0: output_dir"
     raises((ValueError, FileExistsError), mine, folder=folder_of("one"))
     others = TextSplit({"a": "abcdefgh" * (40 + rank)}, {"b": "abcdefgh " * 9})
