@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +97,10 @@ def read_shards(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) 
 
     tensors = tensors_of(model, optimizer)
     try:
-        load(tensors, checkpoint_id=path, no_dist=not dist.is_initialized())
+        with warnings.catch_warnings():
+            # One process without a group is not what it has to be warned of.
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+            load(tensors, checkpoint_id=path, no_dist=not dist.is_initialized())
     except (CheckpointException, RuntimeError, ValueError, OSError) as error:
         raise ValueError(f"{str(path)!r} cannot be read ({first_line_of(error)})") from None
     set_state_dict(
