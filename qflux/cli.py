@@ -45,6 +45,8 @@ def _main(arguments: list[str]) -> int:
         return 0
     named = arguments[0] if arguments and arguments[0] in COMMANDS else None
     program = "qflux" if named is None else f"qflux {named}"
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        program += f" (rank {os.environ.get('RANK')})"
     try:
         command = parse(arguments)
         from .commands import USER_ERRORS

@@ -6,6 +6,7 @@ Every option is a field of a dataclass: its docstring is the help, its default t
 from __future__ import annotations
 
 import math
+import os
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
@@ -43,7 +44,8 @@ from .train.checkpoint import load_model, read_config, read_vocabulary
 from .train.evaluation import score
 from .train.loop import NonFiniteLossError, train
 from .train.options import TrackerName, TrainingOptions
-from .train.record import RunRecord, read_record
+from .train.ranks import LostRankError
+from .train.record import RUN_FILE, RunRecord, read_record
 from .train.start import read_start
 
 USER_ERRORS = (
@@ -53,6 +55,7 @@ USER_ERRORS = (
     MemoryError,
     BackendUnavailableError,
     NonFiniteLossError,
+    LostRankError,
 )
 # What of `TextOptions` says what a token is.
 TOKEN_OPTIONS = ("vocabulary", "vocab_size", "vocabulary_file")
@@ -339,12 +342,15 @@ class Train:
     def run(self) -> None:
         """Train, and print how the model and counting models do on the held-out text."""
         record = None
+        if restarted(self.training):
+            self.training["resume"] = True
+            self.training.pop("overwrite", None)
         if self.training.get("resume"):
             record = read_record(check_path("output_dir", self.training["output_dir"]))
         run = self._new() if record is None else self._resumed(record)
         result = train(run.config, run.text, run.vocabulary, run.options, source=run.source)
         options = run.options
-        if options.dry_run:
+        if options.dry_run or not result.first:
             return
         assert result.text is not None, "train gives the text that it was trained on"
         held_out = result.text.validation_sample(options.eval_tokens, run.config.context_length)
@@ -419,6 +425,12 @@ class Train:
                 f"use_hebbian and learning={self.training['learning']!r} contradict each other"
             )
         return {**self.training, "learning": "hebbian"}
+
+
+def restarted(training: Mapping[str, Any]) -> bool:
+    """Whether torchrun has started a run anew that wrote its record before it was lost."""
+    again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+    return again and (Path(training["output_dir"]) / RUN_FILE).is_file()
 
 
 @dataclass(frozen=True)

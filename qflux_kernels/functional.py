@@ -2,15 +2,42 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
+
 import torch
 
 from . import autograd, reference
-from .arguments import evolve_arguments, interact_arguments
+from .arguments import InteractArguments, evolve_arguments, interact_arguments
 from .backends import OP_FAMILIES, check_algorithm, choose_backend
 from .options import Evolution, Interaction, Radius, Score, Threshold
 
 # The weights are for analysis and have no kernels.
 scores = reference.scores
+
+
+class Server(Protocol):
+    """Something that serves the calls of `interact` and `evolve`, which have their arguments."""
+
+    def interact(self, states: Any, keys: Any, values: Any, **options: Any) -> Interaction: ...
+
+    def evolve(self, states: Any, dt: Any, **options: Any) -> Evolution: ...
+
+
+# Not a context variable: a backward that recomputes a layer may run in another thread.
+_server: Server | None = None
+
+
+@contextmanager
+def served_by(server: Server) -> Iterator[None]:
+    """Meanwhile `server` gets the calls of `interact` and `evolve`, in every thread."""
+    global _server
+    before, _server = _server, server
+    try:
+        yield
+    finally:
+        _server = before
 
 
 def interact(
@@ -63,9 +90,19 @@ def interact(
     Source: the Flux document, section 5 (`compute_score`); the QFNN document, "Quantum Flux
     Attention".
     """
+    if _server is not None:
+        return _server.interact(
+            states, keys, values, causal=causal, score=score, reduction=reduction, lengths=lengths,
+            algorithm=algorithm, backend=backend,
+        )  # fmt: skip
     args = interact_arguments(
         states, keys, values, causal=causal, score=score, reduction=reduction, lengths=lengths
     )
+    return interact_checked(args, algorithm, backend)
+
+
+def interact_checked(args: InteractArguments, algorithm: str, backend: str) -> Interaction:
+    """`interact` of arguments that have been checked, here and now, whoever serves calls."""
     chosen = choose_backend(backend, args.states.device)
     check_algorithm(algorithm, args.score, chosen, args.states.device)
     if chosen == "reference":
@@ -121,6 +158,11 @@ def evolve(
 
     Source: the Flux document, sections 5 and 7; the QFNN document, "State Evolution".
     """
+    if _server is not None:
+        return _server.evolve(
+            states, dt, causal=causal, score=score, radius=radius, skip=skip, reduction=reduction,
+            steps=steps, lengths=lengths, algorithm=algorithm, backend=backend,
+        )  # fmt: skip
     args = evolve_arguments(
         states, dt, causal=causal, score=score, radius=radius, skip=skip, reduction=reduction,
         steps=steps, lengths=lengths,

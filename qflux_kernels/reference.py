@@ -7,6 +7,7 @@ finite stand-ins and the rows that can see a non-finite input are set to NaN aft
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -212,12 +213,23 @@ def evolve(
     return evolve_checked(evolve_arguments(states, dt, **options))
 
 
-def evolve_checked(args: EvolveArguments) -> Evolution:
-    """`evolve` of arguments that have been checked."""
+def evolve_checked(
+    args: EvolveArguments,
+    interaction: Callable[[InteractArguments], Interaction] | None = None,
+    positions: torch.Tensor | None = None,
+) -> Evolution:
+    """`evolve` of arguments that have been checked.
+
+    Args:
+        args: what to evolve.
+        interaction: computes a stage's interaction; default the reference's.
+        positions: `(S,)`, the places of the tokens in their sequences; default 0 to S - 1.
+    """
+    interaction = _interact if interaction is None else interaction
     x = widen(args.states)
     present = None
     if args.lengths is not None:
-        token = torch.arange(x.shape[-2], device=x.device)
+        token = torch.arange(x.shape[-2], device=x.device) if positions is None else positions
         present = (token < args.lengths[..., None])[..., None]
     pairs = InteractArguments(
         states=x,
@@ -238,9 +250,9 @@ def evolve_checked(args: EvolveArguments) -> Evolution:
     strength = degree = x  # of the last step, and there is one
     for step in range(args.steps):
         step_dt = of_step(args.dt, step)
-        context, strength, degree = _interact(replace(pairs, states=x))
+        context, strength, degree = interaction(replace(pairs, states=x))
         k1 = step_dt * context
-        k2 = step_dt * _interact(replace(pairs, states=x + k1)).context
+        k2 = step_dt * interaction(replace(pairs, states=x + k1)).context
         moved = x + (k1 + k2) / 2
         if args.radius is not None:
             moved = move_radius(moved, strength, args.radius)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..inference.generate import generate
+from ..parallel import current_split
 from ..text.windows import IGNORED_LABEL
 from .config import ModelConfig
 from .output import LanguageModelOutput, LayerRecord
@@ -64,18 +65,32 @@ class CausalLM(nn.Module, ABC):
                 all of it: the losses of the pieces then add up to that of the batch. None
                 (default): those of this piece.
 
+        Where sequences are split over ranks (`qflux.parallel.context_parallel`), ids, labels and
+        logits are this rank's part, and its losses its share: the ranks' add up to the whole.
+
         Raises:
             TypeError, ValueError: wrong dtype, shape or (checked on the CPU) token ids.
         """
         check_ids("input_ids", input_ids, self.config.vocab_size)
+        split = current_split()
+        if split is None:
+            return self._forward(input_ids, labels, return_layers, num_labels)
+        with split.sequences(input_ids.shape[1]):
+            return self._forward(input_ids, labels, return_layers, num_labels)
+
+    def _forward(
+        self,
+        input_ids: Tensor,
+        labels: Tensor | None,
+        return_layers: bool,
+        num_labels: int | Tensor | None,
+    ) -> LanguageModelOutput:
         reading = self.read(input_ids, return_layers)
         logits = self.head(reading.features)
         if labels is None:
             return LanguageModelOutput(logits, None, None, reading.layers)
-        cross_entropy = loss = next_token_loss(logits, input_ids, labels, num_labels)
-        share: float | Tensor = 1.0
-        if num_labels is not None:
-            share = (labels[:, 1:] != IGNORED_LABEL).sum() / num_labels
+        cross_entropy, share = next_token_loss(logits, input_ids, labels, num_labels)
+        loss = cross_entropy
         for penalty in reading.penalties:
             loss = loss + share * penalty
         return LanguageModelOutput(logits, loss, cross_entropy, reading.layers)
@@ -113,13 +128,19 @@ class CausalLM(nn.Module, ABC):
 
 def next_token_loss(
     logits: Tensor, input_ids: Tensor, labels: Tensor, num_labels: int | Tensor | None = None
-) -> Tensor:
-    """Mean cross entropy of position i against label i + 1, in nats a token, float32.
+) -> tuple[Tensor, Tensor | float]:
+    """Mean cross entropy of position i against label i + 1, in nats a token, and this share of it.
+
+    In float32, or the precision of the logits where that is higher.
 
     Args:
         logits: `(B, S, V)`.
         input_ids, labels: `(B, S)`, aligned, usually the same tensor. Labels of -100 are ignored.
-        num_labels: what the sum is divided by. None (default): the number of labels scored here.
+        num_labels: what the sum is divided by. None (default): the number of labels scored here,
+            or by all ranks that share the sequences.
+
+    Returns:
+        the loss, and the part of the `num_labels` that is scored here, in [0, 1].
 
     Raises:
         ValueError: labels of another shape than the ids.
@@ -129,13 +150,24 @@ def next_token_loss(
             f"labels must have the shape of input_ids, {tuple(input_ids.shape)}, "
             f"got {tuple(labels.shape)}"
         )
+    split = current_split()
+    if split is None:
+        logits, wanted = logits[:, :-1], labels[:, 1:]
+    else:
+        wanted = split.following(labels, IGNORED_LABEL)
+    alone = split is None and num_labels is None
+    scored = None if alone else (wanted != IGNORED_LABEL).sum()
+    if split is not None and num_labels is None and scored is not None:
+        num_labels = split.total(scored)
     loss = F.cross_entropy(
-        logits[:, :-1].flatten(0, 1).float(),  # (B (S - 1), V)
-        labels[:, 1:].flatten(),
+        logits.flatten(0, 1).to(torch.promote_types(logits.dtype, torch.float32)),
+        wanted.flatten(),
         ignore_index=IGNORED_LABEL,
         reduction="mean" if num_labels is None else "sum",
     )
-    return loss if num_labels is None else loss / num_labels
+    if num_labels is None or scored is None:
+        return loss, 1.0
+    return loss / num_labels, scored.to(loss.dtype) / num_labels
 
 
 def check_ids(name: str, ids: Tensor, vocab_size: int) -> None:

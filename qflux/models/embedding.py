@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from ..parallel import current_split
 from .config import ModelConfig
 
 
@@ -18,8 +19,15 @@ def rotate(states: Tensor, angle: Tensor) -> Tensor:
 
 
 def position_angles(frequency: Tensor, length: int) -> Tensor:
-    """The angles `(C, S)` of positions 0 to `length - 1` at frequencies `(C,)`, radians a token."""
-    position = torch.arange(length, device=frequency.device)
+    """The angles `(C, S)` of positions 0 to `length - 1` at frequencies `(C,)`, radians a token.
+
+    Where sequences are split over ranks, those of this rank's tokens.
+    """
+    split = current_split()
+    if split is None:
+        position = torch.arange(length, device=frequency.device)
+    else:
+        position = split.positions(length, frequency.device)
     return frequency[:, None] * position
 
 
@@ -49,7 +57,22 @@ def phase_coherence(states: Tensor) -> Tensor:
     Source: the QFNN document, "Phase-coherent regularization".
     """
     radius = torch.linalg.vector_norm(states, dim=-1, keepdim=True).clamp(min=1e-6)
-    return (states / radius).mean(-2).square().sum(-1)
+    return mean_over_tokens(states / radius).square().sum(-1)
+
+
+def mean_over_tokens(tensor: Tensor) -> Tensor:
+    """The mean `(..., F)` of `(..., S, F)`, over all ranks that share the sequences."""
+    split = current_split()
+    return tensor.mean(-2) if split is None else split.mean(tensor)
+
+
+def running_sum(tensor: Tensor) -> tuple[Tensor, Tensor]:
+    """Sums `(..., S, F)` over each token and those before it, and how many these are, `(S, 1)`."""
+    length, split = tensor.shape[-2], current_split()
+    if split is None:
+        count = torch.arange(1, length + 1, device=tensor.device)
+        return tensor.cumsum(-2), count[:, None]
+    return split.running_sum(tensor), 1 + split.positions(length, tensor.device)[:, None]
 
 
 class CylinderEmbedding(nn.Module):

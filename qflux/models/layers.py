@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from qflux_kernels import Evolution, Sparsemax, evolve, interact
 from qflux_kernels.options import Score
 
+from ..parallel import current_split
 from .config import SCORES, QuantumFluxConfig, radius_of, score_options
 from .embedding import flatten_states, rotate
 from .output import LayerRecord
@@ -109,8 +110,14 @@ class CausalConvolution(nn.Conv1d):
 
     def forward(self, x: Tensor) -> Tensor:
         """`(B, S, H)` to `(B, S, H)`."""
-        padded = F.pad(x.transpose(1, 2), (self.kernel_size[0] - 1, 0))  # (B, H, width - 1 + S)
-        return super().forward(padded).transpose(1, 2)  # (B, H, S) -> (B, S, H)
+        past, split = self.kernel_size[0] - 1, current_split()
+        if split is None:
+            return self._inside(F.pad(x, (0, 0, past, 0)))
+        return torch.cat([self._inside(chunk) for chunk in split.chunks_with_past(x, past)], 1)
+
+    def _inside(self, x: Tensor) -> Tensor:
+        """`(B, width - 1 + S, H)` to `(B, S, H)`."""
+        return super().forward(x.transpose(1, 2)).transpose(1, 2)
 
 
 def causal_convolution(config: QuantumFluxConfig) -> nn.Module:

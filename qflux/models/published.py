@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from qflux_kernels import evolve, interact, project_norm
 from qflux_kernels.reference import move_radius
 
+from ..parallel import current_split
 from .base import CausalLM, Reading
 from .config import SCORES, PublishedConfig, radius_of, score_options
 from .embedding import (
@@ -24,6 +25,7 @@ from .embedding import (
     phase_coherence,
     position_angles,
     rotate,
+    running_sum,
 )
 from .layers import dynamic_skip
 from .memory import ConnectionMemory
@@ -113,6 +115,9 @@ class TimeStep(nn.Module):
             # Checked arguments and numbers from the host would make it wait for the device.
             a, b = states.new_full((), a), states.new_full((), b)
             u = torch.distributions.Beta(a, b, validate_args=False).sample(batch)
+            split = current_split()
+            if split is not None:
+                u = split.of_the_first(u)
         else:
             u = states.new_full(batch, a / (a + b))
         return (self.scale / u.clamp(1e-3, 0.999)).clamp(1e-6, self.limit)
@@ -140,8 +145,7 @@ class AdaptiveBounds(nn.Module):
         """low and high for states `(B, C, S, 2)`: `(B, C, S)`, or `(C, 1)` if not by context."""
         if self.context:
             radius = torch.linalg.vector_norm(states, dim=-1, keepdim=True)
-            seen = torch.cat((states, radius), -1).cumsum(-2)
-            count = torch.arange(1, states.shape[-2] + 1, device=states.device)[:, None]
+            seen, count = running_sum(torch.cat((states, radius), -1))
             inputs = torch.cat((torch.ones_like(radius), seen / count), -1)
             # No matrix product, which autocast would take in half precision.
             logits = (inputs[..., None] * self.weight[:, None]).sum(-2)
@@ -307,6 +311,8 @@ class PublishedLM(CausalLM):
             states = rotate(states, position_angles(self.frequency, input_ids.shape[-1]))
         memory = None
         if config.memory:
+            if current_split() is not None:
+                raise ValueError("a connection memory needs whole sequences: memory must be False")
             memory = ConnectionMemory.empty(
                 states,
                 decay=config.memory_decay,

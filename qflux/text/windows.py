@@ -68,13 +68,16 @@ class TrainingWindows:
         self.steps_per_epoch = max(1, windows // batch_size)
         self._epoch = -1
 
-    def batch(self, step: int) -> Tensor:
-        """The `(batch_size, length)` token ids of a step, counted from 0; int64."""
+    def batch(self, step: int, own: slice | None = None) -> Tensor:
+        """The `(batch_size, length)` token ids of a step, counted from 0; int64.
+
+        With `own`, those windows alone.
+        """
         epoch, position = divmod(step, self.steps_per_epoch)
         if epoch != self._epoch:
             self._shuffle(epoch)
             self._epoch = epoch
-        at = torch.arange(self.batch_size) + position * self.batch_size
+        at = torch.arange(self.batch_size)[own or slice(None)] + position * self.batch_size
         chosen = self._order[at % len(self._order)].long()
         owners = torch.searchsorted(self._ends, chosen, right=True)
         rows = []

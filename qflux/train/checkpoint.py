@@ -10,6 +10,7 @@ from typing import Any
 
 import safetensors.torch
 import torch
+from torch import Tensor
 
 from ..models.base import CausalLM
 from ..models.config import ModelConfig
@@ -68,13 +69,22 @@ def usable_device(device: str | torch.device) -> torch.device:
         ) from None
 
 
-def save_model(folder: str | Path, model: CausalLM, vocabulary: Vocabulary) -> None:
-    """Write `config.json`, `vocabulary.json` and `model.safetensors` into `folder`."""
+def save_model(
+    folder: str | Path,
+    model: CausalLM,
+    vocabulary: Vocabulary,
+    weights: dict[str, Tensor] | None = None,
+) -> None:
+    """Write `config.json`, `vocabulary.json` and `model.safetensors` into `folder`.
+
+    `weights` are those of the whole model by name, on the CPU; default: the model has them.
+    """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / CONFIG_FILE, model.config.to_json().encode())
     write_atomically(folder / VOCABULARY_FILE, vocabulary.to_json().encode())
-    weights = {name: value.detach().cpu() for name, value in model.state_dict().items()}
+    if weights is None:
+        weights = {name: value.detach().cpu() for name, value in model.state_dict().items()}
     write_atomically(folder / MODEL_FILE, safetensors.torch.save(weights))
 
 

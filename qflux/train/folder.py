@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import re
+import shutil
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,6 +24,7 @@ except ImportError:  # Windows has no such locks
 LOCK_FILE = "run.lock"
 OWN_FILES = (RUN_FILE, CONFIG_FILE, VOCABULARY_FILE, MODEL_FILE, METRICS_FILE)
 _LEFTOVER = re.compile(r"\.(?:.+)\.\d+\.tmp")
+_LEFTOVER_STATE = re.compile(r"\.training_state-\d+\.tmp")
 
 
 @contextmanager
@@ -83,7 +85,9 @@ def _locked(path: Path, folder: Path) -> int:
 def remove_leftovers(folder: Path) -> None:
     """Delete the temporary files of savings that were killed."""
     for path in folder.glob(".*.tmp"):
-        if _LEFTOVER.fullmatch(path.name):
+        if path.is_dir() and _LEFTOVER_STATE.fullmatch(path.name):
+            shutil.rmtree(path)
+        elif _LEFTOVER.fullmatch(path.name):
             path.unlink(missing_ok=True)
 
 

@@ -42,9 +42,13 @@ from .evaluation import evaluate
 from .figures import check_figures, cylinder_figures
 from .folder import check_vacant, clear, forget_trackers, sole_writer
 from .metrics import METRICS_FILE, Interval, append_line, drop_lines_after, peak_memory
+from .optimizer import make_optimizer
 from .options import DEFAULT_EPOCHS, TrainingOptions
+from .ranks import Group, Ranks, check_windows, joined, own_device
 from .record import changed_options, check_same_text, make_record, read_record
+from .replica import Replica
 from .schedules import radius_factor, radius_rate, radius_rules, shorten, window_length
+from .sharded import parameter_order, restore, tensors_of
 from .signals import Stopper, StopRequested, TrainingInterrupted
 from .start import load_start
 from .states import States, all_finite, random_state, set_random_state
@@ -61,7 +65,8 @@ class TrainingResult:
     """The model of the last step, its validation loss in nats a token, and the run's extent.
 
     seconds: of training, resumed runs included. reason: why the run ended, in words. more: the
-    command that makes the run longer. text: what it was trained and validated on.
+    command that makes the run longer. text: what it was trained and validated on. first: whether
+    this process is the one of the run that writes files; the model of several is in their parts.
     """
 
     model: CausalLM
@@ -72,6 +77,7 @@ class TrainingResult:
     reason: str = ""
     more: str = ""
     text: EncodedText | None = None
+    first: bool = True
 
 
 def train(
@@ -109,18 +115,28 @@ def train(
         TrainingInterrupted: a signal stopped the run, and its state is saved.
     """
     folder = check_path("output_dir", options.output_dir)
-    device = usable_device(options.device)
+    device = usable_device(own_device(options.device))
     if options.resume and not folder.is_dir():
         raise FileNotFoundError(f"nothing to resume: there is no folder {str(folder)!r}")
     with ExitStack() as stack:
-        if not options.dry_run:
-            stack.enter_context(sole_writer(folder))
-        if not (options.resume or options.overwrite):
-            check_vacant(folder)
+        ranks = stack.enter_context(joined(options, device))
         stack.enter_context(_plain_errors(options))
-        run = _Run(config, text, vocabulary, options, device, source)
+        with ranks.together():
+            if ranks.first:
+                if not options.dry_run:
+                    stack.enter_context(sole_writer(folder))
+                if not (options.resume or options.overwrite):
+                    check_vacant(folder)
+        with ranks.together():
+            run = _Run(config, text, vocabulary, options, device, source, ranks)
+        ranks.agree(run.facts())
+        with ranks.together():
+            check_windows(config, options)
+        run.prepare()
         if options.dry_run:
-            print(run.rehearse())
+            shown = run.rehearse()
+            if ranks.first:
+                print(shown)
         else:
             run.learn()
     return TrainingResult(
@@ -130,8 +146,9 @@ def train(
         run.step,
         run.seconds(),
         run.reason(),
-        f"{resume_command(folder)} {run.longer()}",
+        f"{run.resume_command()} {run.longer()}",
         run.text,
+        ranks.first,
     )
 
 
@@ -149,16 +166,18 @@ class _Run:
         options: TrainingOptions,
         device: torch.device,
         source: Mapping[str, Any] | None,
+        ranks: Ranks,
     ) -> None:
+        self.ranks = ranks
         self.config, self.vocabulary, self.options = config, vocabulary, options
         self.folder, self.device = Path(options.output_dir), device
         self.states = States(self.folder, options.keep_states)
-        self.display = Display(options.progress)
+        self.display = Display(options.progress and ranks.first)
         check_vocabulary_size(vocabulary, config.vocab_size)
         self.text = self._encode(text)
         self.record = make_record(self.text, vocabulary, options, source)
         self.changes: dict[str, tuple[Any, Any]] = {}
-        state = self._find_state(source) if options.resume else None
+        self.state = self._find_state(source) if options.resume else None
 
         length = config.context_length
         self.held_out = self.text.validation_sample(options.eval_tokens, length)
@@ -171,13 +190,41 @@ class _Run:
         self.total_steps = options.total_steps(self.windows.steps_per_epoch)
         self.display.total_steps = self.total_steps
 
+    def facts(self) -> dict[str, Any]:
+        """What all processes of a run must have in common."""
+        record = self.record
+        return {
+            "versions": record.versions,
+            "text": record.text["sha256"],
+            "vocabulary": self.vocabulary.to_json(),
+            "network": self.config.to_json(),
+            "options": record.options,
+            "state": None if self.state is None else self.state["step"],
+        }
+
+    def prepare(self) -> None:
+        """Make the model, as this process holds it, and take it where its state says."""
+        options, device, state = self.options, self.device, self.state
         torch.manual_seed(options.seed)
-        self.model = make_model(config).to(device)
+        model = make_model(self.config).to(device)
+        if options.precision == "float64":
+            model = model.double()
         if options.init_from is not None and state is None:
-            load_start(self.model, options.init_from)
+            load_start(model, options.init_from)
         if options.gradient_checkpointing:
-            checkpoint_layers(self.model)
-        self.train_step = TrainStep(self.model, options, device)
+            checkpoint_layers(model)
+        self.model, self.parameters = model, parameters(model)
+        self.order = parameter_order(model, make_optimizer(model, options))
+        if isinstance(self.ranks, Group) and self.ranks.pipeline > 1:
+            from .pipeline import PipelinedReplica
+
+            self.replica: Replica = PipelinedReplica(model, options, self.ranks)
+        else:
+            self.replica = Replica(model, options, self.ranks)
+        self.train_step = TrainStep(model, options, device, self.replica)
+        if self.ranks.rank > 0:
+            # Random draws in training are each process's own.
+            torch.manual_seed(options.seed + self.ranks.rank)
         self.rules = radius_rules(self.model)
         self.step, self.validation_loss, self.best, self.stale = 0, math.nan, math.inf, 0
         self.interval, self.pending, seconds_before = Interval(), None, 0.0
@@ -187,16 +234,18 @@ class _Run:
             self._restore(state)
         self.first_step, self.saved_step = self.step, self.step if state is not None else None
         self.start = time.perf_counter() - seconds_before
-        self.stopper = Stopper()
+        self.heard = seconds_before
+        self.stopper = Stopper(repeats=self.ranks.size > 1)
 
     def _encode(self, text: TextSplit | TextSource) -> EncodedText:
         try:
-            return encode_text(
-                text,
-                self.vocabulary,
-                None if self.options.dry_run else self.folder,
-                progress=self.display.terminal,
-            )
+            with self.ranks.first_alone("encoded"):
+                return encode_text(
+                    text,
+                    self.vocabulary,
+                    None if self.options.dry_run else self.folder,
+                    progress=self.display.terminal,
+                )
         except UnknownCharacterError as error:
             if self.options.resume:
                 # The vocabulary of the run has every character of its text.
@@ -221,9 +270,12 @@ class _Run:
     def _restore(self, state: dict[str, Any]) -> None:
         check_same_model(state, self.config, self.vocabulary)
         try:
-            self.model.load_state_dict(state["model"])
-            self.train_step.load_state_dict(state["learner"])
-            set_random_state(state["random_state"], self.device)
+            drawn = restore(state, self.train_step, self.ranks, self.order)
+            if drawn is None:
+                # Another number of processes draws anew.
+                torch.manual_seed(self.options.seed + 1_000_003 * state["step"] + self.ranks.rank)
+            else:
+                set_random_state(drawn, self.device)
             self.step, self.stale = state["step"], state["stale"]
             self.validation_loss = state["validation_loss"]
             self.best = state["best_validation_loss"]
@@ -249,12 +301,22 @@ class _Run:
         """How long the run has taken, its earlier parts included."""
         return time.perf_counter() - self.start
 
+    def clock(self) -> float:
+        """The seconds by which the run goes: the same in all processes."""
+        return self.seconds() if self.ranks.size == 1 else self.heard
+
+    def _listen(self) -> None:
+        """Learn of signals that came to other processes, and of the time there."""
+        if self.ranks.size > 1:
+            number, self.heard = self.ranks.largest(self.stopper.signal or 0, self.seconds())
+            self.stopper.signal = int(number) or None
+
     def progress(self) -> float:
         """How much of the run is behind, in [0, 1]."""
         options = self.options
         progress = 0.0 if self.total_steps is None else self.step / self.total_steps
         if options.max_seconds is not None:
-            progress = max(progress, self.seconds() / options.max_seconds)
+            progress = max(progress, self.clock() / options.max_seconds)
         if self._out_of_patience():
             progress = 1.0
         return min(progress, 1.0)
@@ -295,10 +357,11 @@ class _Run:
             check_figures()
         if self.options.overwrite:
             forget_trackers(self.folder)
-        with open_trackers(
-            self.options.trackers, self.folder, self.config, self.step
-        ) as self.trackers:
-            self._prepare_folder()
+        trackers = self.options.trackers if self.ranks.first else ()
+        with open_trackers(trackers, self.folder, self.config, self.step) as self.trackers:
+            with self.ranks.together():
+                if self.ranks.first:
+                    self._prepare_folder()
             self.display.header(self.header())
             with self.stopper.listening(), self.display.running(self.progress()):
                 self.model.train()
@@ -306,6 +369,7 @@ class _Run:
                     self._close_interval(self.pending, evaluate_now=True)
                 while (progress := self.progress()) < 1:
                     taken, length = self._take_step(progress)
+                    self._listen()
                     last = self.progress() >= 1
                     if last or self._writes_line(self.step):
                         line = self._measure(taken, length)
@@ -340,7 +404,7 @@ class _Run:
         rows = [
             *self.text.report(self.config.context_length, options.eval_tokens),
             ("vocabulary", f"{self.vocabulary.kind}, {self.vocabulary.size:,} tokens"),
-            ("model", f"{self.config.architecture}, {parameters(self.model):,} parameters, "
+            ("model", f"{self.config.architecture}, {self.parameters:,} parameters, "
                       f"context {self.config.context_length}"),
             ("device", f"{self.device}, {options.precision}, {torch.get_num_threads()} threads"),
             ("run", f"{length} of {batch} into {options.output_dir} "
@@ -348,6 +412,8 @@ class _Run:
         ]  # fmt: skip
         if options.max_seconds is not None:
             rows.append(("time", f"at most {options.max_seconds:g} s (max_seconds)"))
+        if self.ranks.size > 1:
+            rows.append(("processes", self.ranks.describe(options)))
         if options.init_from is not None and not options.resume:
             rows.append(("starts from", str(options.init_from)))
         if options.resume:
@@ -367,7 +433,7 @@ class _Run:
         """Learn from the next batch; returns also the length of its windows."""
         options = self.options
         length = window_length(progress, self.config.context_length, options)
-        batch = shorten(self.windows.batch(self.step), length).to(self.device)
+        batch = shorten(self._windows(), length).to(self.device)
         # With a time limit any step may turn out to be the last, which has a line.
         measured = (
             self._writes_line(self.step + 1)
@@ -376,14 +442,21 @@ class _Run:
         )
         with radius_rate(self.rules, radius_factor(progress, options.radius_warmup)):
             taken = self.train_step(batch, progress, return_layers=measured)
-        self.interval.add(taken.loss, batch.numel())
+        self.interval.add(taken.loss, batch.numel() * self.ranks.data)
         self.step, self.last_batch = self.step + 1, batch
         self.display.step(self.step, self.progress())
         return taken, length
 
+    def _windows(self) -> Tensor:
+        """The windows of the next step that are this process's."""
+        if self.ranks.data == 1:
+            return self.windows.batch(self.step)
+        return self.windows.batch(self.step, self.ranks.rows(self.options.batch_size))
+
     def _measure(self, taken: StepResult, length: int) -> dict[str, Any]:
         """The line of metrics of the interval that ends here."""
-        numbers = self.interval.fetch(taken)
+        numbers = self.interval.fetch(taken, self.ranks, length)
+        (peak,) = self.ranks.largest(peak_memory(self.device))
         self._check_losses(numbers.losses, taken.rate)
         line = {
             "step": self.step,
@@ -393,7 +466,7 @@ class _Run:
             "gradient_norm": numbers.gradient_norm,
             "window_length": length,
             "tokens_per_second": self.interval.tokens_per_second(time.perf_counter()),
-            "peak_memory_mb": peak_memory(self.device) / 2**20,
+            "peak_memory_mb": peak / 2**20,
             "elapsed_seconds": self.seconds(),
             **numbers.layers,
         }
@@ -405,7 +478,8 @@ class _Run:
         self.interval, self.pending = Interval(), None
         if evaluate_now:
             self._evaluate(line)
-        append_line(self.folder / METRICS_FILE, line)
+        if self.ranks.first:
+            append_line(self.folder / METRICS_FILE, line)
         for tracker in self.trackers:
             tracker.log(self.step, line)
         if evaluate_now and self.options.log_figures:
@@ -418,7 +492,7 @@ class _Run:
             self.stale += 1
             if self.validation_loss < self.best:
                 self.best, self.stale = self.validation_loss, 0
-                save_model(self.folder, self.model, self.vocabulary)
+                self._save_model()
         if evaluate_now or self._due(self.options.save_interval):
             self._save(known_good=evaluate_now)
         self.interval = Interval()
@@ -432,9 +506,9 @@ class _Run:
         try:
             with (
                 self.display.evaluating(self.model, tokens),
-                self.stopper.interrupting(self.model),
+                self.stopper.interrupting(self.model, self._listen),
             ):
-                loss = evaluate(self.model, self.held_out, self.options.batch_size)
+                loss = self._loss_of_held_out()
         except StopRequested:
             set_random_state(before, self.device)
             self.pending = line
@@ -451,6 +525,19 @@ class _Run:
             with self._random_numbers_kept():
                 line["sample"] = self._sample(self.prompt)
             self.display.say(line["sample"])
+
+    def _loss_of_held_out(self) -> float:
+        if self.ranks.size == 1:
+            return evaluate(self.model, self.held_out, self.options.batch_size)
+        with evaluating(self.model):
+            return self.replica.evaluate(self.held_out, self.options.batch_size)
+
+    def _save_model(self) -> None:
+        """Write the model file, from the weights of all processes."""
+        weights = self.replica.weights()
+        with self.ranks.together():
+            if self.ranks.first:
+                save_model(self.folder, self.model, self.vocabulary, weights)
 
     def _sample(self, prompt: Tensor) -> str:
         generator = torch.Generator(self.device).manual_seed(self.options.seed)
@@ -478,7 +565,7 @@ class _Run:
         assert self.stopper.signal is not None
         raise TrainingInterrupted(
             f"stopped by {self.stopper.name} and saved at step {self.step:,}; go on with: "
-            f"{resume_command(self.folder)}",
+            f"{self.resume_command()}",
             self.stopper.signal,
         )
 
@@ -490,8 +577,6 @@ class _Run:
         state = {
             "config": self.config.to_json(),
             "vocabulary": self.vocabulary.to_json(),
-            "model": self.model.state_dict(),
-            "learner": self.train_step.state_dict(),
             "random_state": random_state(self.device),
             "step": self.step,
             "seconds": self.seconds(),
@@ -501,16 +586,28 @@ class _Run:
             "interval": self.interval.state_dict(),
             "pending": self.pending,
         }
-        if not (known_good or self._loss_is_finite()) or not all_finite(
-            (state["model"], state["learner"])
-        ):
+        divided = self.ranks.size > 1
+        if divided:
+            tensors = tensors_of(self.model, self.train_step.optimizer)
+            state["scaler"] = self.train_step.scaler.state_dict()
+            state["random_states"] = self.ranks.gathered(state["random_state"])
+        else:
+            tensors = {
+                "model": self.model.state_dict(),
+                "learner": self.train_step.state_dict(),
+            }
+        good = known_good or self._loss_is_finite()
+        if not self.ranks.all(good and all_finite(tensors)):
             raise NonFiniteLossError(
                 f"step {self.step} left weights that are not finite or have no finite loss; "
                 f"{self._remedy()}"
             )
         if self.best == math.inf:
-            save_model(self.folder, self.model, self.vocabulary)
-        self.states.save(state)
+            self._save_model()
+        if divided:
+            self.states.save_shards(tensors, state, self.ranks)
+        else:
+            self.states.save({**state, **tensors})
         self.saved_step = self.step
 
     @torch.no_grad()
@@ -521,7 +618,7 @@ class _Run:
         # A part that is known to fit into memory.
         batch = batch.chunk(self.options.accumulation)[0]
         with self._random_numbers_kept(), evaluating(self.model):
-            return bool(self.model(batch, labels=batch).cross_entropy.isfinite())
+            return self.replica.finite_loss(batch)
 
     def _check_losses(self, losses: list[float], rate: float) -> None:
         """Raise for the first loss that is not finite; the last one is of this step."""
@@ -536,12 +633,22 @@ class _Run:
             return f"{advice}; no state was saved before"
         return (
             f"{advice}; the state of step {self.saved_step:,} is kept: "
-            f"{resume_command(self.folder)} --learning-rate {self.options.learning_rate / 4:.2g}"
+            f"{self.resume_command()} --learning-rate {self.options.learning_rate / 4:.2g}"
         )
+
+    def resume_command(self) -> str:
+        """What to type to go on with this run as it is."""
+        options, given = self.options, []
+        if options.parallel is not None:
+            given.append(f" --parallel {options.parallel}")
+        for name in ("context_parallel", "pipeline_parallel"):
+            if getattr(options, name) > 1:
+                given.append(f" --{name.replace('_', '-')} {getattr(options, name)}")
+        return resume_command(self.folder, self.ranks.size, "".join(given))
 
     def rehearse(self) -> str:
         """What a run would be like: header, shapes, memory, and one step on the first batch."""
-        window = self.windows.batch(self.step)
+        window = self._windows()
         shapes = {name: tuple(p.shape) for name, p in self.model.named_parameters()}
         width = max(map(len, shapes))
         weights = sum(p.numel() * p.element_size() for p in self.model.parameters())
@@ -551,14 +658,15 @@ class _Run:
         self.model.train()
         begin = time.perf_counter()
         with radius_rate(self.rules, radius_factor(progress, self.options.radius_warmup)):
-            loss = self.train_step(batch, progress).loss.item()
+            loss = self.ranks.sum(self.train_step(batch, progress).loss.double())
         seconds = time.perf_counter() - begin
         rows = [f"{name:11} {text}" for name, text in self.header()]
         rows += ["parameters", *(f"  {name:{width}} {shape}" for name, shape in shapes.items())]
         rows += [
             f"memory      {weights / 2**20:,.1f} MB of weights, "
             f"{peak_memory(self.device) / 2**20:,.0f} MB in all after one step",
-            f"first batch {tuple(batch.shape)} tokens, loss {loss:.3f} nats/token, "
+            f"first batch {tuple(batch.shape)} tokens, "
+            f"loss {loss.item() / self.ranks.data:.3f} nats/token, "
             f"{seconds:.3g} s with what happens once",
             f"its window  {self.vocabulary.decode(batch[0][:60])!r}",
             "dry run: nothing was written",
@@ -566,9 +674,10 @@ class _Run:
         return "\n".join(rows)
 
 
-def resume_command(folder: Path) -> str:
-    """What to type to go on with the run in `folder`."""
-    return f"qflux train --output-dir {shlex.quote(str(folder))} --resume"
+def resume_command(folder: Path, processes: int = 1, division: str = "") -> str:
+    """What to type to go on with the run in `folder`, in so many processes."""
+    start = "" if processes == 1 else f"torchrun --nproc-per-node {processes} -m "
+    return f"{start}qflux train --output-dir {shlex.quote(str(folder))} --resume{division}"
 
 
 def parameters(model: torch.nn.Module) -> int:

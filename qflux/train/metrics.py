@@ -12,7 +12,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..models.embedding import phase_coherence
+from ..models.output import LayerRecord
 from .checkpoint import write_atomically
+from .ranks import Ranks
 from .step import StepResult
 
 METRICS_FILE = "metrics.jsonl"
@@ -55,12 +58,25 @@ class Interval:
         self.losses.append(loss)
         self.tokens += tokens
 
-    def fetch(self, last: StepResult) -> IntervalNumbers:
-        """The numbers of the interval, in the one transfer for which the host waits."""
-        table = [layer.metrics() for layer in last.layers]
+    def fetch(self, last: StepResult, ranks: Ranks, length: int) -> IntervalNumbers:
+        """The numbers of the interval, in the one transfer for which the host waits.
+
+        Args:
+            last: the step that ends it.
+            ranks: the processes of the run, which all have to call this.
+            length: tokens of the windows of the last step.
+        """
+        losses = self.losses
+        if ranks.size == 1:
+            table = [layer.metrics() for layer in last.layers]
+        else:
+            with ranks.sequences(length):
+                table = [reduced_metrics(layer, ranks, length) for layer in last.layers]
+            # In one precision: a process without the last layers has zeros of its own.
+            losses = list(ranks.sum(torch.stack(losses).double()) / ranks.data)
         names = list(table[0]) if table else []
         values = [metrics[name] for metrics in table for name in names]
-        *numbers, norm = torch.stack([*values, *self.losses, last.norm]).tolist()
+        *numbers, norm = torch.stack([*values, *losses, last.norm]).tolist()
         count = len(values)
         layers = {name: numbers[i : count : len(names)] for i, name in enumerate(names)}
         return IntervalNumbers(numbers[count:], norm, layers)
@@ -68,6 +84,27 @@ class Interval:
     def tokens_per_second(self, now: float) -> float:
         """The speed since the beginning of the interval."""
         return self.tokens / (now - self.start)
+
+
+@torch.no_grad()
+def reduced_metrics(layer: LayerRecord, ranks: Ranks, length: int) -> dict[str, Tensor]:
+    """`LayerRecord.metrics` of a record of which every process has the part of its tokens."""
+    tokens = ranks.sum(torch.tensor(float(layer.degree.numel()), device=layer.degree.device))
+    own = {
+        "density": layer.degree.sum() / (tokens * (length + 1) / 2),
+        "strength": layer.strength.sum() / tokens,
+        "radius_mean": layer.radius.sum() / tokens,
+        # The processes that share a sequence have the same number.
+        "coherence": phase_coherence(layer.states_after).mean() / ranks.size,
+    }
+    if layer.skip is not None:
+        own["skip"] = layer.skip.mean() / ranks.size
+    sums = ranks.sum(torch.stack([value.to(layer.radius.dtype) for value in own.values()]))
+    found = dict(zip(own, sums, strict=True))
+    square = ranks.sum((layer.radius - found["radius_mean"]).square().sum() / tokens)
+    deviation = {"radius_std": square.sqrt()}
+    order = ("density", "strength", "radius_mean", "radius_std", "coherence", "skip")
+    return {name: (found | deviation)[name] for name in order if name in found | deviation}
 
 
 def peak_memory(device: torch.device) -> float:

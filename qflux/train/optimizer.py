@@ -48,7 +48,9 @@ def make_autocast(
 ) -> Callable[[], AbstractContextManager[object]]:
     """What opens a context in which matrix products on `device` have that precision."""
     dtype = getattr(torch, precision)
-    return partial(torch.autocast, device.type, dtype=dtype, enabled=dtype != torch.float32)
+    enabled = precision in ("bfloat16", "float16")
+    # A dtype that autocast does not know is a warning, even where it is not enabled.
+    return partial(torch.autocast, device.type, dtype=dtype if enabled else None, enabled=enabled)
 
 
 def make_scaler(device: torch.device, precision: Precision) -> torch.amp.GradScaler:

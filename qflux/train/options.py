@@ -10,12 +10,14 @@ from typing import Literal, get_args
 from qflux_kernels.checks import check_choice, check_flag, check_integer, check_real
 
 Learning = Literal["backprop", "hebbian", "hybrid"]
-Precision = Literal["float32", "bfloat16", "float16"]
+Precision = Literal["float32", "bfloat16", "float16", "float64"]
+Parallel = Literal["ddp", "fsdp"]
 OutputError = Literal["softmax", "logits"]
 TrackerName = Literal["tensorboard", "wandb"]
 
 LEARNING: tuple[str, ...] = get_args(Learning)
 PRECISIONS: tuple[str, ...] = get_args(Precision)
+PARALLEL: tuple[str, ...] = get_args(Parallel)
 ERRORS: tuple[str, ...] = get_args(OutputError)
 TRACKERS: tuple[str, ...] = get_args(TrackerName)
 
@@ -45,7 +47,10 @@ MAY_CHANGE = (
     "max_gradient_norm",
 )
 # What is said of a call and is no part of the run.
-OF_THE_CALL = ("output_dir", "progress", "resume", "resume_step", "overwrite", "dry_run")
+OF_THE_CALL = (
+    "output_dir", "progress", "resume", "resume_step", "overwrite", "dry_run",
+    "parallel", "context_parallel", "pipeline_parallel", "rank_timeout",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,6 +110,7 @@ class TrainingOptions(OptimizerOptions):
             `qflux.train.hebbian.delta_rule`.
         precision: of matrix products in the forward pass of training: "float32", "bfloat16" or
             "float16" (with loss scaling). States evolve in float32, and evaluation is float32.
+            "float64" is the precision of everything, weights and evaluation too.
         gradient_checkpointing: recompute each layer in the backward pass instead of keeping what
             it computed.
         max_steps: at most so many steps, >= 1; None: no such limit. Of several limits the one that
@@ -134,6 +140,13 @@ class TrainingOptions(OptimizerOptions):
         sample_tokens: tokens that it adds to the prompt, >= 1.
         device: where to train, as PyTorch names it, such as cpu, cuda or cuda:1.
         compile: run the steps through `torch.compile`; only with `learning` "backprop".
+        parallel: how several processes, started by torchrun, share a model. "ddp": each has all of
+            its weights. "fsdp": each has a shard of them. None: "ddp" where there are several.
+        context_parallel: processes that share each sequence, >= 1.
+        pipeline_parallel: processes that share the layers, >= 1; the parts of `accumulation` are
+            what runs at the same time in different layers. The product of both divides the number
+            of processes, and the others get windows of their own, in equal numbers.
+        rank_timeout: seconds after which a process that does not answer is given up, > 0.
         trackers: services that get the metrics too: "tensorboard", "wandb".
         log_figures: the trackers also get pictures of the cylinders at every evaluation; needs
             `trackers` and matplotlib.
@@ -181,6 +194,10 @@ class TrainingOptions(OptimizerOptions):
     sample_tokens: int = 100
     device: str = "cpu"
     compile: bool = False
+    parallel: Parallel | None = None
+    context_parallel: int = 1
+    pipeline_parallel: int = 1
+    rank_timeout: float = 600.0
     trackers: tuple[TrackerName, ...] = ()
     log_figures: bool = False
     init_from: str | Path | None = None
@@ -198,8 +215,16 @@ class TrainingOptions(OptimizerOptions):
         for name in ("epochs", "max_seconds"):
             if getattr(self, name) is not None:
                 check_real(name, getattr(self, name), above=0)
-        for name in ("batch_size", "accumulation", "log_interval", "keep_states", "sample_tokens"):
+        check_real("rank_timeout", self.rank_timeout, above=0)
+        for name in (
+            "batch_size", "accumulation", "log_interval", "keep_states", "sample_tokens",
+            "context_parallel", "pipeline_parallel",
+        ):  # fmt: skip
             check_integer(name, getattr(self, name), 1)
+        if self.parallel is not None:
+            check_choice("parallel", self.parallel, PARALLEL)
+        if self.pipeline_parallel > 1 and self.sample_prompt is not None:
+            raise ValueError("sample_prompt needs a whole model: leave out pipeline_parallel")
         check_integer("seed", self.seed, 0, 2**40 - 1)
         for name, minimum in (
             ("max_steps", 1),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
@@ -36,12 +36,17 @@ class StopRequested(Exception):
 class Stopper:
     """Remembers the first signal that asks the process to end; the second one ends it.
 
+    Args:
+        repeats: a signal may come more than once and means the same: torchrun passes on what the
+            terminal sends, too, and ends by itself what takes half a minute.
+
     Signals that the process ignores stay ignored, and outside the main thread, where Python allows
     no handlers, nothing is caught.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, repeats: bool = False) -> None:
         self.signal: int | None = None
+        self.repeats = repeats
 
     @property
     def name(self) -> str:
@@ -70,14 +75,23 @@ class Stopper:
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
         if self.signal is not None:
+            if self.repeats:
+                return
             raise KeyboardInterrupt(f"stopped by a second {self.name} before it had saved")
         self.signal = number
 
     @contextmanager
-    def interrupting(self, model: nn.Module) -> Iterator[None]:
-        """Meanwhile a pass of the model after a signal raises `StopRequested`."""
+    def interrupting(
+        self, model: nn.Module, listen: Callable[[], None] | None = None
+    ) -> Iterator[None]:
+        """Meanwhile a pass of the model after a signal raises `StopRequested`.
+
+        `listen` is called before each pass, to learn of signals elsewhere.
+        """
 
         def check(module: nn.Module, inputs: object) -> None:
+            if listen is not None:
+                listen()
             if self.signal is not None:
                 raise StopRequested
 

@@ -14,9 +14,12 @@ import torch
 from torch import Tensor
 
 from .checkpoint import first_line, write_atomically
+from .ranks import Ranks
+from .sharded import SHARDS, read_plain, write_shards
 
 STATE_FILE = "training_state.pt"
 _KEPT = re.compile(r"training_state-(\d+)\.pt")
+_SHARDED = re.compile(r"training_state-(\d+)")
 # What a state of any version has.
 _KEYS = {
     "config", "vocabulary", "model", "learner", "random_state", "step", "seconds",
@@ -28,6 +31,7 @@ class States:
     """The training states in a folder.
 
     The latest is `training_state.pt`; the one that it replaces becomes `training_state-STEP.pt`.
+    Those of several processes are folders `training_state-STEP`, and the last of them the latest.
     Whatever happens while a state is saved, the folder holds the old ones or all of the new.
 
     Args:
@@ -43,8 +47,8 @@ class States:
         """The states before the latest, by step in ascending order."""
         found = {
             int(match.group(1)): path
-            for path in self.folder.glob("training_state-*.pt")
-            if (match := _KEPT.fullmatch(path.name))
+            for path in self.folder.glob("training_state-*")
+            if (match := (_SHARDED if path.is_dir() else _KEPT).fullmatch(path.name))
         }
         return dict(sorted(found.items()))
 
@@ -63,7 +67,23 @@ class States:
         self._latest = state["step"]
         older = list(self.kept().values())
         for path in older[: max(0, len(older) - (self.keep - 1))]:
-            path.unlink(missing_ok=True)
+            _delete(path)
+
+    def save_shards(self, tensors: dict[str, Any], plain: dict[str, Any], ranks: Ranks) -> None:
+        """Write a state of which every process has a part; it becomes the latest."""
+        path = self.folder / STATE_FILE
+        if ranks.first and path.is_file():
+            if self._latest is not None and self.keep > 1:
+                os.replace(path, self.folder / f"training_state-{self._latest}.pt")
+            else:
+                path.unlink()
+        step = plain["step"]
+        write_shards(self.folder / f"training_state-{step}", tensors, plain, ranks)
+        self._latest = step
+        if ranks.first:
+            older = list(self.kept().values())
+            for path in older[: max(0, len(older) - self.keep)]:
+                _delete(path)
 
     def load(self, step: int | None = None) -> dict[str, Any]:
         """Read the latest state, or that of `step`, on the CPU.
@@ -95,21 +115,35 @@ class States:
     def go_back(self, step: int) -> None:
         """Make the kept state of `step` the latest one and forget those after it."""
         kept = self.kept()
-        if step in kept:
+        if step in kept and kept[step].is_dir():
+            (self.folder / STATE_FILE).unlink(missing_ok=True)
+        elif step in kept:
             os.replace(kept[step], self.folder / STATE_FILE)
         for other, path in kept.items():
             if other > step:
-                path.unlink(missing_ok=True)
+                _delete(path)
 
     def remove(self) -> None:
         """Delete all states."""
         for path in (*self.kept().values(), self.folder / STATE_FILE):
-            path.unlink(missing_ok=True)
+            _delete(path)
+
+
+def _delete(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _read(path: Path, kept: dict[int, Path]) -> dict[str, Any]:
     others = [str(step) for step, file in kept.items() if file != path]
     remedy = f"resume_step {others[-1]} goes back to a kept state" if others else "no other is kept"
+    if path.is_dir():
+        state = read_plain(path)
+        if not set(state) >= _KEYS - {"model", "learner"}:
+            raise ValueError(f"{str(path)!r} is not a training state; {remedy}")
+        return {**state, SHARDS: str(path)}
     with open(path, "rb") as stream:
         try:
             # PyTorch writes checksums and does not read them.

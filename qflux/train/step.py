@@ -6,7 +6,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from ..models.base import CausalLM
@@ -14,6 +14,8 @@ from ..models.output import LayerRecord
 from .hebbian import apply_update, delta_rule, largest_moment
 from .optimizer import make_autocast, make_optimizer, make_scaler
 from .options import TrainingOptions
+from .ranks import Ranks
+from .replica import Replica
 from .schedules import learning_rate_at
 
 
@@ -39,12 +41,18 @@ class TrainStep:
         options: `learning`, its rates and their schedule, `precision`, `accumulation`, and those of
             the optimiser count.
         device: of the model.
+        replica: the model as the processes of a run hold it; default: one has it.
     """
 
-    def __init__(self, model: CausalLM, options: TrainingOptions, device: torch.device) -> None:
+    def __init__(
+        self,
+        model: CausalLM,
+        options: TrainingOptions,
+        device: torch.device,
+        replica: Replica | None = None,
+    ) -> None:
         self.model, self.options = model, options
-        # Evaluation and sampling stay with the model itself: their shapes would compile it anew.
-        self.forward = torch.compile(model) if options.compile else model
+        self.replica = Replica(model, options, Ranks()) if replica is None else replica
         own_rule = model.head.parameters() if options.learning == "hybrid" else ()
         self.optimizer = make_optimizer(model, options, exclude=own_rule)
         self.moved = [p for group in self.optimizer.param_groups for p in group["params"]]
@@ -71,13 +79,7 @@ class TrainStep:
 
     def _backpropagate(self, batch: Tensor, rate: float, return_layers: bool) -> StepResult:
         self.optimizer.zero_grad()
-        loss, layers = torch.zeros((), device=batch.device), ()
-        for part in batch.chunk(self.options.accumulation):
-            with self.autocast():
-                output = self.forward(part, labels=part, return_layers=return_layers)
-            mean = output.loss * (len(part) / len(batch))
-            self.scaler.scale(mean).backward()
-            loss, layers = loss + mean.detach(), output.layers
+        loss, layers = self.replica.backward(batch, self.autocast, self.scaler, return_layers)
         return StepResult(loss, self._move(), rate, layers)
 
     def _hebbian(self, batch: Tensor, rate: float, progress: float) -> StepResult:
@@ -111,7 +113,7 @@ class TrainStep:
 
     def _move(self) -> Tensor:
         self.scaler.unscale_(self.optimizer)
-        norm = nn.utils.clip_grad_norm_(self.moved, self.options.max_gradient_norm)
+        norm = self.replica.clip(self.moved, self.options.max_gradient_norm)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         return norm

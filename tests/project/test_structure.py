@@ -27,6 +27,7 @@ LAYERS = (
     # It samples from any model that has logits, and the models' method calls it.
     {"qflux.inference"},
     {"qflux.text"},
+    {"qflux.parallel"},
     {"qflux.optional"},
     {"qflux_kernels"},
 )
