@@ -97,6 +97,11 @@ class InteractionCache:
         return self._buffers[0].shape[-2]
 
     @property
+    def dtype(self) -> torch.dtype:
+        """That of keys, values, states and results."""
+        return self._buffers[0].dtype
+
+    @property
     def batch_shape(self) -> torch.Size:
         """The leading dimensions; `reorder` may change the first."""
         return self._buffers[0].shape[:-2]
@@ -280,9 +285,15 @@ class EvolutionCache:
         # The first and the second stage of each step.
         self._stages = [(InteractionCache(**options), InteractionCache(**options)) for _ in range(steps)]
 
-    def _caches(self) -> Iterator[InteractionCache]:
-        for stages in self._stages:
-            yield from stages
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of the states."""
+        return self._stages[0][0].dtype
+
+    @property
+    def caches(self) -> list[InteractionCache]:
+        """Those of the states, two a step."""
+        return [cache for stages in self._stages for cache in stages]
 
     def __len__(self) -> int:
         """Tokens so far."""
@@ -291,7 +302,7 @@ class EvolutionCache:
     @property
     def nbytes(self) -> int:
         """Bytes of the buffers, with the room that is still free."""
-        return sum(cache.nbytes for cache in self._caches())
+        return sum(cache.nbytes for cache in self.caches)
 
     @torch.no_grad()
     def advance(
@@ -343,12 +354,12 @@ class EvolutionCache:
         self._truncate(check_integer("length", length, 0, len(self)))
 
     def _truncate(self, length: int) -> None:
-        for cache in self._caches():
+        for cache in self.caches:
             cache.truncate(min(length, len(cache)))
 
     def reorder(self, index: torch.Tensor) -> None:
         """Sequence b becomes what sequence `index[b]` was; as `InteractionCache.reorder`."""
-        reorder_all(list(self._caches()), index)
+        reorder_all(self.caches, index)
 
 
 def reorder_all(caches: list[InteractionCache], index: torch.Tensor) -> None:

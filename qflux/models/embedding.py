@@ -19,8 +19,12 @@ def rotate(states: Tensor, angle: Tensor) -> Tensor:
 
 def position_angles(frequency: Tensor, length: int) -> Tensor:
     """The angles `(C, S)` of positions 0 to `length - 1` at frequencies `(C,)`, radians a token."""
-    position = torch.arange(length, device=frequency.device)
-    return frequency[:, None] * position
+    return angles_at(frequency, torch.arange(length, device=frequency.device))
+
+
+def angles_at(frequency: Tensor, position: Tensor) -> Tensor:
+    """The angles `(..., C, S)` of positions `(..., S)` at frequencies `(C,)`, radians a token."""
+    return frequency[:, None] * position[..., None, :]
 
 
 def look_up(table: Tensor, input_ids: Tensor) -> Tensor:
@@ -94,3 +98,7 @@ class PhaseRotation(nn.Module):
     def forward(self, length: int) -> Tensor:
         """The angles `(C, S)` of positions 0 to `length - 1`."""
         return position_angles(self.log_frequency.exp(), length)
+
+    def at(self, position: Tensor) -> Tensor:
+        """The angles `(..., C, S)` of positions `(..., S)`."""
+        return angles_at(self.log_frequency.exp(), position)
