@@ -17,12 +17,14 @@ from ..optional import require
 require("transformers", "qflux.hf", extra="hf")
 
 from .export import export, from_model  # noqa: E402 (after the check above)
+from .cache import QFluxCache  # noqa: E402
 from .modeling import QFluxConfig, QFluxForCausalLM  # noqa: E402
 from .tokenizer import END_OF_TEXT, UNKNOWN, make_tokenizer  # noqa: E402
 
 __all__ = [
     "END_OF_TEXT",
     "UNKNOWN",
+    "QFluxCache",
     "QFluxConfig",
     "QFluxForCausalLM",
     "export",

@@ -260,7 +260,10 @@ class EvolutionLayer(nn.Module):
         """
         before, evolved, parts = states, None, {}
         if self.evolution is not None:
-            evolution = self.evolution(states, cache)
+            if cache is None:
+                evolution = self.evolution(states)
+            else:
+                evolution = self.evolution(states, cache)
             states = evolved = evolution.states
             if return_record:
                 parts = {
