@@ -279,10 +279,12 @@ class QFluxForCausalLM(transformers.PreTrainedModel, transformers.GenerationMixi
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
         next_sequence_length: int | None = None,
+        cache: QFluxCache | None = None,
+        past_key_values: QFluxCache | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
         """The tokens that are not in the cache; without one the last `context_length`."""
-        cache = kwargs.get(CACHE_NAME)
+        cache = past_key_values if cache is None else cache
         if isinstance(cache, QFluxCache):
             new = next_sequence_length
             if attention_mask is not None:
