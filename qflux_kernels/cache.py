@@ -60,9 +60,7 @@ class InteractionCache:
         backend: str = "auto",
     ) -> None:
         if dtype not in COMPUTE_DTYPES:
-            raise ValueError(
-                f"dtype must be float16, bfloat16, float32 or float64, got {dtype!r}"
-            )
+            raise ValueError(f"dtype must be float16, bfloat16, float32 or float64, got {dtype!r}")
         batch = _checked_shape(batch_shape)
         if value_dim is not None:
             check_integer("value_dim", value_dim, 1)
@@ -237,11 +235,7 @@ class InteractionCache:
                 f"{name} must be on {buffer.device} like the cache, got {tensor.device}"
             )
         wanted = buffer.shape[:-2]
-        if (
-            tensor.dim() != buffer.dim()
-            or tensor.shape[:-2] != wanted
-            or tensor.shape[-1] != width
-        ):
+        if tensor.dim() != buffer.dim() or tensor.shape[:-2] != wanted or tensor.shape[-1] != width:
             shape = ", ".join(map(str, (*wanted, "n", width)))
             raise ValueError(f"{name} must have shape ({shape}), got {tuple(tensor.shape)}")
 
@@ -271,7 +265,11 @@ class EvolutionCache:
     """
 
     def __init__(
-        self, *, radius: Radius | None = Radius(), steps: int = 1, **options: Any  # noqa: B008
+        self,
+        *,
+        radius: Radius | None = Radius(),  # noqa: B008 (frozen)
+        steps: int = 1,
+        **options: Any,
     ) -> None:
         if radius is not None and not isinstance(radius, Radius):
             raise TypeError(f"radius must be a Radius or None, got {type(radius).__name__}")
@@ -283,7 +281,9 @@ class EvolutionCache:
             radius is not None, rule.min, rule.max, rule.rate, rule.reversion, rule.target
         )
         # The first and the second stage of each step.
-        self._stages = [(InteractionCache(**options), InteractionCache(**options)) for _ in range(steps)]
+        self._stages = [
+            (InteractionCache(**options), InteractionCache(**options)) for _ in range(steps)
+        ]
 
     @property
     def dtype(self) -> torch.dtype:
@@ -402,7 +402,7 @@ def checked_index(index: object, batch: tuple[int, ...]) -> torch.Tensor:
     if not batch:
         raise ValueError("reorder needs a batch dimension, and batch_shape is ()")
     index = check_integers("index", index)
-    if index.numel() and not (0 <= int(index.min()) and int(index.max()) < batch[0]):
+    if index.numel() and (int(index.min()) < 0 or int(index.max()) >= batch[0]):
         raise ValueError(
             f"index must lie in [0, {batch[0]}), got values in "
             f"[{int(index.min())}, {int(index.max())}]"

@@ -16,8 +16,8 @@ from ..optional import require
 # First, so that the message is that of a missing package and not of a missing name.
 require("transformers", "qflux.hf", extra="hf")
 
-from .export import export, from_model  # noqa: E402 (after the check above)
 from .cache import QFluxCache  # noqa: E402
+from .export import export, from_model  # noqa: E402 (after the check above)
 from .modeling import QFluxConfig, QFluxForCausalLM  # noqa: E402
 from .tokenizer import END_OF_TEXT, UNKNOWN, make_tokenizer  # noqa: E402
 

@@ -53,6 +53,10 @@ def evaluating(model: HasMode) -> Iterator[None]:
         model.train(was_training)
 
 
+class BeyondContextWarning(UserWarning):
+    """A text becomes longer than the context that its model was made for."""
+
+
 @runtime_checkable
 class CachedLanguageModel(LanguageModel, Protocol):
     """A language model that goes on from a cache of the tokens before (`qflux.models.base`)."""
@@ -96,8 +100,8 @@ def next_tokens(
             are not finite; when the first token is taken.
 
     Warns:
-        UserWarning: once, where the text becomes longer than the model's context and all of it is
-            read.
+        BeyondContextWarning: once, where the text becomes longer than the model's context, and all
+            of it is read.
     """
     check_integer("max_new_tokens", max_new_tokens, 0)
     check_sampling(temperature, top_k, top_p)
@@ -143,7 +147,8 @@ def _cached(
     # The last token is not read.
     length = input_ids.shape[-1] + max_new_tokens - 1
     if max_new_tokens and length > model.config.context_length:
-        warnings.warn(beyond_context(length, model.config.context_length), stacklevel=3)
+        told = beyond_context(length, model.config.context_length)
+        warnings.warn(told, BeyondContextWarning, stacklevel=4)
     cache = None
 
     def step(read: Tensor) -> Tensor:
@@ -167,8 +172,8 @@ def check_prompts(input_ids: Tensor, padding: Tensor) -> None:
 def beyond_context(length: int, context_length: int) -> str:
     """What to say where `length` tokens are read, more than the model was made for."""
     return (
-        f"the text grows to {length} tokens, beyond the model's context of {context_length}: all of "
-        "it is read, but the model may not have been trained on so many"
+        f"the text grows to {length} tokens, beyond the model's context of {context_length}: all "
+        "of it is read, but the model may not have been trained on so many"
     )
 
 
@@ -203,7 +208,7 @@ def generate(
             are not finite.
 
     Warns:
-        UserWarning: as `next_tokens`.
+        BeyondContextWarning: as `next_tokens`.
     """
     options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "generator": generator}
     tokens = next_tokens(model, input_ids, max_new_tokens, padding=padding, **options)

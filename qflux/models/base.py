@@ -17,7 +17,6 @@ from .cache import ModelCache, checked_padding
 from .config import ModelConfig
 from .output import LanguageModelOutput, LayerRecord
 
-
 # Tokens of a prompt that are read at once.
 PREFILL_CHUNK = 4096
 
@@ -107,9 +106,7 @@ class CausalLM(nn.Module, ABC):
         with cache.reading(input_ids) as position:
             return self.read(input_ids, cache=cache, position=position)
 
-    def prefill(
-        self, input_ids: Tensor, cache: ModelCache, chunk: int = PREFILL_CHUNK
-    ) -> Tensor:
+    def prefill(self, input_ids: Tensor, cache: ModelCache, chunk: int = PREFILL_CHUNK) -> Tensor:
         """Read prompts into a cache, and give the logits of the token behind them, `(B, V)`.
 
         Args:

@@ -249,7 +249,6 @@ def checked_padding(padding: object, batch: int, device: torch.device) -> Tensor
     padding = check_integers("padding", padding)
     if padding.shape != (batch,) or (padding.numel() and int(padding.min()) < 0):
         raise ValueError(
-            f"padding must be {batch} numbers >= 0, one for each sequence, got "
-            f"{padding.tolist()}"
+            f"padding must be {batch} numbers >= 0, one for each sequence, got {padding.tolist()}"
         )
     return padding.to(device) if bool(padding.any()) else None

@@ -208,10 +208,8 @@ class GatedMLP(nn.Module):
 
     def forward(self, hidden: Tensor, cache: LayerCache | None = None) -> Tensor:
         """`(B, S, H)` to `(B, S, H)`; `cache` as in `GeometricAttention`."""
-        if cache is None:
-            hidden = self.conv(hidden)
-        else:
-            hidden = cache.convolve(self.conv, "mlp", hidden)
+        conv = self.conv
+        hidden = conv(hidden) if cache is None else cache.convolve(conv, "mlp", hidden)
         gate, up = self.input(hidden).chunk(2, -1)
         return self.output(F.silu(gate) * up)
 
@@ -260,10 +258,8 @@ class EvolutionLayer(nn.Module):
         """
         before, evolved, parts = states, None, {}
         if self.evolution is not None:
-            if cache is None:
-                evolution = self.evolution(states)
-            else:
-                evolution = self.evolution(states, cache)
+            further = () if cache is None else (cache,)
+            evolution = self.evolution(states, *further)
             states = evolved = evolution.states
             if return_record:
                 parts = {

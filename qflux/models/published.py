@@ -162,7 +162,7 @@ class AdaptiveBounds(nn.Module):
         return low, low + self.span * b.exp()
 
     def seen_by(self, states: Tensor, past: Tensor, cache: LayerCache) -> Tensor | None:
-        """The means `(B, C, n, 3)` that new tokens read, behind the states `(B, C, S, 2)` of others.
+        """The means `(B, C, n, 3)` that new tokens read, behind states `(B, C, S, 2)` of others.
 
         None if not by context.
         """

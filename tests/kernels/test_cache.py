@@ -304,7 +304,9 @@ def test_evolving_costs_sixteen_bytes_and_padding_stays():
     cache = EvolutionCache(batch_shape=BATCH, capacity=100, padding=torch.tensor([3, 0]))
     assert cache.nbytes == 6 * 100 * 16
     states = points(*BATCH, 10, 2, dtype=torch.float32)
-    found = torch.cat([cache.advance(states[..., i : i + 2, :], 0.1).states for i in range(0, 10, 2)], -2)
+    found = torch.cat(
+        [cache.advance(states[..., i : i + 2, :], 0.1).states for i in range(0, 10, 2)], -2
+    )
     assert torch.equal(found[0, :, :3], states[0, :, :3])
     torch.testing.assert_close(found[0, :, 3:], evolve(states[0, :, 3:], 0.1).states)
     torch.testing.assert_close(found[1], evolve(states[1], 0.1).states)

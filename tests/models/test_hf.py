@@ -371,7 +371,7 @@ def test_a_cache_gives_the_logits_of_the_whole(transformers):
 
 def test_generation_features_stand_on_the_cache(exported):
     """Beams, chunked prefill, assistants and look-ups say what generation without a cache does."""
-    model, _, loaded, tokenizer = exported
+    _, _, loaded, tokenizer = exported
     texts = ["To be", "the question"]
     batch = tokenizer(texts, return_tensors="pt", padding=True, padding_side="left")
     rest = {"max_new_tokens": 8, "do_sample": False}
