@@ -2,6 +2,7 @@
 
 from . import options, reference
 from .backends import BackendUnavailableError, diagnostics
+from .cache import EvolutionCache, InteractionCache
 from .functional import evolve, interact, scores
 from .options import *  # noqa: F403 (what its __all__ names)
 from .projection import project_norm
@@ -9,6 +10,8 @@ from .version import __version__
 
 __all__ = [
     "BackendUnavailableError",
+    "EvolutionCache",
+    "InteractionCache",
     "__version__",
     "diagnostics",
     "evolve",

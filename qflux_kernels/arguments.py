@@ -63,7 +63,7 @@ def _per_sequence(
     return _expand(name, value.to(COMPUTE_DTYPES[states.dtype]), batch)
 
 
-def _check_reduction(reduction: object, score: object) -> None:
+def check_reduction(reduction: object, score: object) -> None:
     check_choice("reduction", reduction, REDUCTIONS)
     if reduction != "sum" and isinstance(score, Score) and score.kind.mass:
         raise ValueError(
@@ -72,7 +72,7 @@ def _check_reduction(reduction: object, score: object) -> None:
         )
 
 
-def _canonical_score(score: object, states: torch.Tensor, batch: torch.Size) -> Score:
+def canonical_score(score: object, states: torch.Tensor, batch: torch.Size) -> Score:
     if not isinstance(score, Score):
         known = " or ".join(kind.__name__ for kind in Score.__subclasses__())
         raise TypeError(f"score must be a {known}, got {type(score).__name__}")
@@ -202,7 +202,7 @@ def interact_arguments(
             f"lengths needs as many keys as states ({states.shape[-2]}), got {source.shape[-2]}"
         )
     check_flag("causal", causal)
-    _check_reduction(reduction, score)
+    check_reduction(reduction, score)
 
     result_dtype, batch = states.dtype, states.shape[:-2]
     # What changes nothing costs as much as a kernel on a few tokens.
@@ -224,7 +224,7 @@ def interact_arguments(
         keys=given.get("keys"),
         values=given.get("values"),
         causal=causal,
-        score=_canonical_score(score, states, batch),
+        score=canonical_score(score, states, batch),
         reduction=reduction,
         lengths=_canonical_lengths(lengths, states, batch),
         result_dtype=result_dtype,
@@ -250,7 +250,7 @@ class EvolveArguments:
     result_dtype: torch.dtype
 
 
-def _per_step(name: str, value: Any, states: torch.Tensor, steps: int) -> float | torch.Tensor:
+def per_step(name: str, value: Any, states: torch.Tensor, steps: int) -> float | torch.Tensor:
     """A float, or a tensor `(steps or 1, *batch, S)`.
 
     A tensor with one dimension more than the batch and the tokens has its steps first. A smaller
@@ -301,8 +301,8 @@ def evolve_arguments(
     base = interact_arguments(states, **options)
     return EvolveArguments(
         states=base.states,
-        dt=_per_step("dt", dt, base.states, steps),
-        skip=None if skip is None else _per_step("skip", skip, base.states, steps),
+        dt=per_step("dt", dt, base.states, steps),
+        skip=None if skip is None else per_step("skip", skip, base.states, steps),
         causal=base.causal,
         score=base.score,
         radius=radius,

@@ -16,6 +16,7 @@ from ..optional import require
 # First, so that the message is that of a missing package and not of a missing name.
 require("transformers", "qflux.hf", extra="hf")
 
+from .cache import QFluxCache  # noqa: E402
 from .export import export, from_model  # noqa: E402 (after the check above)
 from .modeling import QFluxConfig, QFluxForCausalLM  # noqa: E402
 from .tokenizer import END_OF_TEXT, UNKNOWN, make_tokenizer  # noqa: E402
@@ -23,6 +24,7 @@ from .tokenizer import END_OF_TEXT, UNKNOWN, make_tokenizer  # noqa: E402
 __all__ = [
     "END_OF_TEXT",
     "UNKNOWN",
+    "QFluxCache",
     "QFluxConfig",
     "QFluxForCausalLM",
     "export",

@@ -13,12 +13,17 @@ import torch
 import transformers
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
-from transformers.modeling_outputs import BaseModelOutput, CausalLMOutput
+from transformers.modeling_outputs import BaseModelOutput, CausalLMOutputWithPast
+from transformers.utils import logging
 
+from ..inference.generate import beyond_context
 from ..models.base import CausalLM
 from ..models.presets import config_from_json, make_model
 from ..text.windows import IGNORED_LABEL
 from ..train.checkpoint import write_atomically
+from .cache import CACHE_NAME, OLD_NAME, QFluxCache, padding_of
+
+logger = logging.get_logger(__name__)
 
 CODE_FILE = "modeling_qflux.py"
 CODE = """from qflux.hf import QFluxConfig, QFluxForCausalLM
@@ -33,7 +38,6 @@ AUTO_MAP = {
 UNSUPPORTED = (
     "inputs_embeds",
     "position_ids",
-    "past_key_values",
     "output_attentions",
     "output_hidden_states",
 )
@@ -73,7 +77,7 @@ class QFluxConfig(transformers.PreTrainedConfig):
             for name in ("vocab_size", "hidden_size", "num_hidden_layers"):
                 kwargs.pop(name, None)
             kwargs.pop("max_position_embeddings", None)
-        kwargs.setdefault("use_cache", False)
+        kwargs.setdefault("use_cache", True)
         kwargs.setdefault("tie_word_embeddings", False)
         kwargs["auto_map"] = dict(AUTO_MAP)
         super().__init__(**kwargs)
@@ -101,7 +105,9 @@ class QFluxConfig(transformers.PreTrainedConfig):
 class QFluxForCausalLM(transformers.PreTrainedModel, transformers.GenerationMixin):
     """A Quantum Flux language model with Hugging Face's interface; `.model` is the model itself.
 
-    There is no key-value cache: generation runs the model on the last `context_length` tokens.
+    Generation reads every token once, from a `QFluxCache` of those before it, also beyond the
+    context; with `use_cache=False`, or if the model is not `cacheable`, it runs the model on the
+    last `context_length` tokens.
     """
 
     config_class = QFluxConfig
@@ -111,9 +117,6 @@ class QFluxForCausalLM(transformers.PreTrainedModel, transformers.GenerationMixi
     accepts_loss_kwargs = True
     gradient_checkpointing = False
     _no_split_modules = ["EvolutionLayer", "PublishedLayer"]  # noqa: RUF012 (transformers' type)
-    _supports_cache_class = False
-    # Assisted generation takes tokens back from a cache, and is refused by this name.
-    _is_stateful = True
 
     def __init__(self, config: QFluxConfig) -> None:
         super().__init__(config)
@@ -140,8 +143,9 @@ class QFluxForCausalLM(transformers.PreTrainedModel, transformers.GenerationMixi
         labels: Tensor | None = None,
         num_items_in_batch: int | Tensor | None = None,
         return_dict: bool | None = None,
+        use_cache: bool | None = None,
         **kwargs: Any,
-    ) -> CausalLMOutput | tuple[Tensor, ...]:
+    ) -> CausalLMOutputWithPast | tuple[Any, ...]:
         """Logits and, with labels, the loss.
 
         Args:
@@ -154,12 +158,25 @@ class QFluxForCausalLM(transformers.PreTrainedModel, transformers.GenerationMixi
                 gives it: the labels of the whole batch, of which this may be a piece. None
                 (default): the labels scored here.
             return_dict: False for a tuple.
-            kwargs: of other models; they have no effect.
+            use_cache: True: read the tokens into a `QFluxCache`, without gradients, and return it,
+                unless there are labels or the model is training. None (default): only if one is
+                given.
+            kwargs: `cache` (in older versions `past_key_values`): a `QFluxCache` of the tokens
+                before these, which join it; padding is then on the left, and `attention_mask` is of
+                all tokens. Those of other models have no effect.
 
         Raises:
             ValueError: padding between tokens (checked on the CPU), a mask of another shape, or
                 an argument of other models that this one cannot follow.
         """
+        cache = self._cache(kwargs, use_cache, labels)
+        if cache is not None:
+            if labels is not None:
+                raise ValueError("labels cannot be given with a cache")
+            logits = self._read_on(input_ids, attention_mask, cache, kwargs)
+            if return_dict is False:
+                return logits, cache
+            return CausalLMOutputWithPast(logits=logits, **{CACHE_NAME: cache})  # pyright: ignore
         input_ids, mask, order = self._arranged(input_ids, attention_mask, kwargs)
         if labels is not None and mask is not None and order is not None:
             labels = labels.masked_fill(~mask, IGNORED_LABEL).gather(1, order)
@@ -168,7 +185,37 @@ class QFluxForCausalLM(transformers.PreTrainedModel, transformers.GenerationMixi
         if return_dict is False:
             return (logits,) if loss is None else (loss, logits)
         # The class has a type in its docstring only.
-        return CausalLMOutput(loss=loss, logits=logits)  # pyright: ignore[reportArgumentType]
+        return CausalLMOutputWithPast(loss=loss, logits=logits)  # pyright: ignore[reportArgumentType]
+
+    def _cache(
+        self, others: dict[str, Any], use_cache: bool | None, labels: Tensor | None
+    ) -> QFluxCache | None:
+        """The cache that is given, or a new one if it is wanted and the model has one."""
+        given = [others.pop(name, None) for name in (CACHE_NAME, OLD_NAME)]
+        cache = next((one for one in given if one is not None), None)
+        if cache is None:
+            wanted = use_cache and labels is None and not self.training and self.model.cacheable
+            return QFluxCache() if wanted else None
+        if not isinstance(cache, QFluxCache):
+            raise TypeError(f"{CACHE_NAME} must be a QFluxCache, got {type(cache).__name__}")
+        return cache
+
+    def _read_on(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        cache: QFluxCache,
+        others: dict[str, Any],
+    ) -> Tensor:
+        """Logits `(B, S, config.vocab_size)` of tokens behind those in the cache."""
+        before, new = cache.get_seq_length(), input_ids.shape[1]
+        padding = padding_of(attention_mask, new, before)
+        input_ids, _, _ = self._arranged(input_ids, None, others)
+        length, context = before + new, self.model.config.context_length
+        if length > context >= before:
+            logger.warning_once(beyond_context(length, context))
+        past = cache.begin(self.model, len(input_ids), padding)
+        return self._with_further_columns(self.model(input_ids, cache=past).logits)
 
     @property
     def base_model(self) -> torch.nn.Module:
@@ -215,21 +262,54 @@ class QFluxForCausalLM(transformers.PreTrainedModel, transformers.GenerationMixi
                     num_labels = (known[:, 1:] != IGNORED_LABEL).sum() + unknown
         output = self.model(input_ids, labels=known, num_labels=num_labels)
         logits, loss = output.logits, output.loss
-        if cost is not None:
-            further = logits.logsumexp(-1, keepdim=True) - cost  # (B, S, 1)
-            logits = torch.cat((logits, further, further), -1)
-            if unknown is not None:
-                loss = loss + cost * unknown / num_labels
-        return logits, loss
+        if cost is not None and unknown is not None:
+            loss = loss + cost * unknown / num_labels
+        return self._with_further_columns(logits), loss
+
+    def _with_further_columns(self, logits: Tensor) -> Tensor:
+        """The logits with those of the tokens that the model does not have."""
+        cost = self.config.unknown_cost
+        if cost is None:
+            return logits
+        further = logits.logsumexp(-1, keepdim=True) - cost  # (B, S, 1)
+        return torch.cat((logits, further, further), -1)
 
     def prepare_inputs_for_generation(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        next_sequence_length: int | None = None,
+        cache: QFluxCache | None = None,
+        past_key_values: QFluxCache | None = None,
+        **kwargs: Any,
     ) -> dict[str, Any]:
-        """The last `context_length` tokens, since nothing is cached."""
+        """The tokens that are not in the cache; without one the last `context_length`."""
+        cache = past_key_values if cache is None else cache
+        if isinstance(cache, QFluxCache):
+            new = next_sequence_length
+            if attention_mask is not None:
+                new = attention_mask.shape[1] - cache.get_seq_length()
+            if new is not None:
+                input_ids = input_ids[:, input_ids.shape[1] - new :]
+            return {"input_ids": input_ids, "attention_mask": attention_mask, CACHE_NAME: cache}
         window = self.config.max_position_embeddings
         if attention_mask is not None:
             attention_mask = attention_mask[:, -window:]
         return {"input_ids": input_ids[:, -window:], "attention_mask": attention_mask}
+
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict[str, Any], *others: Any
+    ) -> Any:
+        """Put a cache of this model's own among the arguments where transformers would its."""
+        if model_kwargs.get(CACHE_NAME) is not None:
+            return super()._prepare_cache_for_generation(generation_config, model_kwargs, *others)
+        if generation_config.use_cache is not False and self.model.cacheable:
+            if generation_config.cache_implementation is not None:
+                raise ValueError(
+                    "cache_implementation must be None: a Quantum Flux model has a cache of its "
+                    f"own, got {generation_config.cache_implementation!r}"
+                )
+            model_kwargs[CACHE_NAME] = QFluxCache()
 
     def get_input_embeddings(self) -> torch.nn.Module:
         """The module that makes states `(B, C, S, 2)` of token ids."""

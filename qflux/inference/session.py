@@ -8,11 +8,12 @@ import select
 import stat
 import sys
 import time
+import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 import torch
 
@@ -20,7 +21,7 @@ from qflux_kernels.checks import check_choice, check_flag, check_integer
 
 from ..text.files import check_path
 from ..text.vocabulary import Vocabulary
-from .generate import LanguageModel
+from .generate import BeyondContextWarning, LanguageModel
 from .sampling import check_sampling
 from .text import UNKNOWN, TextStream, fit_prompt
 
@@ -139,10 +140,11 @@ class Session:
                 that cannot be written, or a model without finite logits.
         """
         try:
-            if self.options.interactive:
-                self._converse()
-            else:
-                self._continue(_prompt(self.options) or self.vocabulary.default_prompt)
+            with _noted_warnings():
+                if self.options.interactive:
+                    self._converse()
+                else:
+                    self._continue(_prompt(self.options) or self.vocabulary.default_prompt)
         except BrokenPipeError:
             _discard(self.out)
 
@@ -209,6 +211,22 @@ def note(text: str) -> None:
     """Say something on standard error, if somebody listens."""
     with suppress(OSError, ValueError):
         print(text, file=sys.stderr, flush=True)
+
+
+@contextmanager
+def _noted_warnings() -> Iterator[None]:
+    """Meanwhile what generation warns of is a line like the others."""
+    with warnings.catch_warnings():
+        show = warnings.showwarning
+
+        def tell(message: Any, category: type[Warning], *others: Any) -> None:
+            if issubclass(category, BeyondContextWarning):
+                note(str(message))
+            else:
+                show(message, category, *others)
+
+        warnings.showwarning = tell
+        yield
 
 
 def _tell_speed(made: Sequence[TextStream], start: float) -> None:

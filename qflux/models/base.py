@@ -9,11 +9,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from qflux_kernels.checks import check_integer
+
 from ..inference.generate import generate
 from ..parallel import current_split
 from ..text.windows import IGNORED_LABEL
+from .cache import ModelCache, checked_padding
 from .config import ModelConfig
 from .output import LanguageModelOutput, LayerRecord
+
+# Tokens of a prompt that are read at once.
+PREFILL_CHUNK = 4096
 
 
 class Reading(NamedTuple):
@@ -42,8 +48,88 @@ class CausalLM(nn.Module, ABC):
         self.config = config
 
     @abstractmethod
-    def read(self, input_ids: Tensor, return_layers: bool = False) -> Reading:
-        """Run embedding and layers on checked token ids `(B, S)`."""
+    def read(
+        self,
+        input_ids: Tensor,
+        return_layers: bool = False,
+        cache: ModelCache | None = None,
+        position: Tensor | None = None,
+    ) -> Reading:
+        """Run embedding and layers on checked token ids `(B, S)`.
+
+        With a cache these are the tokens behind those in it, at positions `(S,)` or `(B, S)`.
+        """
+
+    @property
+    def cacheable(self) -> bool:
+        """Whether the model has a cache: later tokens leave what earlier ones did as it is."""
+        return True
+
+    def receptive_field(self) -> int:
+        """How many tokens before it the inputs of a token's convolutions depend on, at most."""
+        return 0
+
+    def new_cache(
+        self, batch: int, *, capacity: int | None = None, padding: Tensor | None = None
+    ) -> ModelCache:
+        """An empty cache for `batch` sequences, on the device and in the dtype of the model.
+
+        It takes the scores as they are now: a model whose weights change needs a new cache.
+
+        Args:
+            batch: sequences, >= 1.
+            capacity: tokens to make room for at once; None (default): a few.
+            padding: `(batch,)` integers >= 0: so many tokens in front of each sequence are
+                padding, as if it began behind them. None (default): none.
+
+        Raises:
+            TypeError, ValueError: a bad argument, named.
+        """
+        check_integer("batch", batch, 1)
+        weight = self.head.weight
+        padding = checked_padding(padding, batch, weight.device)
+        options = {
+            "batch_shape": (batch, self.config.num_cylinders),
+            "dtype": weight.dtype,
+            "device": weight.device,
+            "capacity": capacity,
+            "padding": padding,
+        }
+        layers = [layer.new_cache(**options) for layer in self.layers]
+        return ModelCache(layers, batch, padding, self.receptive_field(), weight.device)
+
+    @torch.no_grad()
+    def _read_on(self, input_ids: Tensor, cache: ModelCache) -> Reading:
+        """Features of the tokens behind those in the cache, which they join."""
+        with cache.replay() as again:
+            if again is not None:
+                self.read(again[0], cache=cache, position=again[1])
+        with cache.reading(input_ids) as position:
+            return self.read(input_ids, cache=cache, position=position)
+
+    def prefill(self, input_ids: Tensor, cache: ModelCache, chunk: int = PREFILL_CHUNK) -> Tensor:
+        """Read prompts into a cache, and give the logits of the token behind them, `(B, V)`.
+
+        Args:
+            input_ids: `(B, S)`, S >= 1.
+            cache: of the tokens before these, which join it.
+            chunk: tokens to read at once, >= 1, which bounds the memory. Default 4,096.
+
+        Raises:
+            TypeError, ValueError: as `forward`; the cache is then as it was.
+        """
+        check_integer("chunk", chunk, 1)
+        check_ids("input_ids", input_ids, self.config.vocab_size)
+        before, features = len(cache), None
+        try:
+            for part in input_ids.split(chunk, 1):
+                features = self._read_on(part, cache).features
+        except BaseException:
+            cache.truncate(before)
+            raise
+        assert features is not None
+        with torch.no_grad():
+            return self.head(features[:, -1])
 
     def forward(
         self,
@@ -51,6 +137,7 @@ class CausalLM(nn.Module, ABC):
         labels: Tensor | None = None,
         return_layers: bool = False,
         num_labels: int | Tensor | None = None,
+        cache: ModelCache | None = None,
     ) -> LanguageModelOutput:
         """Logits of the next token at every position, and the losses if there are labels.
 
@@ -64,6 +151,9 @@ class CausalLM(nn.Module, ABC):
             num_labels: for a batch that comes in pieces, the number of labels that are scored in
                 all of it: the losses of the pieces then add up to that of the batch. None
                 (default): those of this piece.
+            cache: of the tokens before these (`new_cache`), which these join: the logits are those
+                of these tokens behind the others. No gradient is recorded then, and there are no
+                labels and no records. None (default): there are no tokens before these.
 
         Where sequences are split over ranks (`qflux.parallel.context_parallel`), ids, labels and
         logits are this rank's part, and its losses its share: the ranks' add up to the whole.
@@ -73,6 +163,14 @@ class CausalLM(nn.Module, ABC):
         """
         check_ids("input_ids", input_ids, self.config.vocab_size)
         split = current_split()
+        if cache is not None:
+            if split is not None:
+                raise ValueError("a cache needs whole sequences: it cannot be read over ranks")
+            if labels is not None or return_layers:
+                raise ValueError("labels and return_layers cannot be given with a cache")
+            features = self._read_on(input_ids, cache).features
+            with torch.no_grad():
+                return LanguageModelOutput(self.head(features), None, None, ())
         if split is None:
             return self._forward(input_ids, labels, return_layers, num_labels)
         with split.sequences(input_ids.shape[1]):
@@ -113,6 +211,7 @@ class CausalLM(nn.Module, ABC):
         top_k: int | None = None,
         top_p: float | None = None,
         generator: torch.Generator | None = None,
+        padding: Tensor | None = None,
     ) -> Tensor:
         """Prompt and continuation, `(B, S + max_new_tokens)`; see `qflux.generate`."""
         return generate(
@@ -123,6 +222,7 @@ class CausalLM(nn.Module, ABC):
             top_k=top_k,
             top_p=top_p,
             generator=generator,
+            padding=padding,
         )
 
 

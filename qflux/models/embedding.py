@@ -25,10 +25,13 @@ def position_angles(frequency: Tensor, length: int) -> Tensor:
     """
     split = current_split()
     if split is None:
-        position = torch.arange(length, device=frequency.device)
-    else:
-        position = split.positions(length, frequency.device)
-    return frequency[:, None] * position
+        return angles_at(frequency, torch.arange(length, device=frequency.device))
+    return angles_at(frequency, split.positions(length, frequency.device))
+
+
+def angles_at(frequency: Tensor, position: Tensor) -> Tensor:
+    """The angles `(..., C, S)` of positions `(..., S)` at frequencies `(C,)`, radians a token."""
+    return frequency[:, None] * position[..., None, :]
 
 
 def look_up(table: Tensor, input_ids: Tensor) -> Tensor:
@@ -117,3 +120,7 @@ class PhaseRotation(nn.Module):
     def forward(self, length: int) -> Tensor:
         """The angles `(C, S)` of positions 0 to `length - 1`."""
         return position_angles(self.log_frequency.exp(), length)
+
+    def at(self, position: Tensor) -> Tensor:
+        """The angles `(..., C, S)` of positions `(..., S)`."""
+        return angles_at(self.log_frequency.exp(), position)

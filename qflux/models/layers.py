@@ -9,10 +9,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from qflux_kernels import Evolution, Sparsemax, evolve, interact
+from qflux_kernels import (
+    Evolution,
+    EvolutionCache,
+    InteractionCache,
+    Sparsemax,
+    evolve,
+    interact,
+)
 from qflux_kernels.options import Score
 
 from ..parallel import current_split
+from .cache import LayerCache
 from .config import SCORES, QuantumFluxConfig, radius_of, score_options
 from .embedding import flatten_states, rotate
 from .output import LayerRecord
@@ -88,9 +96,14 @@ class StateEvolution(nn.Module):
         dt = self.log_dt.exp()[:, None]  # (C,) -> (C, 1)
         return dt, dynamic_skip(dt, self.skip_beta, self.dt_scale)
 
-    def forward(self, states: Tensor) -> Evolution:
-        """States `(B, C, S, 2)` after the step, with strength and degree `(B, C, S)`."""
+    def forward(self, states: Tensor, cache: LayerCache | None = None) -> Evolution:
+        """States `(B, C, S, 2)` after the step, with strength and degree `(B, C, S)`.
+
+        `cache` as in `GeometricAttention`.
+        """
         dt, skip = self.time_step()
+        if cache is not None and cache.evolution is not None:
+            return cache.evolution.advance(states.to(cache.evolution.dtype), dt, skip)
         return evolve(
             states,
             dt,
@@ -107,13 +120,17 @@ class CausalConvolution(nn.Conv1d):
 
     def __init__(self, channels: int, width: int) -> None:
         super().__init__(channels, channels, width, groups=channels)
+        self.width = width
 
-    def forward(self, x: Tensor) -> Tensor:
-        """`(B, S, H)` to `(B, S, H)`."""
-        past, split = self.kernel_size[0] - 1, current_split()
+    def forward(self, x: Tensor, past: Tensor | None = None) -> Tensor:
+        """`(B, S, H)` to `(B, S, H)`, behind `past` `(B, width - 1, H)`; None: behind zeros."""
+        if past is not None:
+            return self._inside(torch.cat((past, x), 1))
+        split = current_split()
         if split is None:
-            return self._inside(F.pad(x, (0, 0, past, 0)))
-        return torch.cat([self._inside(chunk) for chunk in split.chunks_with_past(x, past)], 1)
+            return self._inside(F.pad(x, (0, 0, self.width - 1, 0)))
+        chunks = split.chunks_with_past(x, self.width - 1)
+        return torch.cat([self._inside(chunk) for chunk in chunks], 1)
 
     def _inside(self, x: Tensor) -> Tensor:
         """`(B, width - 1 + S, H)` to `(B, S, H)`."""
@@ -158,16 +175,22 @@ class GeometricAttention(nn.Module):
         states: Tensor | None,
         angle: Tensor,
         return_parts: bool = False,
+        cache: LayerCache | None = None,
     ) -> tuple[Tensor, dict[str, Any] | None]:
         """What each token makes of the values it gathered, `(B, S, H)`.
 
         Args:
             hidden: `(B, S, H)`.
             states: `(B, C, S, 2)` to add to the keys, or None.
-            angle: `(C, S)`, the turn of each position.
+            angle: `(C, S)` or `(B, C, S)`, the turn of each position.
             return_parts: also return the fields that this module has of a `LayerRecord`.
+            cache: of the tokens before these, which join it; None: there are none.
         """
-        *points, gate = self.inputs(self.conv(hidden)).split(self.widths, -1)
+        if cache is None:
+            hidden = self.conv(hidden)
+        else:
+            hidden = cache.convolve(self.conv, "attention", hidden)
+        *points, gate = self.inputs(hidden).split(self.widths, -1)
         queries, keys, values = (
             # (B, S, C D) -> (B, S, C, D) -> (B, C, S, D), a view
             part.unflatten(-1, (self.cylinders, -1)).transpose(1, 2)
@@ -176,7 +199,7 @@ class GeometricAttention(nn.Module):
         queries, keys = rotate(queries, angle), rotate(keys, angle)
         if states is not None:
             keys = states + keys
-        mean, parts = self.gather(queries, keys, values)
+        mean, parts = self.gather(queries, keys, values, cache)
         gathered = (mean + values).transpose(1, 2).flatten(2)  # (B, S, C, D) -> (B, S, C D)
         output = self.output(self.norm(gathered) * F.silu(gate))
         if not return_parts:
@@ -184,20 +207,24 @@ class GeometricAttention(nn.Module):
         return output, {"queries": queries, "keys": keys, "score": self.score(), **parts}
 
     def gather(
-        self, queries: Tensor, keys: Tensor, values: Tensor
+        self, queries: Tensor, keys: Tensor, values: Tensor, cache: LayerCache | None = None
     ) -> tuple[Tensor, dict[str, Any]]:
         """The mean of the values that each query keeps, `(B, C, S, D)`.
 
         Args:
             queries, keys: `(B, C, S, 2)`.
             values: `(B, C, S, D)`.
+            cache: as in `forward`.
 
         Returns:
             The mean, and the fields "degree", "strength" and "gathered" of a `LayerRecord`.
         """
-        context, strength, degree = interact(
-            queries, keys, values, score=self.score(), backend=self.backend
-        )
+        if cache is None:
+            context, strength, degree = interact(
+                queries, keys, values, score=self.score(), backend=self.backend
+            )
+        else:
+            context, strength, degree = cache.gather(queries, keys, values)
         mean = context
         if not self.score.averages:
             mean = context / degree.clamp(min=1).unsqueeze(-1)
@@ -218,9 +245,11 @@ class GatedMLP(nn.Module):
         self.input = nn.Linear(config.hidden_dim, 2 * inner)
         self.output = nn.Linear(inner, config.hidden_dim)
 
-    def forward(self, hidden: Tensor) -> Tensor:
-        """`(B, S, H)` to `(B, S, H)`."""
-        gate, up = self.input(self.conv(hidden)).chunk(2, -1)
+    def forward(self, hidden: Tensor, cache: LayerCache | None = None) -> Tensor:
+        """`(B, S, H)` to `(B, S, H)`; `cache` as in `GeometricAttention`."""
+        conv = self.conv
+        hidden = conv(hidden) if cache is None else cache.convolve(conv, "mlp", hidden)
+        gate, up = self.input(hidden).chunk(2, -1)
         return self.output(F.silu(gate) * up)
 
 
@@ -250,19 +279,26 @@ class EvolutionLayer(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(
-        self, states: Tensor, hidden: Tensor, angle: Tensor, return_record: bool = False
+        self,
+        states: Tensor,
+        hidden: Tensor,
+        angle: Tensor,
+        return_record: bool = False,
+        cache: LayerCache | None = None,
     ) -> tuple[Tensor, Tensor, LayerRecord | None]:
         """States `(B, C, S, 2)` and hidden `(B, S, H)` after the layer, and its record if asked.
 
         Args:
             states: `(B, C, S, 2)`.
             hidden: `(B, S, H)`.
-            angle: `(C, S)`, the turn of each position.
+            angle: `(C, S)` or `(B, C, S)`, the turn of each position.
             return_record: whether to return a `LayerRecord`, else None.
+            cache: of the tokens before these, which join it; None: there are none.
         """
         before, evolved, parts = states, None, {}
         if self.evolution is not None:
-            evolution = self.evolution(states)
+            further = () if cache is None else (cache,)
+            evolution = self.evolution(states, *further)
             states = evolved = evolution.states
             if return_record:
                 parts = {
@@ -278,14 +314,35 @@ class EvolutionLayer(nn.Module):
             hidden = hidden + self.dropout(projected)
         if self.attention is not None:
             gathered, own = self.attention(
-                self.attention_norm(hidden), evolved, angle, return_record
+                self.attention_norm(hidden), evolved, angle, return_record, cache
             )
             hidden = hidden + self.dropout(gathered)
             if own is not None:
                 parts = {"skip": None, **parts, **own}
         if self.mlp is not None:
-            hidden = hidden + self.dropout(self.mlp(self.mlp_norm(hidden)))
+            hidden = hidden + self.dropout(self.mlp(self.mlp_norm(hidden), cache))
         if not return_record:
             return states, hidden, None
         radius = torch.linalg.vector_norm(states, dim=-1)
         return states, hidden, LayerRecord(before, states, radius=radius, **parts)
+
+    def new_cache(self, **options: Any) -> LayerCache:
+        """An empty cache; `options` are those of `InteractionCache` that all layers share."""
+        cache = LayerCache()
+        if self.evolution is not None:
+            own = self.evolution
+            cache.evolution = EvolutionCache(
+                score=own.score(),
+                radius=own.radius,
+                reduction=own.reduction,
+                backend=own.backend,
+                **options,
+            )
+        if self.attention is not None:
+            cache.attention = InteractionCache(
+                score=self.attention.score(),
+                value_dim=self.attention.widths[2] // self.attention.cylinders,
+                backend=self.attention.backend,
+                **options,
+            )
+        return cache

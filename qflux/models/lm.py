@@ -5,9 +5,10 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from .base import CausalLM, Reading
+from .cache import ModelCache
 from .config import QuantumFluxConfig
 from .embedding import CylinderEmbedding, PhaseRotation, flatten_states, rotate
-from .layers import EvolutionLayer
+from .layers import CausalConvolution, EvolutionLayer
 
 
 class QuantumFluxLM(CausalLM):
@@ -36,16 +37,30 @@ class QuantumFluxLM(CausalLM):
         self.norm = nn.LayerNorm(config.hidden_dim)
         self.head = nn.Linear(config.hidden_dim, config.vocab_size)
 
-    def read(self, input_ids: Tensor, return_layers: bool = False) -> Reading:
-        """Run embedding and layers on checked token ids `(B, S)`."""
+    def read(
+        self,
+        input_ids: Tensor,
+        return_layers: bool = False,
+        cache: ModelCache | None = None,
+        position: Tensor | None = None,
+    ) -> Reading:
+        """Run embedding and layers on checked token ids `(B, S)`; see `CausalLM.read`."""
         states = self.embedding(input_ids)  # (B, C, S, 2)
         hidden = self.projection(flatten_states(states))  # (B, S, H)
         layers = []
         if len(self.layers):
-            angle = self.rotation(input_ids.shape[-1])  # (C, S)
+            if position is None:
+                angle = self.rotation(input_ids.shape[-1])  # (C, S)
+            else:
+                angle = self.rotation.at(position)
             states = rotate(states, angle)
-            for layer in self.layers:
-                states, hidden, record = layer(states, hidden, angle, return_layers)
+            pasts = [None] * len(self.layers) if cache is None else cache.layers
+            for layer, past in zip(self.layers, pasts, strict=True):
+                states, hidden, record = layer(states, hidden, angle, return_layers, past)
                 if record is not None:
                     layers.append(record)
         return Reading(self.norm(hidden), tuple(layers))
+
+    def receptive_field(self) -> int:
+        convolutions = [m for m in self.modules() if isinstance(m, CausalConvolution)]
+        return sum(convolution.width - 1 for convolution in convolutions)

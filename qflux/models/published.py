@@ -12,14 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qflux_kernels import evolve, interact, project_norm
+from qflux_kernels import EvolutionCache, evolve, interact, project_norm
 from qflux_kernels.reference import move_radius
 
 from ..parallel import current_split
 from .base import CausalLM, Reading
+from .cache import LayerCache, ModelCache
 from .config import SCORES, PublishedConfig, radius_of, score_options
 from .embedding import (
     CylinderEmbedding,
+    angles_at,
     flatten_states,
     look_up,
     phase_coherence,
@@ -123,6 +125,11 @@ class TimeStep(nn.Module):
         return (self.scale / u.clamp(1e-3, 0.999)).clamp(1e-6, self.limit)
 
 
+def _with_radius(states: Tensor) -> Tensor:
+    """States `(..., 2)` and their radii, `(..., 3)`."""
+    return torch.cat((states, torch.linalg.vector_norm(states, dim=-1, keepdim=True)), -1)
+
+
 class AdaptiveBounds(nn.Module):
     """Smallest and largest radius as something to learn.
 
@@ -141,12 +148,16 @@ class AdaptiveBounds(nn.Module):
         inputs = 4 if self.context else 1
         self.weight = nn.Parameter(torch.zeros(config.num_cylinders, inputs, 2))
 
-    def forward(self, states: Tensor) -> tuple[Tensor, Tensor]:
-        """low and high for states `(B, C, S, 2)`: `(B, C, S)`, or `(C, 1)` if not by context."""
+    def forward(self, states: Tensor, seen: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """low and high for states `(B, C, S, 2)`: `(B, C, S)`, or `(C, 1)` if not by context.
+
+        `seen` has the means that each token reads, `(B, C, S, 3)`; None: of these states alone.
+        """
         if self.context:
-            radius = torch.linalg.vector_norm(states, dim=-1, keepdim=True)
-            seen, count = running_sum(torch.cat((states, radius), -1))
-            inputs = torch.cat((torch.ones_like(radius), seen / count), -1)
+            if seen is None:
+                total, count = running_sum(_with_radius(states))
+                seen = total / count
+            inputs = torch.cat((torch.ones_like(seen[..., :1]), seen), -1)
             # No matrix product, which autocast would take in half precision.
             logits = (inputs[..., None] * self.weight[:, None]).sum(-2)
         else:
@@ -154,6 +165,17 @@ class AdaptiveBounds(nn.Module):
         a, b = logits.unbind(-1)
         low = self.low * a.exp()
         return low, low + self.span * b.exp()
+
+    def seen_by(self, states: Tensor, past: Tensor, cache: LayerCache) -> Tensor | None:
+        """The means `(B, C, n, 3)` that new tokens read, behind states `(B, C, S, 2)` of others.
+
+        None if not by context.
+        """
+        if not self.context or cache.positions is None:
+            return None
+        sums = cache.running_sums(states, past, _with_radius)
+        count = (cache.positions + 1).clamp(min=1)  # (n,) or (B, n)
+        return sums / (count if count.dim() == 1 else count[:, None])[..., None]
 
 
 class PublishedLayer(nn.Module):
@@ -188,6 +210,7 @@ class PublishedLayer(nn.Module):
         states: Tensor,
         memory: ConnectionMemory | None = None,
         return_record: bool = False,
+        cache: LayerCache | None = None,
     ) -> tuple[Tensor, ConnectionMemory | None, LayerRecord | None]:
         """The states after the layer, the memory after it, and its record if asked.
 
@@ -195,9 +218,12 @@ class PublishedLayer(nn.Module):
             states: `(B, C, S, 2)`.
             memory: of the layers before, or None for none.
             return_record: whether to return a `LayerRecord`, else None.
+            cache: of the tokens before these, which join it; None: there are none.
         """
         dt = self.timestep(states)  # (B, 1, 1)
         skip = dynamic_skip(dt, self.skip_beta, self.skip_center)
+        if cache is not None:
+            return self._advance(states, dt, skip, cache), None, None
         if self.bounds is None and memory is None:
             moved, strength, degree = evolve(
                 states, dt, score=self.score, radius=self.radius, skip=skip, **self.options
@@ -223,6 +249,26 @@ class PublishedLayer(nn.Module):
             skip=skip,
         )
         return moved, memory, record
+
+    def new_cache(self, **options: Any) -> LayerCache:
+        """An empty cache; `options` are those of `InteractionCache` that all layers share."""
+        radius = self.radius if self.bounds is None else None
+        return LayerCache(
+            evolution=EvolutionCache(score=self.score, radius=radius, **self.options, **options)
+        )
+
+    def _advance(self, states: Tensor, dt: Tensor, skip: Tensor, cache: LayerCache) -> Tensor:
+        """The new tokens' states after the layer."""
+        evolution = cache.evolution
+        assert evolution is not None
+        states = states.to(evolution.dtype)
+        if self.bounds is None:
+            return evolution.advance(states, dt, skip).states
+        past = len(evolution)
+        moved, strength, _ = evolution.advance(states, dt)
+        seen = self.bounds.seen_by(states, evolution.caches[0].keys[:, :, :past], cache)
+        moved = move_radius(moved, strength, self.radius, self.bounds(states, seen))
+        return skip[..., None] * states + (1 - skip[..., None]) * moved
 
     def _heun(
         self, states: Tensor, dt: Tensor, memory: ConnectionMemory | None
@@ -299,8 +345,27 @@ class PublishedLM(CausalLM):
         self.head = nn.Linear(config.hidden_dim, config.vocab_size)
         nn.init.zeros_(self.head.bias)
 
-    def read(self, input_ids: Tensor, return_layers: bool = False) -> Reading:
-        """Run embedding and layers on checked token ids `(B, S)`.
+    @property
+    def cacheable(self) -> bool:
+        """Not with statistics over the whole row, nor with a connection memory."""
+        return not (self.config.memory or any(layer.score.whole_window for layer in self.layers))
+
+    def new_cache(
+        self, batch: int, *, capacity: int | None = None, padding: Tensor | None = None
+    ) -> ModelCache:
+        """As `CausalLM.new_cache`; a model that is not `cacheable` raises ValueError."""
+        if self.config.memory:
+            raise ValueError("a model with memory=True has no cache: its pairs are of all tokens")
+        return super().new_cache(batch, capacity=capacity, padding=padding)
+
+    def read(
+        self,
+        input_ids: Tensor,
+        return_layers: bool = False,
+        cache: ModelCache | None = None,
+        position: Tensor | None = None,
+    ) -> Reading:
+        """Run embedding and layers on checked token ids `(B, S)`; see `CausalLM.read`.
 
         In training the reading has a penalty for each layer, if the configuration has a
         `coherence_weight`.
@@ -308,7 +373,11 @@ class PublishedLM(CausalLM):
         config = self.config
         states = self.embedding(input_ids)  # (B, C, S, 2)
         if self.frequency is not None:
-            states = rotate(states, position_angles(self.frequency, input_ids.shape[-1]))
+            if position is None:
+                angle = position_angles(self.frequency, input_ids.shape[-1])
+            else:
+                angle = angles_at(self.frequency, position)
+            states = rotate(states, angle)
         memory = None
         if config.memory:
             if current_split() is not None:
@@ -323,8 +392,9 @@ class PublishedLM(CausalLM):
             )
         weight = config.coherence_weight if self.training else 0.0
         last, layers, penalties = [states], [], []
-        for layer in self.layers:
-            states, memory, record = layer(states, memory, return_layers)
+        pasts = [None] * len(self.layers) if cache is None else cache.layers
+        for layer, past in zip(self.layers, pasts, strict=True):
+            states, memory, record = layer(states, memory, return_layers, past)
             # Only what will be read is kept.
             last = [*last, states][-len(self.readouts) :]
             if record is not None:

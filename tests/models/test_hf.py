@@ -260,7 +260,7 @@ def test_masks_and_arguments_that_cannot_be_followed_are_refused(transformers):
     for shape in ((2, 4), (2, 1, 6, 6), (1, 6)):
         with pytest.raises(ValueError, match="attention_mask must have the shape of input_ids"):
             wrapped(ids, attention_mask=torch.ones(shape))
-    for name in ("inputs_embeds", "position_ids", "past_key_values"):
+    for name in ("inputs_embeds", "position_ids"):
         with pytest.raises(ValueError, match=f"have no {name}"):
             wrapped(ids, **{name: torch.zeros(2, 6)})
     with pytest.raises(ValueError, match="have no output_hidden_states"):
@@ -332,11 +332,66 @@ def test_saving_a_registered_class_copies_no_source(transformers, tmp_path):
     assert {name for name in saved if name.endswith(".py")} == {"modeling_qflux.py"}
 
 
-def test_assisted_generation_is_refused_by_name(exported):
+def test_a_cache_gives_the_logits_of_the_whole(transformers):
+    """In pieces, padded on the left, after a crop, reordered; and what is no such cache."""
+    from qflux.hf import QFluxCache, from_model
+
+    torch.manual_seed(0)
+    loaded = from_model(make_model(make_config("lm", 5, **SMALL))).eval().double()
+    ids = torch.randint(0, 5, (2, 12))
+    mask = torch.ones(2, 12).long()
+    mask[1, :3] = 0
+    full = loaded(ids, attention_mask=mask).logits
+    output = loaded(ids[:, :5], attention_mask=mask[:, :5], use_cache=True)
+    cache = output[1]
+    assert isinstance(cache, QFluxCache) and not output.logits.requires_grad
+    pieces = [output.logits, loaded(ids[:, 5:9], attention_mask=mask[:, :9], cache=cache).logits]
+    cache.crop(-3)
+    cache.reorder_cache(torch.tensor([1, 0]))
+    ids, mask, full = ids.flip(0), mask.flip(0), full.flip(0)
+    pieces = [torch.cat(pieces, 1).flip(0)[:, :6]]
+    pieces.append(loaded(ids[:, 6:], attention_mask=mask, cache=cache).logits)
+    seen = mask.bool()
+    torch.testing.assert_close(torch.cat(pieces, 1)[seen], full[seen], rtol=1e-10, atol=1e-10)
+    assert cache.get_seq_length() == 12
+
+    more = ids[:, :1]
+    for bad, message in (
+        ({"cache": transformers.DynamicCache()}, "must be a QFluxCache"),
+        ({"cache": cache, "labels": more}, "labels cannot be given with a cache"),
+        ({"cache": cache, "attention_mask": mask}, "one column for each"),
+        ({"cache": cache, "attention_mask": 1 - torch.eye(13)[:2]}, "zeros on the left"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=message):
+            loaded(more, **bad)
+    assert cache.get_seq_length() == 12
+    with pytest.raises(ValueError, match="prefill_chunk_size must be larger than the padding"):
+        loaded(ids, attention_mask=torch.zeros(2, 12), use_cache=True)
+
+
+def test_generation_features_stand_on_the_cache(exported):
+    """Beams, chunked prefill, assistants and look-ups say what generation without a cache does."""
     _, _, loaded, tokenizer = exported
-    ids = tokenizer("To be", return_tensors="pt").input_ids
-    with pytest.raises(ValueError, match="assisted generation is not supported"):
-        loaded.generate(ids, assistant_model=loaded, max_new_tokens=3)
+    texts = ["To be", "the question"]
+    batch = tokenizer(texts, return_tensors="pt", padding=True, padding_side="left")
+    rest = {"max_new_tokens": 8, "do_sample": False}
+    for options in ({"num_beams": 3}, {"num_beams": 2, "num_return_sequences": 2}):
+        out = loaded.generate(**batch, **rest, **options)
+        plain = loaded.generate(**batch, **rest, **options, use_cache=False)
+        assert torch.equal(out, plain)
+    out = loaded.generate(**batch, **rest)
+    assert torch.equal(out, loaded.generate(**batch, **rest, prefill_chunk_size=9))
+    torch.manual_seed(1)
+    drawn = loaded.generate(**batch, max_new_tokens=8, do_sample=True, num_return_sequences=3)
+    torch.manual_seed(1)
+    options = {"do_sample": True, "num_return_sequences": 3, "use_cache": False}
+    assert torch.equal(drawn, loaded.generate(**batch, max_new_tokens=8, **options))
+    ids = tokenizer(TEXT[:12], return_tensors="pt").input_ids
+    alone = loaded.generate(ids, **rest)
+    assert torch.equal(alone, loaded.generate(ids, **rest, prompt_lookup_num_tokens=3))
+    assert torch.equal(alone, loaded.generate(ids, **rest, assistant_model=loaded))
+    with pytest.raises(ValueError, match="cache_implementation must be None"):
+        loaded.generate(ids, **rest, cache_implementation="static")
 
 
 def test_the_page_about_it_runs(transformers, tmp_path, monkeypatch):

@@ -1,0 +1,54 @@
+"""decode.py in small: what it compares decodes rightly, and every row is there."""
+
+import pytest
+import torch
+from decode import PROVIDERS, VOCABULARY, flux, main, transformer
+from transformer import Transformer, TransformerConfig
+
+from qflux import QuantumFluxConfig, make_model
+
+
+def whole(name):
+    torch.manual_seed(0)
+    if name == "lm":
+        model = make_model(QuantumFluxConfig(vocab_size=VOCABULARY)).eval()
+        return lambda ids: model(ids).logits
+    return Transformer(TransformerConfig(vocab_size=VOCABULARY)).eval()
+
+
+@pytest.mark.parametrize("name", PROVIDERS)
+def test_pieces_give_the_logits_of_the_whole(name):
+    ids = torch.randint(VOCABULARY, (2, 12), generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        decoder = PROVIDERS[name](2, 12)
+        full = whole(name)(ids)
+        for start, end in ((0, 5), (5, 6), (6, 9), (9, 10), (10, 12)):
+            logits = decoder.read(ids[:, start:end])
+            torch.testing.assert_close(logits, full[:, end - 1], rtol=1e-4, atol=1e-4)
+    assert decoder.cache_bytes() > 0
+
+
+def test_the_two_are_of_about_one_size():
+    ours, theirs = flux(1, 8), transformer(1, 8)
+    assert 0.8 < ours.parameters / theirs.parameters < 1.25
+
+
+def test_a_row_for_every_batch_context_and_provider(capsys):
+    threads = torch.get_num_threads()
+    try:
+        main(["--contexts", "8", "16", "--batches", "1", "3", "--tokens", "2", "--threads", "1"])
+    finally:
+        torch.set_num_threads(threads)
+    rows = [row.split(",") for row in capsys.readouterr().out.splitlines()[2:]]
+    expected = [[b, c, name] for b in "13" for c in ("8", "16") for name in PROVIDERS]
+    assert [row[:3] for row in rows] == expected
+    # Two tensors of 128 numbers for each of 4 layers.
+    assert {row[-1] for row in rows if row[2] == "transformer"} == {"4096"}
+    assert all(float(number) > 0 for row in rows for number in row[3:])
+
+
+def test_bad_options_are_refused(capsys):
+    for line in (["--contexts", "0"], ["--tokens", "-1"], ["--batches", "x"]):
+        with pytest.raises(SystemExit) as error:
+            main(line)
+        assert error.value.code == 2
