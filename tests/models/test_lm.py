@@ -398,7 +398,7 @@ def test_generation_is_determined_by_the_generator():
 def test_generation_restores_the_mode_and_needs_no_gradient():
     model, ids = make_model(dropout=0.5), make_ids()
     recorded = []
-    model.register_forward_hook(lambda *_: recorded.append(torch.is_grad_enabled()))
+    model.head.register_forward_hook(lambda *_: recorded.append(torch.is_grad_enabled()))
     greedy = model.generate(ids, 10, temperature=0)
     assert torch.equal(greedy, model.generate(ids, 10, temperature=0))
     assert model.training and recorded == [False] * 20
