@@ -1,0 +1,330 @@
+#include "driver.h"
+
+#include <algorithm>
+#include <vector>
+
+#include "forest.h"
+#include "search.h"
+
+namespace qflux::cpu {
+namespace {
+
+// Rows that a thread takes at a time.
+constexpr int64_t kRowsAtOnce = 256;
+// Keys in front of a row among which its search starts.
+constexpr int64_t kWindow = 256;
+// Subtrees whose keys gather from rows at the same time.
+constexpr int64_t kSubtrees = 16;
+
+template <class T>
+class MassTree {
+ public:
+  MassTree(const Loops<T>& loops, const Sequence<T>& s)
+      : loops_(loops.tree), s_(s), visible_(s.visibility), forest_(loops, s) {}
+
+  void forward(const MassRows<T>& out) {
+    stride_ = kRowNumbers;
+    stage_rows(false);
+    const int64_t rows = visible_.row_end, value_dim = s_.value_dim;
+    std::vector<ThresholdSearch<T>> search(rows);
+    std::vector<Mass<T>> sums(rows);
+    state_.assign(rows, State::kDone);
+    each_run(rows, [&](int64_t row) {
+      if (visible_.visible_keys(row) > 0) {
+        start(row, search[row]);
+        state_[row] = State::kMass;
+      }
+    });
+    int64_t met = 0;
+    for (int64_t active = 1; active > 0;) {
+      for (const State state : {State::kMass, State::kContext}) {
+        each_run(rows, [&](int64_t row) {
+          if (state_[row] != state) return;
+          sums[row] = Mass<T>{0, 0, -std::numeric_limits<T>::infinity()};
+          record(row)[2] = search[row].tau;
+          const auto [begin, end] = forest_.base_keys(row);
+          if (state == State::kContext) std::fill_n(out.context + row * value_dim, value_dim, 0.0);
+          if (begin == end) return;
+          if (state == State::kMass)
+            loops_.run_mass(keys_from(begin), end - begin, record(row), &sums[row]);
+          else
+            loops_.run_context(keys_from(begin), end - begin, record(row), &sums[row],
+                               out.context + row * value_dim);
+        });
+        each_group(
+            [&](int64_t row) { return state_[row] == state; },
+            [&](const TreeView<T>& tree, const TreeRows<T>& group, const int32_t* row) {
+              Mass<T> part[kGroup];
+              for (int64_t n = 0; n < group.count; ++n) part[n] = sums[row[n]];
+              int64_t pairs = 0;
+              if (state == State::kMass) {
+                loops_.mass(tree, group, part, &pairs);
+              } else {
+                const auto context = room<double>(kGroup * value_dim);
+                for (int64_t n = 0; n < group.count; ++n)
+                  std::copy_n(out.context + row[n] * value_dim, value_dim, &context[n * value_dim]);
+                loops_.context(tree, group, part, context.get(), &pairs);
+                for (int64_t n = 0; n < group.count; ++n)
+                  std::copy_n(&context[n * value_dim], value_dim, out.context + row[n] * value_dim);
+              }
+              for (int64_t n = 0; n < group.count; ++n) sums[row[n]] = part[n];
+              __atomic_fetch_add(&met, pairs, __ATOMIC_RELAXED);
+            });
+      }
+      active = 0;
+      each_run(rows, [&](int64_t row) {
+        State& state = state_[row];
+        if (state == State::kDone) return;
+        const bool found = search[row].update(sums[row]);
+        if (found && state == State::kContext) {
+          state = State::kDone;
+          out.degree[row] = static_cast<int32_t>(sums[row].count);
+          return;
+        }
+        state = found || search[row].near() ? State::kContext : State::kMass;
+        __atomic_fetch_add(&active, 1, __ATOMIC_RELAXED);
+      });
+    }
+    for (int64_t row = 0; row < rows; ++row) out.tau[row] = search[row].tau;
+    if (out.work) out.work[1] += met;
+  }
+
+  void backward(const MassGradients& out) {
+    stride_ = kRowNumbers + s_.value_dim;
+    stage_rows(true);
+    const int64_t rows = visible_.row_end;
+    std::vector<KeptSums> sums(rows);
+    each_run(rows, [&](int64_t row) {
+      const auto [begin, end] = forest_.base_keys(row);
+      if (begin < end)
+        loops_.run_row_gradient(keys_from(begin), end - begin, record(row), &sums[row]);
+    });
+    each_group([](int64_t) { return true; },
+               [&](const TreeView<T>& tree, const TreeRows<T>& group, const int32_t* row) {
+                 KeptSums part[kGroup];
+                 for (int64_t n = 0; n < group.count; ++n) part[n] = sums[row[n]];
+                 loops_.row_gradient(tree, group, part);
+                 for (int64_t n = 0; n < group.count; ++n) sums[row[n]] = part[n];
+               });
+    each_run(rows, [&](int64_t row) {
+      const KeptSums& sum = sums[row];
+      const double mean = sum.count > 0 ? sum.u / sum.count : 0.0;
+      record(row)[3] = static_cast<T>(-mean);
+      if (!out.query) return;
+      out.query[2 * row] = sum.ux - mean * sum.x;
+      out.query[2 * row + 1] = sum.uy - mean * sum.y;
+    });
+    if (out.key) key_gradients(out);
+  }
+
+ private:
+  enum class State : int8_t { kDone, kMass, kContext };
+
+  T* record(int64_t row) const { return &records_[row * stride_]; }
+
+  KeyPlanes<T> keys_from(int64_t key) const {
+    KeyPlanes<T> keys = forest_.keys();
+    keys.x += key;
+    keys.y += key;
+    keys.values += key;
+    return keys;
+  }
+
+  template <class Body>
+  void each_run(int64_t rows, const Body& body) const {
+    each(ceil_div(rows, kRowsAtOnce), [&](int64_t tile) {
+      const Range range = tile_range(tile, kRowsAtOnce, rows);
+      for (int64_t row = range.first; row < range.last; ++row) body(row);
+    });
+  }
+
+  void stage_rows(bool backward) {
+    records_ = room<T>(visible_.row_end * stride_);
+    each_run(visible_.row_end, [&](int64_t row) {
+      T* const to = record(row);
+      to[0] = s_.query_x[row];
+      to[1] = s_.query_y[row];
+      to[2] = s_.limit[row];
+      to[3] = T(0);
+      if (backward)
+        for (int64_t c = 0; c < s_.value_dim; ++c)
+          to[kRowNumbers + c] = s_.grad[c * s_.row_stride + row];
+    });
+  }
+
+  // Where the search of a row starts: the threshold among the last keys that it sees, as if all were
+  // like these.
+  void start(int64_t row, ThresholdSearch<T>& search) const {
+    const int64_t seen = visible_.visible_keys(row);
+    const int64_t begin = std::max<int64_t>(seen - kWindow, 0) / kPadding * kPadding;
+    const int64_t count = seen - begin;
+    const KeyPlanes<T> keys = keys_from(begin);
+    T probe[kRowNumbers] = {record(row)[0], record(row)[1], std::numeric_limits<T>::infinity(), 0};
+    Mass<T> sums{0, 0, -std::numeric_limits<T>::infinity()};
+    loops_.run_mass(keys, count, probe, &sums);
+    search.start(double(sums.top) - 1, double(sums.top) - 1);
+    double guess = search.tau;
+    for (int n = 0; n < 4; ++n) {
+      probe[2] = search.tau;
+      sums.excess = sums.count = 0;
+      loops_.run_mass(keys, count, probe, &sums);
+      if (sums.count > 0) {
+        const double more = double(seen) / count;
+        guess = power_law_root(probe[2], sums.excess * more, sums.count * more, sums.top);
+      }
+      if (search.update(sums)) break;
+    }
+    const double lower = search.lower();
+    search = ThresholdSearch<T>();
+    search.start(lower, guess);
+  }
+
+  // Calls body(tree, rows, numbers) for the groups of chosen rows of every rectangle, level after
+  // level.
+  template <class Chosen, class Body>
+  void each_group(const Chosen& chosen, const Body& body) const {
+    for (const TreeLevel<T>& level : forest_.levels()) {
+      std::vector<Range> items;
+      std::vector<const TreeView<T>*> trees;
+      for (size_t n = 0; n < level.where.size(); ++n)
+        if (level.trees[n])
+          for (int64_t row = level.where[n].row_begin; row < level.where[n].row_end;
+               row += kRowsAtOnce) {
+            items.push_back({row, std::min(row + kRowsAtOnce, level.where[n].row_end)});
+            trees.push_back(&level.trees[n]->view());
+          }
+      each(items.size(), [&](int64_t item) {
+        each_group_of(level.rows.data(), items[item], chosen,
+                      [&](const TreeRows<T>& group, const int32_t* row) {
+                        body(*trees[item], group, row);
+                      });
+      });
+    }
+  }
+
+  template <class Chosen, class Body>
+  void each_group_of(const int32_t* order, Range range, const Chosen& chosen,
+                     const Body& body) const {
+    const auto records = room<T>(kGroup * stride_);
+    int32_t row[kGroup];
+    int64_t count = 0;
+    const auto hand_over = [&] {
+      if (count > 0) body(TreeRows<T>{records.get(), stride_, count}, row);
+      count = 0;
+    };
+    for (int64_t n = range.first; n < range.last; ++n) {
+      if (!chosen(order[n])) continue;
+      row[count] = order[n];
+      std::copy_n(record(order[n]), stride_, &records[count * stride_]);
+      if (++count == kGroup) hand_over();
+    }
+    hand_over();
+  }
+
+  void key_gradients(const MassGradients& out) const {
+    const int64_t value_dim = s_.value_dim, keys = visible_.key_end, rows = visible_.row_end;
+    const auto own = room<double>(s_.values ? 0 : keys * value_dim);
+    double* const values = s_.values ? out.values : own.get();
+    if (!s_.values) std::fill_n(values, keys * value_dim, 0.0);
+    if (visible_.causal)
+      each(ceil_div(keys, kTreeBase), [&](int64_t block) {
+        const Range range = tile_range(block, kTreeBase, keys);
+        const int64_t row = row_at(visible_, range.first);
+        const int64_t end = row_at(visible_, (block + 1) * kTreeBase);
+        if (row >= end) return;
+        loops_.run_key_gradient(keys_from(range.first), range.last - range.first,
+                                {record(row), stride_, end - row},
+                                row + visible_.shift + 1 - range.first, out.key + 2 * range.first,
+                                values + value_dim * range.first);
+      });
+    for (const TreeLevel<T>& level : forest_.levels()) {
+      const int64_t count = level.where.size();
+      const auto gather = [&](int64_t index) {
+        if (level.trees[index])
+          gather_keys(*level.trees[index], level.rows.data(), level.where[index], out.key, values);
+      };
+      if (count >= static_cast<int64_t>(torch::stable::get_num_threads()))
+        each(count, gather);
+      else
+        for (int64_t index = 0; index < count; ++index) gather(index);
+    }
+    if (!s_.values)
+      for (int64_t n = 0; n < 2 * keys; ++n) out.key[n] += values[n];
+  }
+
+  // What the keys of a tree get from the rows of a rectangle: subtree after subtree, so that each
+  // sum has one thread and one order.
+  void gather_keys(const KeyTree<T>& tree, const int32_t* order, const Rectangle<>& where,
+                   double* point, double* values) const {
+    const TreeView<T>& view = tree.view();
+    const int64_t value_dim = s_.value_dim, stride = view.keys.stride;
+    const auto pairs = room<double>((2 + value_dim) * stride);
+    const auto nodes = room<double>(view.nodes() * view.width);
+    int height = view.height;
+    while (height > 0 && view.first[height] - view.first[height - 1] <= kSubtrees) --height;
+    const int32_t first = view.first[height], roots = view.first[height + 1] - first;
+    std::fill_n(pairs.get(), (2 + value_dim) * stride, 0.0);
+    std::fill_n(nodes.get(), view.nodes() * view.width, 0.0);
+    const TreeGradients sums{pairs.get(), nodes.get()};
+    each(roots, [&](int64_t root) {
+      const int32_t from = first + static_cast<int32_t>(root);
+      each_group_of(order, {where.row_begin, where.row_end}, [](int64_t) { return true; },
+                    [&](const TreeRows<T>& group, const int32_t*) {
+                      loops_.key_gradient(view, group, height, from, from + 1, sums);
+                    });
+      loops_.hand_down(view, sums, height, from, from + 1, tree.order(), tree.count(), point,
+                       values);
+    });
+  }
+
+  const TreeLoops<T>& loops_;
+  const Sequence<T>& s_;
+  const Visibility visible_;
+  const Forest<T> forest_;
+  int64_t stride_ = 0;
+  std::unique_ptr<T[]> records_;
+  std::vector<State> state_;
+};
+
+template <class T>
+bool applies(const TreeLoops<T>& loops, const Sequence<T>& s, bool backward) {
+  const Visibility& visible = s.visibility;
+  const int64_t rows = visible.row_end, keys = visible.key_end;
+  const int64_t positions = rows + visible.shift;
+  if ((visible.causal ? positions - 1 : std::min(rows, keys)) < kTreeBase || rows == 0 || keys == 0)
+    return false;
+  bool fine = loops.all_tame(s.query_x, rows) && loops.all_tame(s.query_y, rows) &&
+              loops.all_tame(s.key_x, keys) && loops.all_tame(s.key_y, keys);
+  if (s.values)
+    for (int64_t j = 0; j < keys && fine; ++j)
+      fine = loops.all_tame(s.values + j * s.value_stride, s.value_dim);
+  if (backward) {
+    fine = fine && loops.all_tame(s.limit, rows);
+    for (int64_t c = 0; c < s.value_dim && fine; ++c)
+      fine = loops.all_tame(s.grad + c * s.row_stride, rows);
+  }
+  return fine;
+}
+
+}  // namespace
+
+template <class T>
+bool tree_forward(const Loops<T>& loops, const Sequence<T>& s, const MassRows<T>& out) {
+  if (!applies(loops.tree, s, false)) return false;
+  MassTree<T>(loops, s).forward(out);
+  return true;
+}
+
+template <class T>
+bool tree_backward(const Loops<T>& loops, const Sequence<T>& s, const MassGradients& out) {
+  if (!applies(loops.tree, s, true)) return false;
+  MassTree<T>(loops, s).backward(out);
+  return true;
+}
+
+template bool tree_forward(const Loops<float>&, const Sequence<float>&, const MassRows<float>&);
+template bool tree_forward(const Loops<double>&, const Sequence<double>&, const MassRows<double>&);
+template bool tree_backward(const Loops<float>&, const Sequence<float>&, const MassGradients&);
+template bool tree_backward(const Loops<double>&, const Sequence<double>&, const MassGradients&);
+
+}  // namespace qflux::cpu
