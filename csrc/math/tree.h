@@ -13,39 +13,55 @@
 
 namespace qflux {
 
-// Bound on the rounding of an inner product and of `reach`, relative to the sum of |q| |k| by
-// component. Boxes are widened by it, so that what is kept or dropped whole is what the pair loop
-// would keep or drop.
+// Bound on the rounding of an inner product and of `reach`, relative to the length of the row times
+// the largest of a key. Boxes are widened by it, so that what is kept or dropped whole is what the
+// pair loop would keep or drop.
 template <class T>
-constexpr double kBoxUnit = sizeof(T) == 4 ? 0x1p-20 : 0x1p-49;
+constexpr double kBoxUnit = sizeof(T) == 4 ? 0x1p-19 : 0x1p-48;
 
-// Keys with |k.x - x| <= dx, |k.y - y| <= dy.
+// A rectangle around keys, in any direction: (x, y) + s a + t b with |s|, |t| <= 1.
 template <class V>
 struct Box {
-  V x, y, dx, dy;
+  V x, y, ax, ay, bx, by;
 };
 
+// The rectangle with sides along the unit vector u and across it, in these intervals.
 template <class T>
-QFLUX_INLINE Box<T> make_box(double left, double right, double bottom, double top) {
-  const T x = static_cast<T>((left + right) / 2), y = static_cast<T>((bottom + top) / 2);
-  const double ex = right - x > x - left ? right - x : x - left;
-  const double ey = top - y > y - bottom ? top - y : y - bottom;
-  const double unit = kBoxUnit<T>;
-  return {x, y, static_cast<T>(ex + unit * (absolute(double(x)) + ex)),
-          static_cast<T>(ey + unit * (absolute(double(y)) + ey))};
+QFLUX_INLINE Box<T> make_box(Point<double> u, double left, double right, double bottom,
+                             double top) {
+  const double along = (left + right) / 2, across = (bottom + top) / 2;
+  const double a = (right - left) / 2, b = (top - bottom) / 2;
+  const double slack = kBoxUnit<T> * (absolute(along) + absolute(across) + a + b);
+  return {static_cast<T>(along * u.x - across * u.y), static_cast<T>(along * u.y + across * u.x),
+          static_cast<T>((a + slack) * u.x),          static_cast<T>((a + slack) * u.y),
+          static_cast<T>(-(b + slack) * u.y),         static_cast<T>((b + slack) * u.x)};
 }
 
-// The least and the largest q . k over a box; `ax` and `ay` are |q|.
+// The least and the largest q . k over a box.
 template <class V>
 struct Reach {
   V low, high;
 };
 
 template <class V>
-QFLUX_INLINE Reach<V> reach(const Box<V>& box, V qx, V qy, V ax, V ay) {
+QFLUX_INLINE Reach<V> reach(const Box<V>& box, V qx, V qy) {
   const V middle = multiply_add(qx, box.x, qy * box.y);
-  const V extent = multiply_add(ax, box.dx, ay * box.dy);
+  const V extent = absolute(multiply_add(qx, box.ax, qy * box.ay)) +
+                   absolute(multiply_add(qx, box.bx, qy * box.by));
   return {middle - extent, middle + extent};
+}
+
+// The direction in which points with these second moments about their mean are spread most.
+QFLUX_INLINE Point<double> main_direction(double xx, double xy, double yy) {
+  const double difference = xx - yy, root = square_root(difference * difference + 4 * xy * xy);
+  if (!(root > 0)) return {1, 0};
+  const double cosine = difference / root, sine = 2 * xy / root;  // of twice the angle
+  if (cosine >= 0) {
+    const double x = square_root((1 + cosine) / 2);
+    return {x, sine / (2 * x)};
+  }
+  const double y = square_root((1 - cosine) / 2);
+  return {sine / (2 * y), y};
 }
 
 // Numbers of a column: sums of v, v x, v y.

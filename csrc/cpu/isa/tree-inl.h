@@ -21,10 +21,11 @@ constexpr int64_t kRowsAtOnce = 128;
 template <class T>
 QFLUX_INLINE Vector<T> larger(Vector<T> a, Vector<T> b) {
 #if defined(__AVX512F__)
+  // Forms without a mask leave a warning of some compilers about their own headers.
   if constexpr (sizeof(T) == 4)
-    return {(typename Vector<T>::Raw)_mm512_max_ps((__m512)a.raw, (__m512)b.raw)};
+    return {(typename Vector<T>::Raw)_mm512_maskz_max_ps(0xffff, (__m512)a.raw, (__m512)b.raw)};
   else
-    return {(typename Vector<T>::Raw)_mm512_max_pd((__m512d)a.raw, (__m512d)b.raw)};
+    return {(typename Vector<T>::Raw)_mm512_maskz_max_pd(0xff, (__m512d)a.raw, (__m512d)b.raw)};
 #else
   return a.raw > b.raw ? a.raw : b.raw;
 #endif
@@ -93,6 +94,38 @@ bool all_tame(const T* numbers, int64_t count) {
   return tame != 0;
 }
 
+// A box around points: along their main direction or along the axes, whichever is smaller around.
+template <class T>
+Box<T> box_around(const double* x, const double* y, int64_t count) {
+  double mx = 0, my = 0, xx = 0, xy = 0, yy = 0;
+  for (int64_t k = 0; k < count; ++k) mx += x[k], my += y[k];
+  mx /= static_cast<double>(count);
+  my /= static_cast<double>(count);
+  for (int64_t k = 0; k < count; ++k) {
+    const double dx = x[k] - mx, dy = y[k] - my;
+    xx += dx * dx;
+    xy += dx * dy;
+    yy += dy * dy;
+  }
+  const Point<double> directions[2] = {{1, 0}, main_direction(xx, xy, yy)};
+  Box<T> best{};
+  double least = INFINITY;
+  for (const Point<double>& u : directions) {
+    double left = INFINITY, right = -INFINITY, bottom = INFINITY, top = -INFINITY;
+    for (int64_t k = 0; k < count; ++k) {
+      const double along = u.x * x[k] + u.y * y[k], across = u.x * y[k] - u.y * x[k];
+      left = along < left ? along : left;
+      right = along > right ? along : right;
+      bottom = across < bottom ? across : bottom;
+      top = across > top ? across : top;
+    }
+    if (!(right - left + top - bottom < least)) continue;
+    least = right - left + top - bottom;
+    best = make_box<T>(u, left, right, bottom, top);
+  }
+  return best;
+}
+
 template <class T>
 void build_leaves(const TreeView<T>& tree, int64_t count, int64_t first, int64_t last,
                   Box<T>* boxes, double* masses, double* moments) {
@@ -100,16 +133,11 @@ void build_leaves(const TreeView<T>& tree, int64_t count, int64_t first, int64_t
   for (int64_t leaf = first; leaf < last; ++leaf) {
     const int64_t begin = leaf * kLeaf, size = lesser(kLeaf, count - begin);
     double x[kLeaf] = {}, y[kLeaf] = {}, v[kLeaf] = {};
-    double left = tree.keys.x[begin], right = left, bottom = tree.keys.y[begin], top = bottom;
     for (int64_t k = 0; k < size; ++k) {
       x[k] = tree.keys.x[begin + k];
       y[k] = tree.keys.y[begin + k];
-      left = x[k] < left ? x[k] : left;
-      right = x[k] > right ? x[k] : right;
-      bottom = y[k] < bottom ? y[k] : bottom;
-      top = y[k] > top ? y[k] : top;
     }
-    boxes[leaf] = make_box<T>(left, right, bottom, top);
+    boxes[leaf] = box_around<T>(x, y, size);
     double* to = moments + leaf * tree.width;
     for (int64_t c = 0; c <= tree.keys.value_dim; ++c, to += kColumnMoments) {
       for (int64_t k = 0; k < size; ++k)
@@ -141,21 +169,23 @@ void build_nodes(const TreeView<T>& tree, int height, Box<T>* boxes, double* mas
   for (int32_t node = tree.first[height]; node < tree.first[height + 1]; ++node) {
     const int32_t begin = tree.child(height, node);
     const int32_t end = begin + kFan < tree.first[height] ? begin + kFan : tree.first[height];
-    // A box of boxes that are wide enough is wide enough, up to its own rounding.
-    double left = INFINITY, right = -INFINITY, bottom = INFINITY, top = -INFINITY;
+    // The corners of boxes that are wide enough; what their rounding here loses is in the slack.
+    double x[4 * kFan], y[4 * kFan];
+    int64_t corners = 0;
     for (int m = 0; m < 4; ++m) masses[4 * node + m] = 0;
     for (int64_t m = 0; m < tree.width; ++m) moments[node * tree.width + m] = 0;
     for (int32_t child = begin; child < end; ++child) {
       const Box<T>& box = boxes[child];
-      left = left < double(box.x) - box.dx ? left : double(box.x) - box.dx;
-      right = right > double(box.x) + box.dx ? right : double(box.x) + box.dx;
-      bottom = bottom < double(box.y) - box.dy ? bottom : double(box.y) - box.dy;
-      top = top > double(box.y) + box.dy ? top : double(box.y) + box.dy;
+      for (int corner = 0; corner < 4; ++corner) {
+        const double a = corner & 1 ? 1.0 : -1.0, b = corner & 2 ? 1.0 : -1.0;
+        x[corners] = box.x + a * box.ax + b * box.bx;
+        y[corners++] = box.y + a * box.ay + b * box.by;
+      }
       for (int m = 0; m < 4; ++m) masses[4 * node + m] += masses[4 * child + m];
       for (int64_t m = 0; m < tree.width; ++m)
         moments[node * tree.width + m] += moments[child * tree.width + m];
     }
-    boxes[node] = make_box<T>(left, right, bottom, top);
+    boxes[node] = box_around<T>(x, y, corners);
   }
 }
 
@@ -298,7 +328,7 @@ struct Lanes {
   using V = Vector<T>;
   static constexpr int kVectors = kGroup / V::kWidth;
 
-  V x[kVectors], y[kVectors], ax[kVectors], ay[kVectors], tau[kVectors];
+  V x[kVectors], y[kVectors], tau[kVectors];
   uint32_t all;
 
   explicit Lanes(const TreeRows<T>& rows) : all((1u << rows.count) - 1u) {
@@ -310,8 +340,6 @@ struct Lanes {
       x[r] = load(numbers[0] + r * V::kWidth);
       y[r] = load(numbers[1] + r * V::kWidth);
       tau[r] = load(numbers[2] + r * V::kWidth);
-      ax[r] = absolute(x[r]);
-      ay[r] = absolute(y[r]);
     }
   }
 };
@@ -336,10 +364,11 @@ QFLUX_INLINE void walk(const TreeView<T>& tree, const Lanes<T>& lanes, int heigh
     while (size > 0) {
       const Entry at = stack[--size];
       const Box<T>& box = tree.boxes[at.node];
-      const Box<V> wide{V(box.x), V(box.y), V(box.dx), V(box.dy)};
+      const Box<V> wide{V(box.x),  V(box.y),  V(box.ax),
+                        V(box.ay), V(box.bx), V(box.by)};
       uint32_t above = 0, below = 0;
       for (int r = 0; r < Lanes<T>::kVectors; ++r) {
-        const Reach<V> span = reach(wide, lanes.x[r], lanes.y[r], lanes.ax[r], lanes.ay[r]);
+        const Reach<V> span = reach(wide, lanes.x[r], lanes.y[r]);
         high[r] = span.high;
         above |= bits_of(less(lanes.tau[r], span.low)) << (r * V::kWidth);
         below |= bits_of(less(span.high, lanes.tau[r])) << (r * V::kWidth);
@@ -591,18 +620,23 @@ void key_gradient(const TreeView<T>& tree, const TreeRows<T>& rows, int height, 
   using D = Vector<double>;
   const int64_t value_dim = tree.keys.value_dim, width = tree.width, stride = tree.keys.stride;
   const Lanes<T> lanes(rows);
-  // Of each row, and behind them of all.
+  // Of each row, and behind them of all; made when a node wants them.
   const Room moments((kGroup + 1) * width);
   double* const common = moments.get() + kGroup * width;
-  for (int l = 0; l < rows.count; ++l) {
-    double* own = moments.get() + l * width;
-    row_moments(rows.at(l), value_dim, own);
-    for (int64_t m = 0; m < width; ++m) common[m] += own[m];
-  }
+  bool made = false;
+  const auto make_moments = [&] {
+    made = true;
+    for (int l = 0; l < rows.count; ++l) {
+      double* own = moments.get() + l * width;
+      row_moments(rows.at(l), value_dim, own);
+      for (int64_t m = 0; m < width; ++m) common[m] += own[m];
+    }
+  };
   visit_columns(value_dim, [&](auto columns) QFLUX_INLINE_LAMBDA {
     walk(
         tree, lanes, height, first, last,
         [&](int32_t node, uint32_t whole, const V*) QFLUX_INLINE_LAMBDA {
+          if (!made) make_moments();
           double* to = out.nodes + node * width;
           for (int64_t m = 0; m < width; m += D::kWidth) {
             D sum = load(to + m);

@@ -222,7 +222,7 @@ class MassTree {
   }
 
   void key_gradients(const MassGradients& out) const {
-    const int64_t value_dim = s_.value_dim, keys = visible_.key_end, rows = visible_.row_end;
+    const int64_t value_dim = s_.value_dim, keys = visible_.key_end;
     const auto own = room<double>(s_.values ? 0 : keys * value_dim);
     double* const values = s_.values ? out.values : own.get();
     if (!s_.values) std::fill_n(values, keys * value_dim, 0.0);
@@ -266,14 +266,23 @@ class MassTree {
     std::fill_n(pairs.get(), (2 + value_dim) * stride, 0.0);
     std::fill_n(nodes.get(), view.nodes() * view.width, 0.0);
     const TreeGradients sums{pairs.get(), nodes.get()};
-    each(roots, [&](int64_t root) {
-      const int32_t from = first + static_cast<int32_t>(root);
-      each_group_of(order, {where.row_begin, where.row_end}, [](int64_t) { return true; },
-                    [&](const TreeRows<T>& group, const int32_t*) {
-                      loops_.key_gradient(view, group, height, from, from + 1, sums);
-                    });
-      loops_.hand_down(view, sums, height, from, from + 1, tree.order(), tree.count(), point,
-                       values);
+    // The rows in their order, for every thread.
+    const auto records = room<T>(where.rows() * stride_);
+    each(ceil_div(where.rows(), kRowsAtOnce), [&](int64_t tile) {
+      const Range range = tile_range(tile, kRowsAtOnce, where.rows());
+      for (int64_t n = range.first; n < range.last; ++n)
+        std::copy_n(record(order[where.row_begin + n]), stride_, &records[n * stride_]);
+    });
+    const int64_t threads = torch::stable::get_num_threads();
+    const int64_t parts = threads > 1 ? std::min<int64_t>(roots, 2 * threads) : 1;
+    each(parts, [&](int64_t part) {
+      const int32_t from = first + static_cast<int32_t>(roots * part / parts);
+      const int32_t to = first + static_cast<int32_t>(roots * (part + 1) / parts);
+      for (int64_t n = 0; n < where.rows(); n += kGroup)
+        loops_.key_gradient(
+            view, {&records[n * stride_], stride_, std::min<int64_t>(kGroup, where.rows() - n)},
+            height, from, to, sums);
+      loops_.hand_down(view, sums, height, from, to, tree.order(), tree.count(), point, values);
     });
   }
 
