@@ -11,8 +11,9 @@ namespace {
 
 // Rows that a thread takes at a time.
 constexpr int64_t kRowsAtOnce = 256;
-// Keys in front of a row among which its search starts.
-constexpr int64_t kWindow = 256;
+// Keys in front of a row among which its search starts, and among which it goes on.
+constexpr int64_t kWindow = 256, kWideWindow = 2048;
+constexpr int kWindowSteps = 4;
 // Subtrees whose keys gather from rows at the same time.
 constexpr int64_t kSubtrees = 16;
 
@@ -153,26 +154,35 @@ class MassTree {
   }
 
   // Where the search of a row starts: the threshold among the last keys that it sees, as if all were
-  // like these.
+  // like these; among few, and then once among more.
   void start(int64_t row, ThresholdSearch<T>& search) const {
-    const int64_t seen = visible_.visible_keys(row);
-    const int64_t begin = std::max<int64_t>(seen - kWindow, 0) / kPadding * kPadding;
-    const int64_t count = seen - begin;
-    const KeyPlanes<T> keys = keys_from(begin);
+    const double seen = static_cast<double>(visible_.visible_keys(row));
     T probe[kRowNumbers] = {record(row)[0], record(row)[1], std::numeric_limits<T>::infinity(), 0};
     Mass<T> sums{0, 0, -std::numeric_limits<T>::infinity()};
-    loops_.run_mass(keys, count, probe, &sums);
-    search.start(double(sums.top) - 1, double(sums.top) - 1);
-    double guess = search.tau;
-    for (int n = 0; n < 4; ++n) {
-      probe[2] = search.tau;
+    const auto evaluate = [&](int64_t window) {
+      const int64_t end = visible_.visible_keys(row);
+      const int64_t begin = std::max<int64_t>(end - window, 0) / kPadding * kPadding;
       sums.excess = sums.count = 0;
-      loops_.run_mass(keys, count, probe, &sums);
-      if (sums.count > 0) {
-        const double more = double(seen) / count;
-        guess = power_law_root(probe[2], sums.excess * more, sums.count * more, sums.top);
-      }
+      loops_.run_mass(keys_from(begin), end - begin, probe, &sums);
+      return static_cast<double>(end - begin);
+    };
+    const auto root = [&](double more) {
+      return sums.count > 0
+                 ? power_law_root(probe[2], sums.excess * more, sums.count * more, sums.top)
+                 : double(probe[2]);
+    };
+    double count = evaluate(kWindow);
+    search.start(double(sums.top) - 1, double(sums.top) - 1);
+    for (int n = 0; n < kWindowSteps; ++n) {
+      probe[2] = search.tau;
+      evaluate(kWindow);
       if (search.update(sums)) break;
+    }
+    double guess = root(std::min(seen, double(kWideWindow)) / count);
+    if (seen > count) {
+      probe[2] = static_cast<T>(guess);
+      count = evaluate(kWideWindow);
+      guess = root(seen / count);
     }
     const double lower = search.lower();
     search = ThresholdSearch<T>();

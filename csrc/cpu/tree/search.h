@@ -6,6 +6,7 @@
 // close near its end at the largest z, are longer.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
 
@@ -30,23 +31,26 @@ class ThresholdSearch {
   bool update(const Mass<T>& at) {
     ++steps_;
     constexpr double kUnit = std::numeric_limits<T>::epsilon();
-    if (!(at.count > 0)) {  // at or above the largest z
+    const double here = tau;
+    if (!(at.count > 0)) {
       if (tau <= lower_ || steps_ > kMost) return true;
-      careful_ = true;
-      tau = static_cast<T>(lower_);
+      highest_ = here;
+      const T middle = static_cast<T>((lower_ + here) / 2);
+      tau = middle < tau && steps_ < kBold ? middle : static_cast<T>(lower_);
       return false;
     }
-    const double step = (at.excess - 1) / at.count, here = tau;
+    const double step = (at.excess - 1) / at.count;
     if (std::abs(step) <= kUnit * (std::abs(here) + 2 / at.count) || steps_ > kMost) return true;
     const double bound = here + step;
     if (bound > lower_) lower_ = bound;
-    careful_ = careful_ || steps_ > kBold || std::abs(at.excess - 1) < kNear;
+    careful_ = careful_ || std::abs(at.excess - 1) < kNear || steps_ > kBold;
     // Keys that the next step is likely to drop.
     changing_ = at.count * (at.excess - 1) * (at.excess - 1);
     double next = lower_;
     if (!careful_) {
-      const double guess = power_law_root(here, at.excess, at.count, at.top);
-      if (guess > next && guess < at.top) next = guess;
+      const double top = std::min<double>(at.top, highest_);
+      const double guess = power_law_root(here, at.excess, at.count, top);
+      if (guess > next && guess < top) next = guess;
       changing_ = at.count;
     }
     const T rounded = static_cast<T>(next);
@@ -64,9 +68,9 @@ class ThresholdSearch {
  private:
   static constexpr T kInfinity = std::numeric_limits<T>::infinity();
   static constexpr double kNear = 0.5;
-  static constexpr int kBold = 6, kMost = 100;
+  static constexpr int kBold = 8, kMost = 100;
 
-  double lower_ = 0, changing_ = kInfinity;
+  double lower_ = 0, highest_ = kInfinity, changing_ = kInfinity;
   int steps_ = 0;
   bool careful_ = false;
 };
