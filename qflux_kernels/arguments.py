@@ -63,6 +63,15 @@ def _per_sequence(
     return _expand(name, value.to(COMPUTE_DTYPES[states.dtype]), batch)
 
 
+def _check_reduction(reduction: object, score: object) -> None:
+    check_choice("reduction", reduction, REDUCTIONS)
+    if reduction != "sum" and isinstance(score, Score) and score.kind.mass:
+        raise ValueError(
+            f"reduction must be 'sum' for {type(score).__name__}, whose weights are a mean "
+            f"already, got {reduction!r}"
+        )
+
+
 def _canonical_score(score: object, states: torch.Tensor, batch: torch.Size) -> Score:
     if not isinstance(score, Score):
         known = " or ".join(kind.__name__ for kind in Score.__subclasses__())
@@ -193,7 +202,7 @@ def interact_arguments(
             f"lengths needs as many keys as states ({states.shape[-2]}), got {source.shape[-2]}"
         )
     check_flag("causal", causal)
-    check_choice("reduction", reduction, REDUCTIONS)
+    _check_reduction(reduction, score)
 
     result_dtype, batch = states.dtype, states.shape[:-2]
     # What changes nothing costs as much as a kernel on a few tokens.

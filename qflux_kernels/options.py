@@ -11,7 +11,7 @@ from .checks import check_choice, check_real
 from .schema import SCORE_KINDS, SCORES, ScoreKind
 
 # What `qflux_kernels` exports from here.
-__all__ = ["Evolution", "Interaction", "InverseGate", "Radius", "Threshold"]
+__all__ = ["Evolution", "Interaction", "InverseGate", "Radius", "Sparsemax", "Threshold"]
 
 REDUCTIONS = ("sum", "mean")
 STATISTICS = ("prefix", "row")
@@ -42,7 +42,7 @@ class Score:
     __dataclass_fields__: ClassVar[dict[str, Any]]
     kernel: str
     coefficient: float | torch.Tensor
-    eps: float
+    eps: float = 0.0
     min_gate: float | torch.Tensor = 0.0
     whole_window: bool = False
 
@@ -140,6 +140,41 @@ class InverseGate(Score):
     @property
     def coefficient(self) -> float | torch.Tensor:
         return self.alpha
+
+
+@dataclass(frozen=True)
+class Sparsemax(Score):
+    """Threshold by mass: what a row keeps is what it takes for the weights to sum to one.
+
+    For row i over the keys j it may see::
+
+        z_ij  = scale * x_i . x_j
+        tau_i : sum_j max(z_ij - tau_i, 0) = 1
+        w_ij  = max(z_ij - tau_i, 0)
+
+    An adaptive threshold whose selectivity is the length of the query: a long one keeps few keys, a
+    short one many, where that of `Threshold` depends on the direction alone. The strength of a row
+    is 1, or 0 if it sees nothing, and its degree counts w_ij > 0. The gradient is the whole one,
+    with tau moving: d/dz_ij = u_ij minus the mean of the kept u, with u_ij what a unit of w_ij is
+    worth. `reduction="mean"` is refused, since the weights are a mean already.
+
+    Args:
+        scale: a float or a tensor that broadcasts to the batch shape of the states (one value per
+            cylinder, say) and gets a gradient. Default 1.0.
+
+    Source: Martins and Astudillo, "From softmax to sparsemax", 2016.
+    """
+
+    per_sequence = ("scale",)
+    kernel = "sparsemax"
+    scale: float | torch.Tensor = 1.0
+
+    def __post_init__(self) -> None:
+        check_real_or_tensor("scale", self.scale)
+
+    @property
+    def coefficient(self) -> float | torch.Tensor:
+        return self.scale
 
 
 @dataclass(frozen=True)

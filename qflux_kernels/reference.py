@@ -23,7 +23,16 @@ from .arguments import (
     widen,
 )
 from .checks import check_choice
-from .options import ALGORITHMS, Evolution, Interaction, InverseGate, Radius, Score, Threshold
+from .options import (
+    ALGORITHMS,
+    Evolution,
+    Interaction,
+    InverseGate,
+    Radius,
+    Score,
+    Sparsemax,
+    Threshold,
+)
 from .step import MIN_RADIUS, blend, free_radius
 
 if TYPE_CHECKING:
@@ -93,9 +102,37 @@ def weights(args: InteractArguments, first: int = 0, last: int | None = None) ->
         gate = 1 / (score.eps + s.abs())
         kept = visible & (bad | ~(gate.detach() <= _per_pair(score.min_gate)))
         weight = torch.where(bad, nan, s * gate)
+    elif isinstance(score, Sparsemax):
+        z = _per_pair(score.scale) * (rows @ keys.mT)
+        tau = _mass_threshold(torch.where(visible, z, -torch.inf))
+        tau = torch.where(bad.any(-1, keepdim=True), nan, tau)
+        kept = visible & ~(z <= tau.detach())
+        weight = z - tau
     else:
         raise NotImplementedError(f"the reference has no formula for {type(score).__name__}")
     return Pairs(torch.where(kept, weight, zero), kept, visible)
+
+
+def _mass_threshold(z: torch.Tensor) -> torch.Tensor:
+    """tau `(..., 1)` with sum max(z - tau, 0) = 1 over the last dimension; 0 of an empty row.
+
+    What is invisible is -inf. The decision is taken on sorted numbers, and the gradient flows
+    through those that are kept.
+    """
+    if z.shape[-1] == 0:
+        return z.new_zeros(*z.shape[:-1], 1)
+    ranked = z.detach().sort(-1, descending=True).values
+    top = ranked[..., :1]
+    below = torch.where(ranked.isfinite(), ranked - top, -torch.inf)
+    rank = torch.arange(1, z.shape[-1] + 1, dtype=z.dtype, device=z.device)
+    # The first k are kept if the k-th exceeds the threshold that they would have.
+    mass = torch.where(ranked.isfinite(), below, below.new_zeros(())).cumsum(-1)
+    count = (rank * below + 1 > mass).sum(-1, keepdim=True)
+    last = ranked.gather(-1, (count - 1).clamp(min=0))
+    kept = (z.detach() >= last) & z.detach().isfinite()
+    excess = torch.where(kept, z - top, z.new_zeros(())).sum(-1, keepdim=True) - 1
+    tau = top + excess / kept.sum(-1, keepdim=True).clamp(min=1)
+    return torch.where(count > 0, tau, tau.new_zeros(()))
 
 
 def interact_checked(args: InteractArguments) -> Interaction:

@@ -23,15 +23,19 @@ class ScoreKind(NamedTuple):
 
     name: str
     thresholded: bool  # its limit is tau, the row's adaptive threshold
-    limit_vjp: bool  # the limit has a gradient
+    mass: bool  # of which the weights of a row sum to one
+    limit_vjp: bool  # the limit has a gradient, which goes to the statistics of the row
     swept_on: tuple[str, ...]  # devices that have a sweep for it, which needs an affine weight
 
 
 # In the order of `ScoreKind` in csrc/math/score.h.
 SCORE_KINDS = (
-    ScoreKind("hard_threshold", thresholded=True, limit_vjp=False, swept_on=("cpu", "cuda")),
-    ScoreKind("inverse_gate", thresholded=False, limit_vjp=False, swept_on=()),
-    ScoreKind("soft_threshold", thresholded=True, limit_vjp=True, swept_on=("cpu",)),
+    ScoreKind(
+        "hard_threshold", thresholded=True, mass=False, limit_vjp=False, swept_on=("cpu", "cuda")
+    ),
+    ScoreKind("inverse_gate", thresholded=False, mass=False, limit_vjp=False, swept_on=()),
+    ScoreKind("soft_threshold", thresholded=True, mass=False, limit_vjp=True, swept_on=("cpu",)),
+    ScoreKind("sparsemax", thresholded=True, mass=True, limit_vjp=False, swept_on=()),
 )
 SCORES = tuple(kind.name for kind in SCORE_KINDS)
 # What a token leaves on the tape at each step of `evolve`: planes of numbers, points have two.
@@ -105,7 +109,7 @@ POINTS = (
     Field("values", "Tensor?", 0),  # None: the keys
 )
 PAIR = (
-    Field("coefficient", "Tensor?", 0),  # sigma or alpha
+    Field("coefficient", "Tensor?", 0),  # sigma, alpha or scale
     Field("coefficient_value", "float"),
     Field("min_gate", "Tensor?", 0),
     Field("min_gate_value", "float"),

@@ -59,8 +59,7 @@ void write_row_gradient(const InteractBackwardParams<T>& params, BatchIndex b, i
   visit_score(p.score, [&](auto tag) {
     using Score = typename decltype(tag)::template of<T>;
     pulled = Score::query_vjp(grad, p.coefficient[b]);
-    // That of a threshold acts through tau alone.
-    if (!Score::kThresholded && params.grad_coefficient)
+    if (Score::kCoefficientInQuery && params.grad_coefficient)
       params.grad_coefficient.at(b, i) += Score::coefficient_vjp(grad, load_point(p.states, b, i));
   });
   if (!params.grad_states) return;
@@ -115,7 +114,8 @@ void forward_block(const InteractParams<T>& params, const Staging<T>& staging, B
   int32_t degree[kBlock];
   if (rows.first < rows.last)
     loops<T>().dense.forward(sequence, rows.first, rows.last,
-                             {context.get(), strength, params.degree ? degree : nullptr});
+                             {context.get(), strength, params.degree ? degree : nullptr,
+                              staging.limits(b), staging.limit_rests(b)});
   for (int64_t i = rows.first; i < rows.end; ++i) {
     const int64_t n = i - rows.first;
     write_row(params, b, sequence.visibility, i, sequence.limit[i], context.get() + n * value_dim,
@@ -131,6 +131,8 @@ void backward_row_block(const InteractBackwardParams<T>& params, const Staging<T
   T point[2 * kBlock] = {}, limit[kBlock] = {};
   if (rows.first < rows.last)
     loops<T>().dense.backward_rows(sequence, rows.first, rows.last, {point, nullptr, limit});
+  if (has_mass(params.pair.score))
+    std::copy(limit, limit + (rows.end - rows.first), staging.grad_strengths(b) + rows.first);
   for (int64_t i = rows.first; i < rows.end; ++i) {
     const int64_t n = i - rows.first;
     write_row_gradient(params, b, i, {point[2 * n], point[2 * n + 1]}, limit[n]);
@@ -247,7 +249,8 @@ void Device::interact_backward(const InteractBackwardParams<T>& params) {
   const PairParams<T>& p = params.pair;
   if (p.batch() == 0) return;
   const Staging<T> staging(params);
-  const bool need_rows = params.grad_states || params.grad_coefficient;
+  // The key pass of a mass starts from what its row pass found.
+  const bool need_rows = params.grad_states || params.grad_coefficient || has_mass(p.score);
   const bool need_keys = params.grad_keys || params.grad_values;
   // The blocks of `count` sequences, of which `index` gives the place.
   const auto dense = [&](int64_t count, const auto& index) {

@@ -25,8 +25,11 @@ Staging<T>::Staging(const PairParams<T>& p, bool backward)
       p_(p),
       row_stride_(round_up(p.rows, kPadding)),
       key_stride_(round_up(p.keys, kPadding)),
-      row_planes_(3 + (backward ? value_dim + 1 : 0)),
+      row_planes_(3 + (backward            ? value_dim + 1
+                       : has_mass(p.score) ? 1
+                                           : 0)),
       key_planes_(2 + (backward && p.values ? value_dim : 0)),
+      backward_(backward),
       copies_values_(p.values && p.values.component != 1),
       copies_grads_(backward && p.values),
       rows_(room<T>(p.batch() * row_planes_ * row_stride_)),
@@ -36,7 +39,7 @@ Staging<T>::Staging(const PairParams<T>& p, bool backward)
 
 template <class T>
 Staging<T>::Staging(const PairParams<T>& p) : Staging(p, false) {
-  const bool statistics = is_thresholded(p.score) && p.keys > 0;
+  const bool statistics = is_thresholded(p.score) && !has_mass(p.score) && p.keys > 0;
   stage_keys();
   const std::unique_ptr<Moments[]> before = statistics ? tile_moments() : nullptr;
   for_each_tile(p, p.rows, [&](BatchIndex b, int64_t tile) {
@@ -78,7 +81,8 @@ Sequence<T> Staging<T>::sequence(BatchIndex b) const {
     s.values = copies_values_ ? value_record(b, 0) : p_.values.sequence(b);
     s.value_stride = copies_values_ ? value_dim : p_.values.token;
   }
-  if (row_planes_ > 3) {
+  if (!backward_ && has_mass(p_.score)) s.limit_rest = limit_rests(b);
+  if (backward_) {
     s.grad = row_plane(b, 3);
     s.grad_strength = row_plane(b, 3 + value_dim);
   }
@@ -153,7 +157,8 @@ void Staging<T>::stage_gradients(const InteractBackwardParams<T>& backward, Batc
   stage(2, backward.threshold, 0, false);
   for (int64_t c = 0; c < value_dim; ++c) stage(3 + c, backward.grad_context, c, true);
   T* strength = row_plane(b, 3 + value_dim);
-  if (backward.grad_strength)
+  // The strength of a mass is one, whatever its pairs.
+  if (backward.grad_strength && !has_mass(p_.score))
     stage(3 + value_dim, backward.grad_strength, 0, true);
   else
     std::fill(strength + first, strength + last, T(0));

@@ -18,6 +18,10 @@ class Staging {
   explicit Staging(const InteractBackwardParams<T>& params);
 
   Sequence<T> sequence(BatchIndex b) const;
+  // [rows]: for what the passes of a score with kMass find.
+  T* limits(BatchIndex b) const { return row_plane(b, 2); }
+  T* limit_rests(BatchIndex b) const { return row_plane(b, 3); }
+  T* grad_strengths(BatchIndex b) const { return row_plane(b, 3 + value_dim); }
 
   const int64_t value_dim;
 
@@ -46,7 +50,7 @@ class Staging {
 
   const PairParams<T>& p_;
   const int64_t row_stride_, key_stride_, row_planes_, key_planes_;
-  const bool copies_values_, copies_grads_;
+  const bool backward_, copies_values_, copies_grads_;
   const std::unique_ptr<T[]> rows_, keys_, values_, grads_;
 };
 

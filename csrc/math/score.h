@@ -6,9 +6,13 @@
 // `V` is float, double or a vector of either; a comparison with NaN never drops a pair.
 //
 // The traits of a score:
-//   kThresholded  its limit is tau, the row's adaptive threshold (statistics.h);
-//   kLimitVjp     the limit has a gradient, dw / dlimit = -derivative where kept;
-//   kAffine       weight(p) = p + offset(limit) where kept, which is what a sweep needs (sweep.h).
+//   kThresholded  its limit is tau, the row's adaptive threshold, by mean and deviation
+//                 (statistics.h) or by mass (mass.h);
+//   kMass         the second of these: the weights of a row sum to one;
+//   kLimitVjp     the limit has a gradient, dw / dlimit = -derivative where kept, which goes to the
+//                 statistics it was made from. That of a mass is taken with the pairs' (mass.h);
+//   kAffine       weight(p) = p + offset(limit) where kept, which is what a sweep needs (sweep.h);
+//   kCoefficientInQuery  the coefficient acts through the query, else through tau.
 #pragma once
 
 #include "scalar.h"
@@ -16,9 +20,14 @@
 namespace qflux {
 
 // In the order of `SCORES` in qflux_kernels/schema.py.
-enum class ScoreKind : int64_t { kHardThreshold = 0, kInverseGate = 1, kSoftThreshold = 2 };
-constexpr const char* kScoreNames = "hard_threshold,inverse_gate,soft_threshold";
-constexpr int64_t kScores = 3;
+enum class ScoreKind : int64_t {
+  kHardThreshold = 0,
+  kInverseGate = 1,
+  kSoftThreshold = 2,
+  kSparsemax = 3
+};
+constexpr const char* kScoreNames = "hard_threshold,inverse_gate,soft_threshold,sparsemax";
+constexpr int64_t kScores = 4;
 
 template <class V>
 QFLUX_INLINE V inner_product(V qx, V qy, V kx, V ky, V bias) {
@@ -31,7 +40,8 @@ QFLUX_INLINE V inner_product(V qx, V qy, V kx, V ky, V bias) {
 template <class V>
 struct HardThreshold {
   static constexpr double kBias = 0.5;
-  static constexpr bool kThresholded = true, kLimitVjp = false, kAffine = true;
+  static constexpr bool kThresholded = true, kMass = false, kLimitVjp = false, kAffine = true;
+  static constexpr bool kCoefficientInQuery = false;
 
   template <class T>
   static QFLUX_INLINE Point<T> query(Point<T> x, T /*sigma*/) {
@@ -79,7 +89,8 @@ struct SoftThreshold : HardThreshold<V> {
 template <class V>
 struct InverseGate {
   static constexpr double kBias = 0.0;
-  static constexpr bool kThresholded = false, kLimitVjp = false, kAffine = false;
+  static constexpr bool kThresholded = false, kMass = false, kLimitVjp = false, kAffine = false;
+  static constexpr bool kCoefficientInQuery = true;
 
   template <class T>
   static QFLUX_INLINE Point<T> query(Point<T> x, T alpha) {
@@ -111,6 +122,39 @@ struct InverseGate {
   QFLUX_INLINE V derivative(V p, V grad) const { return grad * (eps * gate(p) * gate(p)); }
 };
 
+// w = p - limit if p > limit else 0, with p = scale x_i . x_j and the limit of which the weights of
+// a row sum to one. The coefficient is the scale.
+template <class V>
+struct Sparsemax {
+  static constexpr double kBias = 0.0;
+  static constexpr bool kThresholded = true, kMass = true, kLimitVjp = false, kAffine = false;
+  static constexpr bool kCoefficientInQuery = true;
+
+  template <class T>
+  static QFLUX_INLINE Point<T> query(Point<T> x, T scale) {
+    return {scale * x.x, scale * x.y};
+  }
+  template <class T>
+  static QFLUX_INLINE Point<T> query_vjp(Point<T> grad, T scale) {
+    return {scale * grad.x, scale * grad.y};
+  }
+  template <class T>
+  static QFLUX_INLINE T coefficient_vjp(Point<T> grad, Point<T> x) {
+    return grad.x * x.x + grad.y * x.y;
+  }
+  // Many weights share what tau loses when it is rounded to V: `rest`, where it is known.
+  static QFLUX_INLINE Sparsemax make(V limit, V rest, V /*min_gate*/) { return {limit, rest}; }
+
+  V limit, rest;
+  QFLUX_INLINE auto kept(V p) const { return not_less_equal(p, limit); }
+  QFLUX_INLINE V weight(V p) const { return (p - limit) - rest; }
+  template <class M>
+  QFLUX_INLINE V weight(V p, M kept) const {
+    return where(kept, weight(p));
+  }
+  QFLUX_INLINE V derivative(V /*p*/, V grad) const { return grad; }
+};
+
 // A score as a value that a generic lambda can take apart: `typename decltype(tag)::of<V>`.
 template <template <class> class Score>
 struct ScoreTag {
@@ -126,6 +170,8 @@ QFLUX_HOST_INLINE auto visit_score(ScoreKind kind, const Visit& visit) {
       return visit(ScoreTag<InverseGate>());
     case ScoreKind::kSoftThreshold:
       return visit(ScoreTag<SoftThreshold>());
+    case ScoreKind::kSparsemax:
+      return visit(ScoreTag<Sparsemax>());
     case ScoreKind::kHardThreshold:
       break;
   }
@@ -136,6 +182,9 @@ QFLUX_HOST_INLINE auto visit_score(ScoreKind kind, const Visit& visit) {
 QFLUX_HOST_INLINE bool is_thresholded(ScoreKind kind) {
   return visit_score(kind,
                      [](auto tag) { return decltype(tag)::template of<float>::kThresholded; });
+}
+QFLUX_HOST_INLINE bool has_mass(ScoreKind kind) {
+  return visit_score(kind, [](auto tag) { return decltype(tag)::template of<float>::kMass; });
 }
 QFLUX_HOST_INLINE bool has_limit_vjp(ScoreKind kind) {
   return visit_score(kind, [](auto tag) { return decltype(tag)::template of<float>::kLimitVjp; });

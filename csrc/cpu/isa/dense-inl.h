@@ -3,6 +3,7 @@
 // ever taken across lanes, and what a lane adds up depends on nothing but its owner.
 #pragma once
 
+#include "mass-inl.h"
 #include "owners-inl.h"
 
 namespace qflux::cpu {
@@ -61,17 +62,69 @@ struct ColumnValues {
 // The queries of a group of rows, and what keeps and weighs their pairs.
 template <class Score, class T>
 struct Queries {
-  Vector<T> x[kVectors], y[kVectors];
+  using V = Vector<T>;
+  V x[kVectors], y[kVectors];
   Score pair[kVectors];
 
   QFLUX_INLINE Queries(const Sequence<T>& s, const Group<T>& group) {
-    const Vector<T> eps(s.eps), min_gate(s.min_gate);
+    const V eps(s.eps), min_gate(s.min_gate);
     each_vector([&](auto r) QFLUX_INLINE_LAMBDA {
       x[r] = load(s.query_x + group.start(r));
       y[r] = load(s.query_y + group.start(r));
-      pair[r] = Score::make(load(s.limit + group.start(r)), eps, min_gate);
+      V rest = eps;
+      if constexpr (Score::kMass)
+        if (s.limit_rest) rest = load(s.limit_rest + group.start(r));
+      pair[r] = Score::make(load(s.limit + group.start(r)), rest, min_gate);
     });
   }
+};
+
+// What a group of rows adds up over its pairs: the gradient of the query and, where the score has
+// more, what that of the limit is made from.
+template <class Score, class T>
+class RowSums {
+  using V = Vector<T>;
+
+ public:
+  QFLUX_INLINE void begin_tile() {
+    each_column<kCount>([&](auto n) QFLUX_INLINE_LAMBDA { part_[0][n] = part_[1][n] = V(T(0)); });
+  }
+  // A pair of vector r: its derivative d, and its key.
+  template <class Index>
+  QFLUX_INLINE void add(Index r, const Mask<T>* visible, Mask<T> kept, V d, V kx, V ky) {
+    V* part = part_[r];
+    part[0] = add_kept(visible, kept, d, kx, part[0]);
+    part[1] = add_kept(visible, kept, d, ky, part[1]);
+    if constexpr (kCount > 2) part[2] = add_where(kept, d, part[2]);
+    if constexpr (Score::kMass) {
+      part[3] = add_where(kept, V(T(1)), part[3]);
+      part[4] = add_where(kept, kx, part[4]);
+      part[5] = add_where(kept, ky, part[5]);
+    }
+  }
+  QFLUX_INLINE void end_tile() {
+    each_vector([&](auto r) QFLUX_INLINE_LAMBDA {
+      each_column<kCount>([&](auto n) QFLUX_INLINE_LAMBDA { totals_[n][r].add(part_[r][n]); });
+    });
+  }
+  void take_all(const Group<T>& group, int64_t first, const BackwardBlock<T>& out) const {
+    take(group, first, totals_[0], 0, 2, out.point);
+    take(group, first, totals_[1], 1, 2, out.point);
+    if constexpr (Score::kLimitVjp) take_limit(group, first, totals_[2], out.limit);
+    if constexpr (Score::kMass)
+      for (int64_t i = group.first; i < group.last; ++i) {
+        const auto sum = [&](int n) {
+          return totals_[n][(i - group.first) / V::kWidth].precise(
+              static_cast<int>((i - group.first) % V::kWidth));
+        };
+        mass::take_row({sum(3), sum(2), {sum(4), sum(5)}, {sum(0), sum(1)}}, i - first, out);
+      }
+  }
+
+ private:
+  static constexpr int kCount = Score::kMass ? 6 : Score::kLimitVjp ? 3 : 2;
+  V part_[kVectors][kCount];
+  Total<T> totals_[kCount][kVectors];
 };
 
 template <class Score, class Values, bool kDegree, class T>
@@ -80,8 +133,10 @@ void forward_narrow(const Sequence<T>& s, int64_t first, int64_t last, const For
   constexpr int kWidth = V::kWidth, kCount = Values::kCount;
   const V bias(static_cast<T>(Score::kBias));
   const Values values(s);
+  mass::Thresholds<Score::kMass, T> thresholds(s, last, out);
   for (int64_t row = first; row < last; row += Group<T>::kOwners) {
-    const Group<T> group = row_group(s, row, last);
+    Group<T> group = row_group(s, row, last);
+    thresholds.find(group);
     const Queries<Score, T> query(s, group);
     Total<T> contexts[kCount][kVectors], strengths[kVectors];
     int32_t degrees[kVectors * kWidth] = {};
@@ -93,28 +148,29 @@ void forward_narrow(const Sequence<T>& s, int64_t first, int64_t last, const For
         strength[r] = V(T(0));
         degree[r] = typename V::Bits{};
       });
-      each_key<Values::kApart>(
-          group, tile, tile + kTile,
-          [&](auto r, int64_t j, const Mask<T>* visible) QFLUX_INLINE_LAMBDA {
-            const V kx(s.key_x[j]), ky(s.key_y[j]);
-            const V p = inner_product(query.x[r], query.y[r], kx, ky, bias);
-            const Mask<T> kept = kept_and_visible(query.pair[r].kept(p), visible);
-            if constexpr (Values::template kLeavesOutDropped<Score>) {
-              const V w = query.pair[r].weight(p);
-              each_column<kCount>([&](auto c) QFLUX_INLINE_LAMBDA {
-                context[r][c] =
-                    add_kept(visible, kept, w, values.column(c, j, kx, ky), context[r][c]);
-              });
-              strength[r] = add_where(kept, w, strength[r]);
-            } else {
-              const V w = query.pair[r].weight(p, kept);
-              each_column<kCount>([&](auto c) QFLUX_INLINE_LAMBDA {
-                context[r][c] = add_visible(visible, w, values.column(c, j, kx, ky), context[r][c]);
-              });
-              strength[r] = add_visible(visible, w, V(T(1)), strength[r]);
-            }
-            if constexpr (kDegree) count(kept, degree[r]);
+      const auto meet = [&](auto r, int64_t j, const Mask<T>* visible) QFLUX_INLINE_LAMBDA {
+        const V kx(s.key_x[j]), ky(s.key_y[j]);
+        const V p = inner_product(query.x[r], query.y[r], kx, ky, bias);
+        const Mask<T> kept = kept_and_visible(query.pair[r].kept(p), visible);
+        if constexpr (Values::template kLeavesOutDropped<Score>) {
+          const V w = query.pair[r].weight(p);
+          each_column<kCount>([&](auto c) QFLUX_INLINE_LAMBDA {
+            context[r][c] = add_kept(visible, kept, w, values.column(c, j, kx, ky), context[r][c]);
           });
+          strength[r] = add_where(kept, w, strength[r]);
+        } else {
+          const V w = query.pair[r].weight(p, kept);
+          each_column<kCount>([&](auto c) QFLUX_INLINE_LAMBDA {
+            context[r][c] = add_visible(visible, w, values.column(c, j, kx, ky), context[r][c]);
+          });
+          strength[r] = add_visible(visible, w, V(T(1)), strength[r]);
+        }
+        if constexpr (kDegree) count(kept, degree[r]);
+      };
+      if (Score::kMass && group.list)
+        each_key<Values::kApart, Score::kMass>(group, tile, tile + kTile, meet);
+      else
+        each_key<Values::kApart>(group, tile, tile + kTile, meet);
       each_vector([&](auto r) QFLUX_INLINE_LAMBDA {
         each_column<kCount>([&](auto c) QFLUX_INLINE_LAMBDA { contexts[c][r].add(context[r][c]); });
         strengths[r].add(strength[r]);
@@ -148,10 +204,9 @@ void backward_rows_narrow(const Sequence<T>& s, int64_t first, int64_t last,
       });
       gs[r] = load(s.grad_strength + start);
     });
-    Total<T> totals[3][kVectors];
+    RowSums<Score, T> sums;
     for (int64_t tile = 0; tile < group.highest(); tile += kTile) {
-      V ax[kVectors], ay[kVectors], al[kVectors];
-      each_vector([&](auto r) QFLUX_INLINE_LAMBDA { ax[r] = ay[r] = al[r] = V(T(0)); });
+      sums.begin_tile();
       each_key<Values::kApart>(
           group, tile, tile + kTile,
           [&](auto r, int64_t j, const Mask<T>* visible) QFLUX_INLINE_LAMBDA {
@@ -159,19 +214,11 @@ void backward_rows_narrow(const Sequence<T>& s, int64_t first, int64_t last,
             const V p = inner_product(query.x[r], query.y[r], kx, ky, bias);
             const Mask<T> kept = kept_and_visible(query.pair[r].kept(p), visible);
             const V d = query.pair[r].derivative(p, values.dot(grad[r], j, kx, ky, gs[r]));
-            ax[r] = add_kept(visible, kept, d, kx, ax[r]);
-            ay[r] = add_kept(visible, kept, d, ky, ay[r]);
-            if constexpr (Score::kLimitVjp) al[r] = add_where(kept, d, al[r]);
+            sums.add(r, visible, kept, d, kx, ky);
           });
-      each_vector([&](auto r) QFLUX_INLINE_LAMBDA {
-        totals[0][r].add(ax[r]);
-        totals[1][r].add(ay[r]);
-        if constexpr (Score::kLimitVjp) totals[2][r].add(al[r]);
-      });
+      sums.end_tile();
     }
-    take(group, first, totals[0], 0, 2, out.point);
-    take(group, first, totals[1], 1, 2, out.point);
-    if constexpr (Score::kLimitVjp) take_limit(group, first, totals[2], out.limit);
+    sums.take_all(group, first, out);
   }
 }
 
@@ -289,8 +336,10 @@ void forward_values(const Sequence<T>& s, int64_t first, int64_t last, const For
   alignas(64) Staged<T> weight;
   const Array<Total<T>> contexts(kVectors * s.value_dim);
   const V bias(static_cast<T>(Score::kBias));
+  mass::Thresholds<Score::kMass, T> thresholds(s, last, out);
   for (int64_t row = first; row < last; row += Group<T>::kOwners) {
-    const Group<T> group = row_group(s, row, last);
+    Group<T> group = row_group(s, row, last);
+    thresholds.find(group);
     const Queries<Score, T> query(s, group);
     Total<T> strengths[kVectors];
     int32_t degrees[kVectors * kWidth] = {};
@@ -335,33 +384,24 @@ void backward_rows_values(const Sequence<T>& s, int64_t first, int64_t last,
     V gs[kVectors];
     each_vector([&](auto r)
                     QFLUX_INLINE_LAMBDA { gs[r] = load(s.grad_strength + group.start(r)); });
-    Total<T> totals[3][kVectors];
+    RowSums<Score, T> sums;
     for (int64_t tile = 0; tile < group.highest(); tile += kTile) {
       const auto each = [&](const auto& body)
                             QFLUX_INLINE_LAMBDA { each_key(group, tile, tile + kTile, body); };
       dot_columns<T>(
           each, tile, group, s.grad, s.row_stride, s.values, s.value_stride, s.value_dim,
           [&](int r, int64_t) QFLUX_INLINE_LAMBDA { return gs[r]; }, upstream);
-      V ax[kVectors], ay[kVectors], al[kVectors];
-      each_vector([&](auto r) QFLUX_INLINE_LAMBDA { ax[r] = ay[r] = al[r] = V(T(0)); });
+      sums.begin_tile();
       each([&](auto r, int64_t j, const Mask<T>* visible) QFLUX_INLINE_LAMBDA {
         const V kx(s.key_x[j]), ky(s.key_y[j]);
         const V p = inner_product(query.x[r], query.y[r], kx, ky, bias);
         const Mask<T> kept = kept_and_visible(query.pair[r].kept(p), visible);
-        const V d = query.pair[r].derivative(p, load(upstream[j - tile][r]));
-        ax[r] = select(kept, multiply_add(d, kx, ax[r]), ax[r]);
-        ay[r] = select(kept, multiply_add(d, ky, ay[r]), ay[r]);
-        if constexpr (Score::kLimitVjp) al[r] = add_where(kept, d, al[r]);
+        sums.add(r, visible, kept, query.pair[r].derivative(p, load(upstream[j - tile][r])), kx,
+                 ky);
       });
-      each_vector([&](auto r) QFLUX_INLINE_LAMBDA {
-        totals[0][r].add(ax[r]);
-        totals[1][r].add(ay[r]);
-        if constexpr (Score::kLimitVjp) totals[2][r].add(al[r]);
-      });
+      sums.end_tile();
     }
-    take(group, first, totals[0], 0, 2, out.point);
-    take(group, first, totals[1], 1, 2, out.point);
-    if constexpr (Score::kLimitVjp) take_limit(group, first, totals[2], out.limit);
+    sums.take_all(group, first, out);
   }
 }
 

@@ -18,10 +18,11 @@ struct Sequence {
   ScoreKind score;
   T eps, min_gate;
   bool whole_window;
-  const T *query_x, *query_y;  // [row_stride]
-  const T* limit;              // [row_stride]: zero for a score that is not thresholded
-  const T *key_x, *key_y;      // [key_stride]
-  const T* values = nullptr;   // [keys][value_stride] records of `value_dim`; null: the keys
+  const T *query_x, *query_y;     // [row_stride]
+  const T* limit;                 // [row_stride]: zero for a score that is not thresholded
+  const T* limit_rest = nullptr;  // [row_stride]: forward of scores with kMass only
+  const T *key_x, *key_y;         // [key_stride]
+  const T* values = nullptr;      // [keys][value_stride] records of `value_dim`; null: the keys
   int64_t value_stride;
   // Backward only.
   const T* grad = nullptr;           // [value_dim][row_stride]: of the context, reduction applied
@@ -37,12 +38,16 @@ struct ForwardBlock {
   T* context;       // [kBlock][value_dim]
   T* strength;      // [kBlock]
   int32_t* degree;  // [kBlock], or null
+  // The sequence's own, which scores with kMass fill.
+  T *limit = nullptr, *limit_rest = nullptr;
 };
 template <class T>
 struct BackwardBlock {
   T* point;   // [kBlock][2]: gradient of the query, or of the key
   T* values;  // [kBlock][value_dim]: gradient of the values; key pass of the general path only
-  T* limit = nullptr;  // [kBlock]: gradient of the limit; row pass of scores with kLimitVjp only
+  // [kBlock], row pass only: the gradient of the limit with kLimitVjp, and with kMass what the key
+  // pass takes for the gradient of the strength.
+  T* limit = nullptr;
 };
 
 template <class T>

@@ -37,6 +37,7 @@ struct Total<float> {
     store(lane, part);
     for (int l = 0; l < kWidth; ++l) value[l] += lane[l];
   }
+  double precise(int lane) const { return value[lane]; }
   float get(int lane) const { return static_cast<float>(value[lane]); }
 };
 template <>
@@ -49,6 +50,7 @@ struct Total<double> {
     store(lane, part);
     for (int l = 0; l < kWidth; ++l) error[l] += add_exactly(value[l], lane[l]);
   }
+  double precise(int lane) const { return get(lane); }
   double get(int lane) const { return CompensatedSum<double>{value[lane], error[lane]}.get(); }
 };
 
@@ -62,6 +64,9 @@ struct Group {
   int64_t begin[kVectors], end[kVectors];
   int64_t common_begin, common_end;  // met by every owner
   int64_t shift;                     // keys - rows
+  // Of the sources that every owner meets, those that one of them may keep, and where in this list
+  // each tile begins. Null: all.
+  const int64_t *list, *tiles;
 
   int64_t start(int r) const { return first + r * kWidth; }
   int64_t lowest() const { return lesser(begin[0], common_begin); }
@@ -121,18 +126,22 @@ QFLUX_INLINE void each_column(const Body& body) {
 
 // Calls body(r, j, visible) for the keys j of a tile that vector r of rows meets: first those that
 // every owner sees, then the edge of the causal triangle, where `visible` tells the lanes.
-// With kApart one vector after the other: it needs fewer registers at a time.
-template <bool kApart = false, class T, class Body>
+// With kApart one vector after the other: it needs fewer registers at a time. With kListed only the
+// keys of the group's list.
+template <bool kApart = false, bool kListed = false, class T, class Body>
 QFLUX_INLINE void each_key(const Group<T>& group, int64_t tile, int64_t tile_end,
                            const Body& body) {
-  const int64_t main_end = lesser(tile_end, group.common_end);
+  const int64_t* at = kListed ? group.tiles + tile / kTile : nullptr;
+  const int64_t main_begin = kListed ? at[0] : tile;
+  const int64_t main_end = kListed ? at[1] : lesser(tile_end, group.common_end);
+  const auto key = [&](int64_t n) QFLUX_INLINE_LAMBDA { return kListed ? group.list[n] : n; };
   if constexpr (kApart) {
     each_vector([&](auto r) QFLUX_INLINE_LAMBDA {
-      for (int64_t j = tile; j < main_end; ++j) body(r, j, nullptr);
+      for (int64_t n = main_begin; n < main_end; ++n) body(r, key(n), nullptr);
     });
   } else {
-    for (int64_t j = tile; j < main_end; ++j)
-      each_vector([&](auto r) QFLUX_INLINE_LAMBDA { body(r, j, nullptr); });
+    for (int64_t n = main_begin; n < main_end; ++n)
+      each_vector([&](auto r) QFLUX_INLINE_LAMBDA { body(r, key(n), nullptr); });
   }
   each_vector([&](auto r) QFLUX_INLINE_LAMBDA {
     const int64_t end = lesser(tile_end, group.end[r]);

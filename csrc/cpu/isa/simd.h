@@ -204,6 +204,11 @@ QFLUX_INLINE Mask<T> less(Vector<T> a, Vector<T> b) {
   return {a.raw < b.raw};
 #endif
 }
+// Of numbers; a NaN is unequal to nothing.
+template <class T>
+QFLUX_INLINE Mask<T> unequal(Vector<T> a, Vector<T> b) {
+  return less(Vector<T>(T(0)), absolute(a - b));
+}
 template <class T>
 QFLUX_INLINE Vector<T> not_negative(Vector<T> a) {
   return where(not_less(a, Vector<T>(T(0))), a);
@@ -213,6 +218,25 @@ QFLUX_INLINE Vector<T> square_root(Vector<T> a) {
   typename Vector<T>::Raw root;
   for (int lane = 0; lane < Vector<T>::kWidth; ++lane) root[lane] = qflux::square_root(a.raw[lane]);
   return root;
+}
+
+// A bit for each lane that holds.
+template <class T>
+QFLUX_INLINE uint32_t lane_bits(Mask<T> mask) {
+#if defined(__AVX512F__)
+  return mask.bits;
+#else
+  uint32_t bits = 0;
+#if defined(__AVX__)
+  if constexpr (sizeof(T) == 4)
+    bits = static_cast<uint32_t>(_mm256_movemask_ps((__m256)mask.bits));
+  else
+    bits = static_cast<uint32_t>(_mm256_movemask_pd((__m256d)mask.bits));
+#else
+  for (int lane = 0; lane < Vector<T>::kWidth; ++lane) bits |= (mask.bits[lane] ? 1u : 0u) << lane;
+#endif
+  return bits;
+#endif
 }
 
 // A number as a type.
