@@ -216,17 +216,21 @@ QFLUX_INLINE void each_product(const KeyPlanes<T>& keys, const Runs& runs, const
   }
 }
 
-// What a row gives to the sums of its excess; NaN gives nothing.
+// The weights of a row's pairs, and their sum; NaN has none. Many weights share what tau loses when
+// it is rounded to T: the rest.
 template <class T>
 struct Excess {
   using V = Vector<T>;
-  V sum = V(T(0)), top = V(T(-INFINITY));
+  const V tau, rest;
+  V sum = V(T(0));
   typename V::Bits counter = typename V::Bits{};
 
-  QFLUX_INLINE V add(V p, V tau) {
-    const V zero(T(0)), w = larger(p - tau, zero);
+  explicit Excess(const T* record) : tau(record[2]), rest(record[3]) {}
+  QFLUX_INLINE V add(V p) {
+    const Mask<T> kept = less(tau, p);
+    const V w = where(kept, (p - tau) - rest);
     sum = sum + w;
-    count(less(zero, w), counter);
+    count(kept, counter);
     return w;
   }
   void take(Mass<T>* out) const {
@@ -238,12 +242,11 @@ struct Excess {
 template <class T>
 void mass_of(const KeyPlanes<T>& keys, const Runs& runs, const T* record, Mass<T>* out) {
   using V = Vector<T>;
-  const V tau(record[2]);
-  Excess<T> excess;
+  Excess<T> excess(record);
   V top(out->top);
   each_product<T>(keys, runs, record, [&](V p, int64_t) QFLUX_INLINE_LAMBDA {
     top = larger(p, top);
-    excess.add(p, tau);
+    excess.add(p);
   });
   excess.take(out);
   T lane[V::kWidth];
@@ -255,12 +258,11 @@ template <class T, int kColumns>
 void context_columns(const KeyPlanes<T>& keys, const Runs& runs, const T* record, Mass<T>* out,
                      const T* values, double* context) {
   using V = Vector<T>;
-  const V tau(record[2]);
-  Excess<T> excess;
+  Excess<T> excess(record);
   V sums[kColumns];
   for (int c = 0; c < kColumns; ++c) sums[c] = V(T(0));
   each_product<T>(keys, runs, record, [&](V p, int64_t k) QFLUX_INLINE_LAMBDA {
-    const V w = excess.add(p, tau);
+    const V w = excess.add(p);
     for (int c = 0; c < kColumns; ++c)
       sums[c] = multiply_add(w, load(values + c * keys.stride + k), sums[c]);
   });
@@ -457,7 +459,7 @@ void mass(const TreeView<T>& tree, const TreeRows<T>& rows, Mass<T>* sums, int64
     lists.clear(l, flush);
     const T* q = rows.at(l);
     const double own[kColumnMoments] = {moments[0][l], moments[1][l], moments[2][l]};
-    sums[l].excess += weighed(own, q[0], q[1], q[2]);
+    sums[l].excess += weighed(own, q[0], q[1], double(q[2]) + q[3]);
     sums[l].count += own[0];
     sums[l].top = tops[l] > sums[l].top ? tops[l] : sums[l].top;
   }
@@ -523,7 +525,8 @@ void context(const TreeView<T>& tree, const TreeRows<T>& rows, Mass<T>* sums, do
   });
   for (int l = 0; l < rows.count; ++l) {
     const double* column = moments.get() + l * tree.width;
-    const double x = rows.at(l)[0], y = rows.at(l)[1], tau = rows.at(l)[2];
+    const T* q = rows.at(l);
+    const double x = q[0], y = q[1], tau = double(q[2]) + q[3];
     for (int64_t c = 0; c < value_dim; ++c, column += kColumnMoments)
       contexts[l * value_dim + c] += weighed(column, x, y, tau);
     sums[l].excess += weighed(column, x, y, tau);

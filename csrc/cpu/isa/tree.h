@@ -50,7 +50,8 @@ struct TreeView {
   }
 };
 
-// Rows as records: query x and y, tau, c, and for gradients g[value_dim].
+// Rows as records: query x and y, tau, and what tau lost in rounding to T; for gradients -mean u in its
+// place, and g[value_dim].
 constexpr int64_t kRowNumbers = 4;
 template <class T>
 struct TreeRows {

@@ -43,6 +43,7 @@ class MassTree {
           if (state_[row] != state) return;
           sums[row] = Mass<T>{0, 0, -std::numeric_limits<T>::infinity()};
           record(row)[2] = search[row].tau;
+          record(row)[3] = search[row].rest;
           const auto [begin, end] = forest_.base_keys(row);
           if (state == State::kContext) std::fill_n(out.context + row * value_dim, value_dim, 0.0);
           if (begin == end) return;
@@ -175,12 +176,14 @@ class MassTree {
     search.start(double(sums.top) - 1, double(sums.top) - 1);
     for (int n = 0; n < kWindowSteps; ++n) {
       probe[2] = search.tau;
+      probe[3] = search.rest;
       evaluate(kWindow);
       if (search.update(sums)) break;
     }
     double guess = root(std::min(seen, double(kWideWindow)) / count);
     if (seen > count) {
       probe[2] = static_cast<T>(guess);
+      probe[3] = 0;
       count = evaluate(kWideWindow);
       guess = root(seen / count);
     }

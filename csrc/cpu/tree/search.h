@@ -17,35 +17,34 @@ namespace qflux::cpu {
 template <class T>
 class ThresholdSearch {
  public:
-  T tau = 0;  // where to evaluate F next
+  // Where to evaluate F next: at tau + rest, over the keys above tau.
+  T tau = 0, rest = 0;
 
   // `lower` is a bound on the root with keys above it.
   void start(double lower, double guess) {
     lower_ = lower;
-    tau = static_cast<T>(guess > lower ? guess : lower);
+    move(guess > lower ? guess : lower);
     // Rounding must not lose the only key above.
-    if (double(tau) > lower && !(guess > lower)) tau = std::nextafter(tau, -kInfinity);
+    if (!(guess > lower) && tau > lower) tau = std::nextafter(tau, -kInfinity), rest = 0;
   }
 
-  // Takes F and N at tau. True: tau is the root, up to rounding; false: evaluate again.
+  // Takes F and N. True: that was the root, up to rounding; false: evaluate again.
   bool update(const Mass<T>& at) {
     ++steps_;
-    constexpr double kUnit = std::numeric_limits<T>::epsilon();
-    const double here = tau;
+    const double here = double(tau) + rest;
     if (!(at.count > 0)) {
-      if (tau <= lower_ || steps_ > kMost) return true;
+      if (here <= lower_ || steps_ > kMost) return true;
       highest_ = here;
-      const T middle = static_cast<T>((lower_ + here) / 2);
-      tau = middle < tau && steps_ < kBold ? middle : static_cast<T>(lower_);
+      const double middle = (lower_ + here) / 2;
+      move(middle < here && steps_ < kBold ? middle : lower_);
       return false;
     }
-    const double step = (at.excess - 1) / at.count;
-    if (std::abs(step) <= kUnit * (std::abs(here) + 2 / at.count) || steps_ > kMost) return true;
-    const double bound = here + step;
-    if (bound > lower_) lower_ = bound;
-    careful_ = careful_ || std::abs(at.excess - 1) < kNear || steps_ > kBold;
+    const double excess = at.excess - 1, step = excess / at.count;
+    if (std::abs(excess) <= kEnough || steps_ > kMost) return true;
+    if (here + step > lower_) lower_ = here + step;
+    careful_ = careful_ || std::abs(excess) < kNear || steps_ > kBold;
     // Keys that the next step is likely to drop.
-    changing_ = at.count * (at.excess - 1) * (at.excess - 1);
+    changing_ = at.count * excess * excess;
     double next = lower_;
     if (!careful_) {
       const double top = std::min<double>(at.top, highest_);
@@ -53,12 +52,12 @@ class ThresholdSearch {
       if (guess > next && guess < top) next = guess;
       changing_ = at.count;
     }
-    const T rounded = static_cast<T>(next);
-    if (rounded == tau) return true;
-    // From below Newton only climbs; where rounding turns it back, it has arrived.
-    if (rounded < tau && step > 0) return true;
-    tau = rounded;
-    return false;
+    // The same keys a second time: rounding is all that is left.
+    const T before = tau;
+    const bool again = settled_;
+    move(next);
+    settled_ = tau == before;
+    return settled_ && again;
   }
 
   // Whether the next evaluation is likely to be the last.
@@ -66,13 +65,20 @@ class ThresholdSearch {
   double lower() const { return lower_; }
 
  private:
+  void move(double to) {
+    tau = static_cast<T>(to);
+    rest = static_cast<T>(to - tau);
+  }
+
   static constexpr T kInfinity = std::numeric_limits<T>::infinity();
+  // Of the sum of weights, which is one.
+  static constexpr double kEnough = sizeof(T) == 4 ? 0x1p-21 : 0x1p-50;
   static constexpr double kNear = 0.5;
   static constexpr int kBold = 8, kMost = 100;
 
   double lower_ = 0, highest_ = kInfinity, changing_ = kInfinity;
   int steps_ = 0;
-  bool careful_ = false;
+  bool careful_ = false, settled_ = false;
 };
 
 }  // namespace qflux::cpu
