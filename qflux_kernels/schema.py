@@ -35,7 +35,7 @@ SCORE_KINDS = (
     ),
     ScoreKind("inverse_gate", thresholded=False, mass=False, limit_vjp=False, swept_on=()),
     ScoreKind("soft_threshold", thresholded=True, mass=False, limit_vjp=True, swept_on=("cpu",)),
-    ScoreKind("sparsemax", thresholded=True, mass=True, limit_vjp=False, swept_on=()),
+    ScoreKind("sparsemax", thresholded=True, mass=True, limit_vjp=False, swept_on=("cpu",)),
 )
 SCORES = tuple(kind.name for kind in SCORE_KINDS)
 # What a token leaves on the tape at each step of `evolve`: planes of numbers, points have two.
