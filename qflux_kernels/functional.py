@@ -31,7 +31,7 @@ def interact(
 
         context_i  = sum_j w_ij v_j      strength_i = sum_j w_ij      degree_i = #{j kept}
 
-    with the weights of `Threshold` or `InverseGate`. The pairs are never stored: memory is O(S).
+    with the weights of `Threshold`, `Sparsemax` or `InverseGate`. The pairs are never stored: memory is O(S).
     float32 and float64 are computed in their own precision; sums over more than one tile of keys
     (128 on CPU) continue in float64 for float32 and compensated for float64, so that the error
     does not grow with S. float16 and bfloat16 are how points and values are stored and saved for
@@ -43,8 +43,8 @@ def interact(
         keys: `(..., K, 2)`; default the states themselves (the published system).
         values: `(..., K, D)`, any D >= 1; default the keys.
         causal: row i sees keys j <= i + K - S (ends aligned), else all keys of its sequence.
-        score: `Threshold` (default) or `InverseGate`.
-        reduction: "sum" (default), or "mean" over the visible keys.
+        score: `Threshold` (default), `Sparsemax` or `InverseGate`.
+        reduction: "sum" (default), or "mean" over the visible keys, which `Sparsemax` refuses.
         lengths: integer tensor that broadcasts to the batch shape, for right-padded sequences
             with K == S: padding rows get zeros, and nobody sees padding.
         algorithm: "dense" meets every pair. "sweep" gives the same answer in about O(S log S), for

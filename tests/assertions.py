@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 
-from qflux_kernels import Interaction, Threshold
+from qflux_kernels import Interaction, Sparsemax, Threshold
 from qflux_kernels.options import Score
 
 COMPUTE_DTYPES = {torch.float16: torch.float32, torch.bfloat16: torch.float32}
@@ -28,7 +28,7 @@ class Problem(NamedTuple):
     states: torch.Tensor  # (B, S, 2)
     keys: torch.Tensor  # (B, K, 2)
     values: torch.Tensor  # (B, K, D)
-    coefficient: torch.Tensor  # (B, 1, 1) sigma or alpha
+    coefficient: torch.Tensor  # (B, 1, 1) sigma, alpha or scale
     min_gate: torch.Tensor  # (B, 1, 1)
     lengths: torch.Tensor | None  # (B, 1, 1)
     causal: bool
@@ -118,6 +118,17 @@ def _finite(points: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.where(finite[..., None], points, 0.0), finite
 
 
+def _mass_threshold(s: torch.Tensor) -> torch.Tensor:
+    """tau `(..., 1)` with sum max(s - tau, 0) = 1, by sorting."""
+    ordered = s.sort(-1, descending=True).values
+    top = ordered[..., :1].nan_to_num(neginf=0.0)
+    below = ordered - top
+    rank = torch.arange(1, s.shape[-1] + 1, dtype=s.dtype)
+    mean = (below.nan_to_num(neginf=0.0).cumsum(-1) - 1) / rank
+    support = (below > mean).sum(-1, keepdim=True).clamp(min=1)
+    return top + mean.gather(-1, support - 1)
+
+
 def _pairs(problem: Problem, first: int, last: int) -> Pairs:
     visible, window = _masks(problem, first, last)
     rows, rows_finite = _finite(problem.states[:, first:last])
@@ -140,6 +151,15 @@ def _pairs(problem: Problem, first: int, last: int) -> Pairs:
         if problem.score.shrinkage == "soft":
             # Of a difference the rounding of both terms remains.
             weight, rounding = s - tau, rounding + unit * tau.abs()
+    elif isinstance(problem.score, Sparsemax):
+        s, size = coefficient * (rows @ keys.mT), coefficient.abs() * size
+        tau = _mass_threshold(s.masked_fill(~visible, -torch.inf))
+        poisoned = (poisoned & visible).any(-1, keepdim=True) | (poisoned & False)
+        kept = s > tau
+        borderline = (s - tau).abs() <= delta * (1 + size)
+        # tau is a mean of kept pairs, and as large as they are.
+        largest = (size * (visible & (kept | borderline))).amax(-1, keepdim=True)
+        weight, rounding = s - tau, unit * (size + largest + tau.abs())
     else:
         alpha, min_gate = coefficient, problem.min_gate
         turned = torch.stack((rows[..., 1], -rows[..., 0]), -1)
@@ -177,7 +197,7 @@ def _expected(problem: Problem, dtype: torch.dtype, rtol: float, first: int, las
     budget = kept.abs() * rtol + pairs.rounding * pairs.kept
     # A borderline pair that counts is rounded like any other.
     budget += (1 + rtol) * pairs.weight.abs() * pairs.borderline
-    if isinstance(problem.score, Threshold) and problem.score.shrinkage == "soft":
+    if problem.score.kernel in ("soft_threshold", "sparsemax"):
         # Its weight is next to nothing there, and the rounding no longer a small part of it.
         budget += pairs.rounding * (pairs.borderline & ~pairs.kept)
     context, context_budget = kept @ values, budget @ values.abs()

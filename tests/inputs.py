@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import torch
 
-from qflux_kernels import InverseGate, Threshold
+from qflux_kernels import InverseGate, Sparsemax, Threshold
 from qflux_kernels.options import Score
 
 SCORES = [
@@ -18,6 +18,8 @@ SCORES = [
     InverseGate(-0.7, 1e-3, 1.5),
     Threshold(0.4, shrinkage="soft"),
     Threshold(-0.3, "row", 1e-3, shrinkage="soft"),
+    Sparsemax(),
+    Sparsemax(0.05),
 ]
 # The weights of a soft threshold have the rounding of tau, which is that of sums over all keys: no
 # budget by pairs holds it where the first key is an outlier, or where float32 overflows.
@@ -30,6 +32,9 @@ EXTREME_SCORES = [
     Threshold(-math.inf),
     InverseGate(0.0, 0.5),
     InverseGate(5.0, 1e-5, 1e5),
+    Sparsemax(0.0),
+    Sparsemax(-3.0),
+    Sparsemax(40.0),
 ]
 
 

@@ -7,6 +7,7 @@
 #include <utility>
 #include <vector>
 
+#include "math/mass.h"
 #include "math/score.h"
 #include "math/statistics.h"
 #include "math/step.h"
@@ -39,6 +40,34 @@ Pair2 query_vjp(const Pair2& grad, double coefficient) {
 
 using Gate = InverseGate<double>;
 using Limit = HardThreshold<double>;
+using Mass = Sparsemax<double>;
+
+// tau by steps of Newton from `start`, until two keep as many pairs.
+double solve_mass(const std::vector<double>& pairs, double start) {
+  double tau = start, before = -1;
+  for (;;) {
+    double mass = 0, count = 0;
+    for (double p : pairs)
+      if (p > tau) mass += p - tau, ++count;
+    tau = mass_step(tau, mass, count);
+    if (count == before) return tau;
+    before = count;
+  }
+}
+
+// The gradient of a row's query, and what the key pass gets, from u of each kept key.
+std::array<double, 3> mass_vjp(const std::vector<Pair2>& keys, const std::vector<double>& u) {
+  MassSums<double> sums{};
+  for (size_t j = 0; j < keys.size(); ++j) {
+    sums.count += 1;
+    sums.upstream += u[j];
+    sums.key = {sums.key.x + keys[j][0], sums.key.y + keys[j][1]};
+    sums.upstream_key = {sums.upstream_key.x + u[j] * keys[j][0],
+                         sums.upstream_key.y + u[j] * keys[j][1]};
+  }
+  const Point<double> grad = mass_query_vjp(sums);
+  return {grad.x, grad.y, mass_mean(sums)};
+}
 
 // The moments of keys[begin:middle] and keys[middle:end], put together.
 double threshold_of_window(const Pair2& state, const std::vector<Pair2>& keys, size_t middle,
@@ -105,6 +134,20 @@ PYBIND11_MODULE(math_module, m) {
   });
   m.def("gate_derivative",
         [](double eps, double p, double grad) { return Gate{eps, 0.0}.derivative(p, grad); });
+
+  m.def("mass_score", score<Mass>);
+  m.def("mass_query", query<Mass>);
+  m.def("mass_query_vjp", query_vjp<Mass>);
+  m.def("mass_scale_vjp", [](const Pair2& grad, const Pair2& state) {
+    return Mass::coefficient_vjp(point(grad), point(state));
+  });
+  m.def("mass_kept", [](double limit, double p) { return bool(Mass{limit, 0}.kept(p)); });
+  m.def("mass_weight", [](double limit, double rest, double p) {
+    const Mass pair{limit, rest};
+    return pair.weight(p, pair.kept(p));
+  });
+  m.def("solve_mass", solve_mass);
+  m.def("mass_vjp", mass_vjp);
 
   m.def("threshold", threshold_of_window);
 

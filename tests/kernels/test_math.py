@@ -97,6 +97,66 @@ def test_gate_decision_at_its_edge(math_module):
     assert math.isnan(math_module.gate_weight(0.0, 0.0, 0.0))
 
 
+@pytest.mark.parametrize("scale", [1.0, 0.0, -2.5])
+def test_mass_score(math_module, draw, scale):
+    for x, k, grad in draw.normal(size=(20, 3, 2)):
+        query = math_module.mass_query(x, scale)
+        assert math_module.mass_score(query, k) == pytest.approx(scale * x @ k, rel=1e-13)
+        pulled = gradient(lambda x, g=grad: g @ math_module.mass_query(x, scale), x)
+        np.testing.assert_allclose(
+            math_module.mass_query_vjp(grad, scale), pulled, rtol=1e-7, atol=1e-9
+        )
+        in_scale = slope(lambda a, g=grad, x=x: g @ math_module.mass_query(x, a), scale)
+        assert math_module.mass_scale_vjp(grad, x) == pytest.approx(in_scale, rel=1e-7, abs=1e-9)
+
+
+def test_mass_decision(math_module):
+    """Strict: a weight of zero is not kept. What is undefined is."""
+    limit = 0.75
+    assert not math_module.mass_kept(limit, limit)
+    assert math_module.mass_kept(limit, np.nextafter(limit, 1))
+    assert math_module.mass_kept(math.nan, 0.0) and math_module.mass_kept(0.0, math.nan)
+    assert math_module.mass_weight(limit, 0.125, 1.5) == 0.625
+    assert math_module.mass_weight(limit, 0.125, 0.5) == 0.0
+    assert math.isnan(math_module.mass_weight(math.nan, 0.0, 0.0))
+
+
+def sorted_mass(pairs):
+    """tau by the definition over sorted numbers."""
+    ordered = np.sort(pairs)[::-1]
+    means = (np.cumsum(ordered) - 1) / np.arange(1, len(pairs) + 1)
+    return means[(ordered > means).sum() - 1]
+
+
+@pytest.mark.parametrize("spread", [0.0, 1e-3, 0.3, 5.0, 100.0])
+@pytest.mark.parametrize("count", [1, 2, 3, 40])
+def test_mass_steps_end_at_the_solution_from_either_side(math_module, draw, spread, count):
+    for _ in range(20):
+        pairs = spread * draw.normal(size=count) + draw.normal()
+        tau = sorted_mass(pairs)
+        assert np.maximum(pairs - tau, 0).sum() == pytest.approx(1, rel=1e-12)
+        top = pairs.max()
+        for start in (top - 1, tau - 0.3, tau, (tau + top) / 2):
+            got = math_module.solve_mass(pairs, start)
+            assert got == pytest.approx(tau, rel=1e-12, abs=1e-12 * (1 + spread))
+
+
+def test_mass_gradient(math_module, draw):
+    """Of a loss linear in the weights, whose tau moves with the query."""
+    for _ in range(20):
+        keys, query, worth = draw.normal(size=(9, 2)), draw.normal(size=2), draw.normal(size=9)
+
+        def loss(query, keys=keys, worth=worth):
+            pairs = keys @ query
+            return worth @ np.maximum(pairs - sorted_mass(pairs), 0)
+
+        kept = keys @ query > sorted_mass(keys @ query)
+        *grad, mean = math_module.mass_vjp(keys[kept], worth[kept])
+        np.testing.assert_allclose(grad, gradient(loss, query), rtol=1e-6, atol=1e-8)
+        assert mean == pytest.approx(worth[kept].mean(), rel=1e-13)
+    assert math_module.mass_vjp([], []) == [0.0, 0.0, 0.0]
+
+
 @pytest.mark.parametrize("kind", [kind for kind in STATES if kind != "huge"])
 @pytest.mark.parametrize("sigma, eps", [(0.5, 1e-6), (0.0, 0.0), (-1.0, 1e-6), (3.0, 0.1)])
 def test_threshold_of_a_window(math_module, kind, sigma, eps):
