@@ -25,8 +25,8 @@ bool chooses_sweep(const PairParams<T>& p) {
   if (!(is_affine(p.score) || mass) || p.algorithm == Algorithm::kDense) return false;
   if (p.rows > std::numeric_limits<int32_t>::max() || p.keys > std::numeric_limits<int32_t>::max())
     return false;
-  const int64_t from = mass ? (p.causal ? kCausalTreeFrom : kTreeFrom)
-                            : (p.causal ? kCausalSweepFrom : kSweepFrom);
+  const int64_t from =
+      mass ? (p.causal ? kCausalTreeFrom : kTreeFrom) : (p.causal ? kCausalSweepFrom : kSweepFrom);
   return p.algorithm == Algorithm::kSweep || std::min(p.rows, p.keys) >= from;
 }
 
@@ -222,13 +222,13 @@ bool swept_backward(const InteractBackwardParams<T>& params, const Staging<T>& s
   std::vector<double> query(need_rows ? 2 * p.rows : 0, 0.0), key(need_keys ? 2 * p.keys : 0, 0.0);
   std::vector<double> values(need_keys && p.values ? p.keys * value_dim : 0, 0.0);
   std::vector<double> limit(params.grad_threshold ? p.rows : 0, 0.0);
-  double *const to_query = need_rows ? query.data() : nullptr,
-                *const to_key = need_keys ? key.data() : nullptr;
+  double *const to_query = need_rows ? query.data() : nullptr, *const to_key =
+                                                                   need_keys ? key.data() : nullptr;
   const Sequence<T> sequence = staging.sequence(b);
-  if (has_mass(p.score)
-          ? !tree_backward(loops<T>(), sequence, {to_query, to_key, values.data()})
-          : !sweep_backward(loops<T>(), sequence, {to_query, to_key, values.data(),
-                                                   limit.empty() ? nullptr : limit.data()}))
+  if (has_mass(p.score) ? !tree_backward(loops<T>(), sequence, {to_query, to_key, values.data()})
+                        : !sweep_backward(loops<T>(), sequence,
+                                          {to_query, to_key, values.data(),
+                                           limit.empty() ? nullptr : limit.data()}))
     return false;
   if (need_rows)
     for_each_token_of(p.rows, [&](int64_t i) {

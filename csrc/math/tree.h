@@ -1,12 +1,13 @@
 // The formulas of a tree over keys that answers half-plane sums (docs/subquadratic.md).
 //
-// Row q with threshold tau keeps key k where q . k > tau, with the weight q . k - tau. Over a box of
-// keys q . k lies in an interval (`reach`): a box above tau is kept whole, and then sums over it
+// Row q with threshold tau keeps key k where q . k > tau, with the weight q . k - tau. Over a box
+// of keys q . k lies in an interval (`reach`): a box above tau is kept whole, and then sums over it
 // need its moments alone, for each column of values v and for v = 1
 //   m = (sum v, sum v x, sum v y):   sum (q . k - tau) v = q . (m.x, m.y) - tau m.one.
 // Gradients have the same form with roles exchanged: rows sum moments of their own, for each column
 // g of the context's gradient a = (sum -tau g, sum g qx, sum g qy), and a key k with value v gets
-//   dv = a.one + k . (a.x, a.y),   dk = sum over columns of v (a.x, a.y), for v = 1 with g = -mean u.
+//   dv = a.one + k . (a.x, a.y),   dk = sum over columns of v (a.x, a.y), for v = 1 with g = -mean
+//   u.
 #pragma once
 
 #include "scalar.h"

@@ -3,10 +3,8 @@
 // pair, a key in each lane.
 #pragma once
 
-#include "../../math/score.h"
-#include "../../math/tree.h"
-#include "simd.h"
-#include "tree.h"
+#include "tree-build-inl.h"
+#include "tree-pairs-inl.h"
 
 namespace qflux::cpu {
 namespace {
@@ -15,314 +13,6 @@ namespace tree {
 // Leaves or nodes that a row lists before it meets them; also how many sums of a leaf are added up
 // in T.
 constexpr int kListed = 64;
-// Rows that a vector of keys meets before their sums, in T, are passed on.
-constexpr int64_t kRowsAtOnce = 128;
-
-template <class T>
-QFLUX_INLINE Vector<T> larger(Vector<T> a, Vector<T> b) {
-#if defined(__AVX512F__)
-  // Forms without a mask leave a warning of some compilers about their own headers.
-  if constexpr (sizeof(T) == 4)
-    return {(typename Vector<T>::Raw)_mm512_maskz_max_ps(0xffff, (__m512)a.raw, (__m512)b.raw)};
-  else
-    return {(typename Vector<T>::Raw)_mm512_maskz_max_pd(0xff, (__m512d)a.raw, (__m512d)b.raw)};
-#else
-  return a.raw > b.raw ? a.raw : b.raw;
-#endif
-}
-
-template <class T>
-QFLUX_INLINE Mask<T> mask_of(uint32_t bits) {
-#if defined(__AVX512F__)
-  return {bits & ((1u << Vector<T>::kWidth) - 1u)};
-#else
-  using Bits = typename Vector<T>::Bits;
-  using Integer = typename Vector<T>::Integer;
-  Bits lane;
-  for (int l = 0; l < Vector<T>::kWidth; ++l) lane[l] = Integer(1) << l;
-  return {((static_cast<Integer>(bits) - Bits{}) & lane) == lane};
-#endif
-}
-
-template <class T>
-QFLUX_INLINE uint32_t bits_of(Mask<T> mask) {
-#if defined(__AVX512F__)
-  return mask.bits;
-#elif defined(__AVX__)
-  if constexpr (sizeof(T) == 4)
-    return static_cast<uint32_t>(_mm256_movemask_ps((__m256)mask.bits));
-  else
-    return static_cast<uint32_t>(_mm256_movemask_pd((__m256d)mask.bits));
-#else
-  uint32_t bits = 0;
-  for (int l = 0; l < Vector<T>::kWidth; ++l) bits |= (mask.bits[l] ? 1u : 0u) << l;
-  return bits;
-#endif
-}
-
-template <class T>
-QFLUX_INLINE double total(Vector<T> v) {
-  T lane[Vector<T>::kWidth];
-  store(lane, v);
-  double sum = 0;
-  for (int l = 0; l < Vector<T>::kWidth; ++l) sum += lane[l];
-  return sum;
-}
-
-template <class T>
-QFLUX_INLINE double total_count(typename Vector<T>::Bits counter) {
-  int64_t sum = 0;
-  for (int l = 0; l < Vector<T>::kWidth; ++l) sum += counter[l];
-  return static_cast<double>(sum);
-}
-
-// Calls body(columns) with the number of columns as a type where it is a usual one, else 0.
-template <class Body>
-QFLUX_INLINE void visit_columns(int64_t columns, const Body& body) {
-  if (columns == 4) return body(Constant<4>());
-  if (columns == 2) return body(Constant<2>());
-  body(Constant<0>());
-}
-
-// ---- build
-
-template <class T>
-bool all_tame(const T* numbers, int64_t count) {
-  constexpr T kLargest = sizeof(T) == 4 ? T(1e15) : T(1e75);
-  int32_t tame = 1;
-  for (int64_t i = 0; i < count; ++i) tame &= absolute(numbers[i]) <= kLargest;
-  return tame != 0;
-}
-
-// A box around points: along their main direction or along the axes, whichever is smaller around.
-template <class T>
-Box<T> box_around(const double* x, const double* y, int64_t count) {
-  double mx = 0, my = 0, xx = 0, xy = 0, yy = 0;
-  for (int64_t k = 0; k < count; ++k) mx += x[k], my += y[k];
-  mx /= static_cast<double>(count);
-  my /= static_cast<double>(count);
-  for (int64_t k = 0; k < count; ++k) {
-    const double dx = x[k] - mx, dy = y[k] - my;
-    xx += dx * dx;
-    xy += dx * dy;
-    yy += dy * dy;
-  }
-  const Point<double> directions[2] = {{1, 0}, main_direction(xx, xy, yy)};
-  Box<T> best{};
-  double least = INFINITY;
-  for (const Point<double>& u : directions) {
-    double left = INFINITY, right = -INFINITY, bottom = INFINITY, top = -INFINITY;
-    for (int64_t k = 0; k < count; ++k) {
-      const double along = u.x * x[k] + u.y * y[k], across = u.x * y[k] - u.y * x[k];
-      left = along < left ? along : left;
-      right = along > right ? along : right;
-      bottom = across < bottom ? across : bottom;
-      top = across > top ? across : top;
-    }
-    if (!(right - left + top - bottom < least)) continue;
-    least = right - left + top - bottom;
-    best = make_box<T>(u, left, right, bottom, top);
-  }
-  return best;
-}
-
-template <class T>
-void build_leaves(const TreeView<T>& tree, int64_t count, int64_t first, int64_t last,
-                  Box<T>* boxes, double* masses, double* moments) {
-  constexpr int kLanes = 8;
-  for (int64_t leaf = first; leaf < last; ++leaf) {
-    const int64_t begin = leaf * kLeaf, size = lesser(kLeaf, count - begin);
-    double x[kLeaf] = {}, y[kLeaf] = {}, v[kLeaf] = {};
-    for (int64_t k = 0; k < size; ++k) {
-      x[k] = tree.keys.x[begin + k];
-      y[k] = tree.keys.y[begin + k];
-    }
-    boxes[leaf] = box_around<T>(x, y, size);
-    double* to = moments + leaf * tree.width;
-    for (int64_t c = 0; c <= tree.keys.value_dim; ++c, to += kColumnMoments) {
-      for (int64_t k = 0; k < size; ++k)
-        v[k] = c < tree.keys.value_dim ? double(tree.keys.values[c * tree.keys.stride + begin + k])
-                                       : 1.0;
-      double sums[kColumnMoments][kLanes] = {};
-      for (int64_t k = 0; k < kLeaf; k += kLanes)
-        for (int l = 0; l < kLanes; ++l) {
-          sums[0][l] += v[k + l];
-          sums[1][l] += v[k + l] * x[k + l];
-          sums[2][l] += v[k + l] * y[k + l];
-        }
-      for (int m = 0; m < kColumnMoments; ++m) {
-        double sum = 0;
-        for (int l = 0; l < kLanes; ++l) sum += sums[m][l];
-        to[m] = sum;
-      }
-    }
-    double* mass = masses + 4 * leaf;
-    for (int m = 0; m < kColumnMoments; ++m) mass[m] = to[m - kColumnMoments];
-    mass[3] = 0;
-    for (double* end = moments + (leaf + 1) * tree.width; to < end; ++to) *to = 0;
-  }
-}
-
-template <class T>
-void build_nodes(const TreeView<T>& tree, int height, Box<T>* boxes, double* masses,
-                 double* moments) {
-  for (int32_t node = tree.first[height]; node < tree.first[height + 1]; ++node) {
-    const int32_t begin = tree.child(height, node);
-    const int32_t end = begin + kFan < tree.first[height] ? begin + kFan : tree.first[height];
-    // The corners of boxes that are wide enough; what their rounding here loses is in the slack.
-    double x[4 * kFan], y[4 * kFan];
-    int64_t corners = 0;
-    for (int m = 0; m < 4; ++m) masses[4 * node + m] = 0;
-    for (int64_t m = 0; m < tree.width; ++m) moments[node * tree.width + m] = 0;
-    for (int32_t child = begin; child < end; ++child) {
-      const Box<T>& box = boxes[child];
-      for (int corner = 0; corner < 4; ++corner) {
-        const double a = corner & 1 ? 1.0 : -1.0, b = corner & 2 ? 1.0 : -1.0;
-        x[corners] = box.x + a * box.ax + b * box.bx;
-        y[corners++] = box.y + a * box.ay + b * box.by;
-      }
-      for (int m = 0; m < 4; ++m) masses[4 * node + m] += masses[4 * child + m];
-      for (int64_t m = 0; m < tree.width; ++m)
-        moments[node * tree.width + m] += moments[child * tree.width + m];
-    }
-    boxes[node] = box_around<T>(x, y, corners);
-  }
-}
-
-// ---- pairs of one row with runs of keys
-
-// Runs of `size` keys, of which the numbers tell the places; without numbers one, in front.
-struct Runs {
-  const int32_t* place;
-  int64_t count, size;
-  QFLUX_INLINE int64_t begin(int64_t n) const { return place ? place[n] * size : 0; }
-};
-
-// Calls body(p, key) for the vectors of products of a row with the keys of runs; lanes behind a run
-// are NaN.
-template <class T, class Body>
-QFLUX_INLINE void each_product(const KeyPlanes<T>& keys, const Runs& runs, const T* record,
-                               const Body& body) {
-  using V = Vector<T>;
-  const V qx(record[0]), qy(record[1]), zero(T(0));
-  for (int64_t n = 0; n < runs.count; ++n) {
-    const int64_t begin = runs.begin(n), end = begin + runs.size;
-    int64_t k = begin;
-    for (; k + V::kWidth <= end; k += V::kWidth)
-      body(inner_product(qx, qy, load(keys.x + k), load(keys.y + k), zero), k);
-    if (k == end) continue;
-    const V p = inner_product(qx, qy, load(keys.x + k), load(keys.y + k), zero);
-    body(select(lanes_between<T>(0, end - k), p, V(T(NAN))), k);
-  }
-}
-
-// The weights of a row's pairs, and their sum; NaN has none. Many weights share what tau loses when
-// it is rounded to T: the rest.
-template <class T>
-struct Excess {
-  using V = Vector<T>;
-  const V tau, rest;
-  V sum = V(T(0));
-  typename V::Bits counter = typename V::Bits{};
-
-  explicit Excess(const T* record) : tau(record[2]), rest(record[3]) {}
-  QFLUX_INLINE V add(V p) {
-    const Mask<T> kept = less(tau, p);
-    const V w = where(kept, (p - tau) - rest);
-    sum = sum + w;
-    count(kept, counter);
-    return w;
-  }
-  void take(Mass<T>* out) const {
-    out->excess += total(sum);
-    out->count += total_count<T>(counter);
-  }
-};
-
-template <class T>
-void mass_of(const KeyPlanes<T>& keys, const Runs& runs, const T* record, Mass<T>* out) {
-  using V = Vector<T>;
-  Excess<T> excess(record);
-  V top(out->top);
-  each_product<T>(keys, runs, record, [&](V p, int64_t) QFLUX_INLINE_LAMBDA {
-    top = larger(p, top);
-    excess.add(p);
-  });
-  excess.take(out);
-  T lane[V::kWidth];
-  store(lane, top);
-  for (int l = 0; l < V::kWidth; ++l) out->top = lane[l] > out->top ? lane[l] : out->top;
-}
-
-template <class T, int kColumns>
-void context_columns(const KeyPlanes<T>& keys, const Runs& runs, const T* record, Mass<T>* out,
-                     const T* values, double* context) {
-  using V = Vector<T>;
-  Excess<T> excess(record);
-  V sums[kColumns];
-  for (int c = 0; c < kColumns; ++c) sums[c] = V(T(0));
-  each_product<T>(keys, runs, record, [&](V p, int64_t k) QFLUX_INLINE_LAMBDA {
-    const V w = excess.add(p);
-    for (int c = 0; c < kColumns; ++c)
-      sums[c] = multiply_add(w, load(values + c * keys.stride + k), sums[c]);
-  });
-  if (out) excess.take(out);
-  for (int c = 0; c < kColumns; ++c) context[c] += total(sums[c]);
-}
-
-template <class T>
-void context_of(const KeyPlanes<T>& keys, const Runs& runs, const T* record, Mass<T>* out,
-                double* context) {
-  int64_t c = 0;
-  for (; c + 4 <= keys.value_dim; c += 4)
-    context_columns<T, 4>(keys, runs, record, c == 0 ? out : nullptr, keys.values + c * keys.stride,
-                          context + c);
-  for (; c + 2 <= keys.value_dim; c += 2)
-    context_columns<T, 2>(keys, runs, record, c == 0 ? out : nullptr, keys.values + c * keys.stride,
-                          context + c);
-  if (c < keys.value_dim)
-    context_columns<T, 1>(keys, runs, record, c == 0 ? out : nullptr, keys.values + c * keys.stride,
-                          context + c);
-}
-
-template <class T, int kColumns>
-void kept_sums(const KeyPlanes<T>& keys, const Runs& runs, const T* record, KeptSums* out) {
-  using V = Vector<T>;
-  const V tau(record[2]), zero(T(0));
-  const int64_t columns = kColumns ? kColumns : keys.value_dim;
-  const T* grad = record + kRowNumbers;
-  V su = zero, sx = zero, sy = zero, sux = zero, suy = zero;
-  typename V::Bits counter{};
-  each_product<T>(keys, runs, record, [&](V p, int64_t k) QFLUX_INLINE_LAMBDA {
-    const Mask<T> kept = less(tau, p);
-    V u = zero;
-    for (int64_t c = 0; c < columns; ++c)
-      u = multiply_add(V(grad[c]), load(keys.values + c * keys.stride + k), u);
-    u = where(kept, u);
-    const V x = where(kept, load(keys.x + k)), y = where(kept, load(keys.y + k));
-    count(kept, counter);
-    su = su + u;
-    sx = sx + x;
-    sy = sy + y;
-    sux = multiply_add(u, x, sux);
-    suy = multiply_add(u, y, suy);
-  });
-  out->count += total_count<T>(counter);
-  out->u += total(su);
-  out->x += total(sx);
-  out->y += total(sy);
-  out->ux += total(sux);
-  out->uy += total(suy);
-}
-
-template <class T>
-void kept_sums_of(const KeyPlanes<T>& keys, const Runs& runs, const T* record, KeptSums* out) {
-  visit_columns(keys.value_dim, [&](auto columns) {
-    kept_sums<T, decltype(columns)::kValue>(keys, runs, record, out);
-  });
-}
-
-// ---- walks
 
 // A group of rows in lanes; those without a row keep nothing.
 template <class T>
@@ -366,14 +56,13 @@ QFLUX_INLINE void walk(const TreeView<T>& tree, const Lanes<T>& lanes, int heigh
     while (size > 0) {
       const Entry at = stack[--size];
       const Box<T>& box = tree.boxes[at.node];
-      const Box<V> wide{V(box.x),  V(box.y),  V(box.ax),
-                        V(box.ay), V(box.bx), V(box.by)};
+      const Box<V> wide{V(box.x), V(box.y), V(box.ax), V(box.ay), V(box.bx), V(box.by)};
       uint32_t above = 0, below = 0;
       for (int r = 0; r < Lanes<T>::kVectors; ++r) {
         const Reach<V> span = reach(wide, lanes.x[r], lanes.y[r]);
         high[r] = span.high;
-        above |= bits_of(less(lanes.tau[r], span.low)) << (r * V::kWidth);
-        below |= bits_of(less(span.high, lanes.tau[r])) << (r * V::kWidth);
+        above |= lane_bits(less(lanes.tau[r], span.low)) << (r * V::kWidth);
+        below |= lane_bits(less(span.high, lanes.tau[r])) << (r * V::kWidth);
       }
       const uint32_t whole = above & at.rows, rest = at.rows & ~(above | below);
       if (whole) inside(at.node, whole, high);
@@ -556,54 +245,6 @@ void row_gradient(const TreeView<T>& tree, const TreeRows<T>& rows, KeptSums* su
   }
 }
 
-// ---- gradients of keys
-
-// Adds what the vector of keys from `k` on gets from rows, numbered by `list` or 0 on:
-// add(component, vector) takes keys' x, y, then values. Row n sees lanes below visible + n.
-template <int kColumns, bool kCausal, class T, class Add>
-QFLUX_INLINE void meet_rows(const KeyPlanes<T>& keys, int64_t k, const TreeRows<T>& rows,
-                            const int32_t* list, int64_t count, int64_t visible, const Add& add) {
-  using V = Vector<T>;
-  const int64_t columns = kColumns ? kColumns : keys.value_dim;
-  const V kx = load(keys.x + k), ky = load(keys.y + k), zero(T(0));
-  V ax = zero, ay = zero, weights[kColumns ? 1 : kRowsAtOnce];
-  V values[kColumns ? kColumns : 1], sums[kColumns ? kColumns : 1];
-  for (int c = 0; c < kColumns; ++c) {
-    values[c] = load(keys.values + c * keys.stride + k);
-    sums[c] = zero;
-  }
-  for (int64_t n = 0; n < count; ++n) {
-    const T* q = rows.at(list ? list[n] : n);
-    const T* grad = q + kRowNumbers;
-    const V qx(q[0]), qy(q[1]), tau(q[2]);
-    const V p = inner_product(qx, qy, kx, ky, zero);
-    Mask<T> kept = less(tau, p);
-    if constexpr (kCausal) kept = both(kept, lanes_between<T>(0, visible + n));
-    const V w = where(kept, p - tau);
-    V u(q[3]);
-    for (int64_t c = 0; c < columns; ++c) {
-      const V value = kColumns ? values[c] : load(keys.values + c * keys.stride + k);
-      u = multiply_add(value, V(grad[c]), u);
-      if constexpr (kColumns > 0) sums[c] = multiply_add(w, V(grad[c]), sums[c]);
-    }
-    ax = multiply_add_where(kept, u, qx, ax);
-    ay = multiply_add_where(kept, u, qy, ay);
-    if constexpr (kColumns == 0) weights[n] = w;
-  }
-  add(0, ax);
-  add(1, ay);
-  for (int64_t c = 0; c < columns; ++c) {
-    V sum = zero;
-    if constexpr (kColumns > 0) {
-      sum = sums[c];
-    } else {
-      for (int64_t n = 0; n < count; ++n)
-        sum = multiply_add(weights[n], V(rows.at(list ? list[n] : n)[kRowNumbers + c]), sum);
-    }
-    add(2 + c, sum);
-  }
-}
-
 // What rows add to the sums of a node that they keep whole.
 template <class T>
 void row_moments(const T* record, int64_t value_dim, double* to) {
@@ -657,13 +298,14 @@ void key_gradient(const TreeView<T>& tree, const TreeRows<T>& rows, int height, 
           int64_t count = 0;
           each_row_of(crossing, [&](int l) QFLUX_INLINE_LAMBDA { list[count++] = l; });
           for (int64_t k = leaf * kLeaf; k < (leaf + 1) * kLeaf; k += V::kWidth)
-            meet_rows<decltype(columns)::kValue, false>(
-                tree.keys, k, rows, list, count, 0, [&](int64_t c, V sum) QFLUX_INLINE_LAMBDA {
-                  T lane[V::kWidth];
-                  store(lane, sum);
-                  double* to = out.pairs + c * stride + k;
-                  for (int l = 0; l < V::kWidth; ++l) to[l] += lane[l];
-                });
+            meet_rows<decltype(columns)::kValue, false>(tree.keys, k, rows, list, count, 0,
+                                                        [&](int64_t c, V sum) QFLUX_INLINE_LAMBDA {
+                                                          T lane[V::kWidth];
+                                                          store(lane, sum);
+                                                          double* to = out.pairs + c * stride + k;
+                                                          for (int l = 0; l < V::kWidth; ++l)
+                                                            to[l] += lane[l];
+                                                        });
         });
   });
 }
@@ -699,8 +341,6 @@ void hand_down(const TreeView<T>& tree, const TreeGradients& sums, int height, i
     point[2 * key + 1] += y + column[2];
   }
 }
-
-// ---- runs
 
 template <class T>
 void run_mass(const KeyPlanes<T>& keys, int64_t count, const T* record, Mass<T>* out) {
@@ -750,10 +390,10 @@ void run_key_gradient(const KeyPlanes<T>& keys, int64_t count, const TreeRows<T>
 }
 
 template <class T>
-constexpr TreeLoops<T> kLoops = {all_tame<T>,     build_leaves<T>, build_nodes<T>,
-                                 mass<T>,         context<T>,      row_gradient<T>,
-                                 key_gradient<T>, hand_down<T>,    run_mass<T>,
-                                 run_context<T>,  run_row_gradient<T>, run_key_gradient<T>};
+constexpr TreeLoops<T> kLoops = {build_leaves<T>,     build_nodes<T>,     mass<T>,
+                                 context<T>,          row_gradient<T>,    key_gradient<T>,
+                                 hand_down<T>,        run_mass<T>,        run_context<T>,
+                                 run_row_gradient<T>, run_key_gradient<T>};
 
 }  // namespace tree
 }  // namespace

@@ -50,8 +50,8 @@ struct TreeView {
   }
 };
 
-// Rows as records: query x and y, tau, and what tau lost in rounding to T; for gradients -mean u in its
-// place, and g[value_dim].
+// Rows as records: query x and y, tau, and what tau lost in rounding to T; for gradients -mean u in
+// its place, and g[value_dim].
 constexpr int64_t kRowNumbers = 4;
 template <class T>
 struct TreeRows {
@@ -69,7 +69,6 @@ struct TreeGradients {
 
 template <class T>
 struct TreeLoops {
-  bool (*all_tame)(const T* numbers, int64_t count);
   // The boxes and moments of leaves first .. last - 1, and of all other nodes of a height.
   void (*build_leaves)(const TreeView<T>&, int64_t count, int64_t first, int64_t last, Box<T>*,
                        double* masses, double* moments);

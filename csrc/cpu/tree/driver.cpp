@@ -14,6 +14,10 @@ constexpr int64_t kRowsAtOnce = 256;
 // Keys in front of a row among which its search starts, and among which it goes on.
 constexpr int64_t kWindow = 256, kWideWindow = 2048;
 constexpr int kWindowSteps = 4;
+// One group of rows in so many tells how many pairs a walk leaves to be met one by one; of all that
+// rows see, so many may be in one walk, and in all of a search, before the dense loops are as fast.
+constexpr int64_t kProbed = 16;
+constexpr double kMostInWalk = 0.25, kMostInSearch = 1.0;
 // Subtrees whose keys gather from rows at the same time.
 constexpr int64_t kSubtrees = 16;
 
@@ -23,7 +27,8 @@ class MassTree {
   MassTree(const Loops<T>& loops, const Sequence<T>& s)
       : loops_(loops.tree), s_(s), visible_(s.visibility), forest_(loops, s) {}
 
-  void forward(const MassRows<T>& out) {
+  // False where too many pairs would be met one by one.
+  bool forward(const MassRows<T>& out) {
     stride_ = kRowNumbers;
     stage_rows(false);
     const int64_t rows = visible_.row_end, value_dim = s_.value_dim;
@@ -33,9 +38,12 @@ class MassTree {
     each_run(rows, [&](int64_t row) {
       if (visible_.visible_keys(row) > 0) {
         start(row, search[row]);
+        record(row)[2] = search[row].tau;
         state_[row] = State::kMass;
       }
     });
+    const double seen = visible_pairs();
+    if (probe() > kMostInWalk * seen) return false;
     int64_t met = 0;
     for (int64_t active = 1; active > 0;) {
       for (const State state : {State::kMass, State::kContext}) {
@@ -53,7 +61,7 @@ class MassTree {
             loops_.run_context(keys_from(begin), end - begin, record(row), &sums[row],
                                out.context + row * value_dim);
         });
-        each_group(
+        const bool few = each_group(
             [&](int64_t row) { return state_[row] == state; },
             [&](const TreeView<T>& tree, const TreeRows<T>& group, const int32_t* row) {
               Mass<T> part[kGroup];
@@ -71,7 +79,9 @@ class MassTree {
               }
               for (int64_t n = 0; n < group.count; ++n) sums[row[n]] = part[n];
               __atomic_fetch_add(&met, pairs, __ATOMIC_RELAXED);
-            });
+            },
+            [&] { return met <= kMostInSearch * seen; });
+        if (!few) return false;
       }
       active = 0;
       each_run(rows, [&](int64_t row) {
@@ -89,11 +99,13 @@ class MassTree {
     }
     for (int64_t row = 0; row < rows; ++row) out.tau[row] = search[row].tau;
     if (out.work) out.work[1] += met;
+    return true;
   }
 
-  void backward(const MassGradients& out) {
+  bool backward(const MassGradients& out) {
     stride_ = kRowNumbers + s_.value_dim;
     stage_rows(true);
+    if (probe() > kMostInWalk * visible_pairs()) return false;
     const int64_t rows = visible_.row_end;
     std::vector<KeptSums> sums(rows);
     each_run(rows, [&](int64_t row) {
@@ -107,7 +119,8 @@ class MassTree {
                  for (int64_t n = 0; n < group.count; ++n) part[n] = sums[row[n]];
                  loops_.row_gradient(tree, group, part);
                  for (int64_t n = 0; n < group.count; ++n) sums[row[n]] = part[n];
-               });
+               },
+               [] { return true; });
     each_run(rows, [&](int64_t row) {
       const KeptSums& sum = sums[row];
       const double mean = sum.count > 0 ? sum.u / sum.count : 0.0;
@@ -117,6 +130,7 @@ class MassTree {
       out.query[2 * row + 1] = sum.uy - mean * sum.y;
     });
     if (out.key) key_gradients(out);
+    return true;
   }
 
  private:
@@ -154,8 +168,8 @@ class MassTree {
     });
   }
 
-  // Where the search of a row starts: the threshold among the last keys that it sees, as if all were
-  // like these; among few, and then once among more.
+  // Where the search of a row starts: the threshold among the last keys that it sees, as if all
+  // were like these; among few, and then once among more.
   void start(int64_t row, ThresholdSearch<T>& search) const {
     const double seen = static_cast<double>(visible_.visible_keys(row));
     T probe[kRowNumbers] = {record(row)[0], record(row)[1], std::numeric_limits<T>::infinity(), 0};
@@ -192,10 +206,41 @@ class MassTree {
     search.start(lower, guess);
   }
 
+  double visible_pairs() const {
+    double sum = 0;
+    for (int64_t row = 0; row < visible_.row_end; ++row)
+      sum += static_cast<double>(visible_.visible_keys(row));
+    return sum;
+  }
+
+  // About how many pairs a walk of all rows leaves to be met one by one.
+  double probe() const {
+    int64_t met = 0;
+    for (const TreeLevel<T>& level : forest_.levels())
+      for (size_t n = 0; n < level.where.size(); ++n) {
+        if (!level.trees[n]) continue;
+        const Rectangle<>& where = level.where[n];
+        const int64_t groups = ceil_div(where.rows(), kGroup * kProbed);
+        each(groups, [&](int64_t group) {
+          const int64_t row = where.row_begin + group * kGroup * kProbed;
+          each_group_of(
+              level.rows.data(), {row, std::min(row + kGroup, where.row_end)},
+              [](int64_t) { return true; },
+              [&](const TreeRows<T>& rows, const int32_t*) {
+                Mass<T> sums[kGroup] = {};
+                int64_t pairs = 0;
+                loops_.mass(level.trees[n]->view(), rows, sums, &pairs);
+                __atomic_fetch_add(&met, pairs, __ATOMIC_RELAXED);
+              });
+        });
+      }
+    return static_cast<double>(met * kProbed);
+  }
+
   // Calls body(tree, rows, numbers) for the groups of chosen rows of every rectangle, level after
-  // level.
-  template <class Chosen, class Body>
-  void each_group(const Chosen& chosen, const Body& body) const {
+  // level, as long as more() holds behind a level; returns whether that was all along.
+  template <class Chosen, class Body, class More>
+  bool each_group(const Chosen& chosen, const Body& body, const More& more) const {
     for (const TreeLevel<T>& level : forest_.levels()) {
       std::vector<Range> items;
       std::vector<const TreeView<T>*> trees;
@@ -207,12 +252,13 @@ class MassTree {
             trees.push_back(&level.trees[n]->view());
           }
       each(items.size(), [&](int64_t item) {
-        each_group_of(level.rows.data(), items[item], chosen,
-                      [&](const TreeRows<T>& group, const int32_t* row) {
-                        body(*trees[item], group, row);
-                      });
+        each_group_of(
+            level.rows.data(), items[item], chosen,
+            [&](const TreeRows<T>& group, const int32_t* row) { body(*trees[item], group, row); });
       });
+      if (!more()) return false;
     }
+    return true;
   }
 
   template <class Chosen, class Body>
@@ -309,7 +355,7 @@ class MassTree {
 };
 
 template <class T>
-bool applies(const TreeLoops<T>& loops, const Sequence<T>& s, bool backward) {
+bool applies(const SweepLoops<T>& loops, const Sequence<T>& s, bool backward) {
   const Visibility& visible = s.visibility;
   const int64_t rows = visible.row_end, keys = visible.key_end;
   const int64_t positions = rows + visible.shift;
@@ -332,16 +378,14 @@ bool applies(const TreeLoops<T>& loops, const Sequence<T>& s, bool backward) {
 
 template <class T>
 bool tree_forward(const Loops<T>& loops, const Sequence<T>& s, const MassRows<T>& out) {
-  if (!applies(loops.tree, s, false)) return false;
-  MassTree<T>(loops, s).forward(out);
-  return true;
+  if (!applies(loops.sweep, s, false)) return false;
+  return MassTree<T>(loops, s).forward(out);
 }
 
 template <class T>
 bool tree_backward(const Loops<T>& loops, const Sequence<T>& s, const MassGradients& out) {
-  if (!applies(loops.tree, s, true)) return false;
-  MassTree<T>(loops, s).backward(out);
-  return true;
+  if (!applies(loops.sweep, s, true)) return false;
+  return MassTree<T>(loops, s).backward(out);
 }
 
 template bool tree_forward(const Loops<float>&, const Sequence<float>&, const MassRows<float>&);

@@ -20,8 +20,9 @@ struct MassGradients {
   double* values;  // [keys][value_dim], with `key`
 };
 
-// Both return false, having written nothing, where the geometry does not pay (short sequences) or
-// does not apply: states, values or gradients that are not finite or very large.
+// Both return false, and what they wrote is void, where the geometry does not pay (short sequences,
+// thresholds on which many pairs stand) or does not apply: states, values or gradients that are not
+// finite or very large.
 template <class T>
 bool tree_forward(const Loops<T>&, const Sequence<T>&, const MassRows<T>&);
 template <class T>

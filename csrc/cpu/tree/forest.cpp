@@ -34,8 +34,7 @@ Forest<T>::Forest(const Loops<T>& loops, const Sequence<T>& s) : visible_(s.visi
   std::vector<int32_t> row_order = spatial_order(s.query_x, s.query_y, rows);
   if (!visible_.causal) {
     TreeLevel<T> level{keys, {whole_rectangle(visible_)}, {}, row_order};
-    level.trees.push_back(
-        std::make_unique<KeyTree<T>>(loops, keys_, key_order.data(), keys));
+    level.trees.push_back(std::make_unique<KeyTree<T>>(loops, keys_, key_order.data(), keys));
     levels_.push_back(std::move(level));
     return;
   }

@@ -20,7 +20,8 @@ struct TreeLevel {
   int64_t size;
   std::vector<Rectangle<>> where;
   std::vector<std::unique_ptr<KeyTree<T>>> trees;
-  std::vector<int32_t> rows;  // of the sequence: those of a rectangle at its place, neighbours together
+  std::vector<int32_t>
+      rows;  // of the sequence: those of a rectangle at its place, neighbours together
 };
 
 template <class T>

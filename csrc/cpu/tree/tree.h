@@ -1,9 +1,9 @@
-// A static tree over a set of keys that answers half-plane sums: for a row q and a threshold tau the
-// sums over the keys with q . k > tau, in about the square root of their number, and fewer where the
-// line cuts off a small cap.
+// A static tree over a set of keys that answers half-plane sums: for a row q and a threshold tau
+// the sums over the keys with q . k > tau, in about the square root of their number, and fewer
+// where the line cuts off a small cap.
 //
-// Keys are ordered along a space-filling curve; runs of kLeaf of them are leaves, runs of kFan nodes
-// the next height. A node knows a box around its keys and their moments (math/tree.h).
+// Keys are ordered along a space-filling curve; runs of kLeaf of them are leaves, runs of kFan
+// nodes the next height. A node knows a box around its keys and their moments (math/tree.h).
 //
 //   KeyTree<float> tree(keys, value_dim, order, loops);       // O(n); `order` from spatial_order
 //   loops.mass(tree.view(), rows, sums, &pairs);              // F(tau), its slope, the largest z
