@@ -32,7 +32,9 @@ QFLUX_INLINE Box<T> make_box(Point<double> u, double left, double right, double 
                              double top) {
   const double along = (left + right) / 2, across = (bottom + top) / 2;
   const double a = (right - left) / 2, b = (top - bottom) / 2;
-  const double slack = kBoxUnit<T> * (absolute(along) + absolute(across) + a + b);
+  // Keys that are all one point have one inner product, which the pair loop rounds as `reach` does.
+  const bool point = !(a > 0 || b > 0);
+  const double slack = point ? 0.0 : kBoxUnit<T> * (absolute(along) + absolute(across) + a + b);
   return {static_cast<T>(along * u.x - across * u.y), static_cast<T>(along * u.y + across * u.x),
           static_cast<T>((a + slack) * u.x),          static_cast<T>((a + slack) * u.y),
           static_cast<T>(-(b + slack) * u.y),         static_cast<T>((b + slack) * u.x)};
