@@ -21,7 +21,7 @@ from qflux_kernels.backends import check_algorithm
 
 F64 = torch.float64
 # Long enough for several levels of blocks of 512, the last of them not full.
-LENGTH = 2900
+LENGTH = 1700
 SCALES = (0.01, 1.0, 50.0)
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -43,22 +43,30 @@ def ties(states, keys, scale, causal: bool, rows) -> torch.Tensor:
 
 
 def assert_same(dense, tree, rtol: float, states, keys, scale, causal: bool) -> None:
-    """Equal degrees up to ties, and equal sums up to rounding."""
+    """Equal degrees up to ties, and equal sums up to rounding, their own and that of q . k."""
+    if not len(states):
+        assert not tree[0].context.numel()
+        return
+    largest = [t.nan_to_num(0, 0, 0).norm(dim=-1).amax().item() for t in (states, keys)]
+    rtol = max(rtol, 64 * torch.finfo(states.dtype).eps * abs(scale) * largest[0] * largest[1])
+    # Terms of a gradient cancel where all keys that are kept are alike.
+    floor = abs(scale) * max(largest)
     apart = (tree[0].degree - dense[0].degree).abs()
     (rows,) = apart.nonzero(as_tuple=True)
     assert (apart[rows] <= ties(states, keys, scale, causal, rows)).all()
     pairs = [
-        ("context", tree[0].context, dense[0].context),
-        ("strength", tree[0].strength, dense[0].strength),
+        ("context", tree[0].context, dense[0].context, 0.0),
+        ("strength", tree[0].strength, dense[0].strength, 0.0),
     ]
     if not len(rows):
         pairs += [
-            ("gradient", mine, theirs) for mine, theirs in zip(tree[1], dense[1], strict=True)
+            ("gradient", mine, theirs, floor)
+            for mine, theirs in zip(tree[1], dense[1], strict=True)
         ]
-    for name, mine, theirs in pairs:
+    for name, mine, theirs, least in pairs:
         finite = theirs.isfinite()
         assert torch.equal(mine.isfinite(), finite), name
-        assert_relative(name, mine.where(finite, 0), theirs.where(finite, 0), rtol)
+        assert_relative(name, mine.where(finite, 0), theirs.where(finite, 0), rtol, least)
 
 
 @pytest.mark.parametrize("name", SWEEP_STATES)
