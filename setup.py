@@ -88,6 +88,14 @@ def report_of(obj: Path) -> Path | None:
     return obj.with_suffix(".ptxas") if obj.name.startswith("cuda_") else None
 
 
+def united(unit: Path, sources: list[Path]) -> Path:
+    """A unit of several sources: the headers of torch take longer than any of them by itself."""
+    text = "".join(f'#include "{os.path.relpath(path, unit.parent)}"\n' for path in sources)
+    if not unit.exists() or unit.read_text() != text:
+        unit.write_text(text)
+    return unit
+
+
 class BuildObject(build_ext):
     """Compiles each source with its own compiler and flags, then links one object.
 
@@ -131,15 +139,17 @@ class BuildObject(build_ext):
             binding += ["-DQFLUX_CUDA", "-DUSE_CUDA"]
         csrc = ROOT / "csrc"
         loops = csrc / "cpu" / "isa" / "loops.cpp"
-        units = [(binding, csrc / "library.cpp", "library")]
-        for folder, command in (("ops", binding), ("cpu", [*binding, "-O3"])):
-            units += [
-                (command, path, f"{path.parent.name}_{path.stem}")
-                for path in sorted((csrc / folder).rglob("*.cpp"))
-                if path != loops
-            ]
+        # What takes longest comes first: no processor waits for it at the end.
         sets = X86_SETS if is_x86() else {"baseline": []}
-        units += [([*cxx, *LOOPS, *flags], loops, f"loops_{name}") for name, flags in sets.items()]
+        units = [([*cxx, *LOOPS, *flags], loops, f"loops_{name}") for name, flags in sets.items()]
+        units = units[::-1]
+        ops = [csrc / "library.cpp", *sorted((csrc / "ops").glob("*.cpp"))]
+        units.append((binding, united(build / "ops.cpp", ops), "ops"))
+        units += [
+            ([*binding, "-O3"], path, f"{path.parent.name}_{path.stem}")
+            for path in sorted((csrc / "cpu").rglob("*.cpp"))
+            if path != loops
+        ]
         if nvcc:
             architectures = cuda_architectures()
             names = " ".join(name for _, name in architectures)

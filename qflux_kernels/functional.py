@@ -31,12 +31,12 @@ def interact(
 
         context_i  = sum_j w_ij v_j      strength_i = sum_j w_ij      degree_i = #{j kept}
 
-    with the weights of `Threshold`, `Sparsemax` or `InverseGate`. The pairs are never stored: memory is O(S).
-    float32 and float64 are computed in their own precision; sums over more than one tile of keys
-    (128 on CPU) continue in float64 for float32 and compensated for float64, so that the error
-    does not grow with S. float16 and bfloat16 are how points and values are stored and saved for
-    the backward; they are computed in float32, and results and gradients returned as they came.
-    Two runs on the same inputs are bitwise equal.
+    with the weights of `Threshold`, `Sparsemax` or `InverseGate`. The pairs are never stored:
+    memory is O(S). float32 and float64 are computed in their own precision; sums over more than
+    one tile of keys (128 on CPU) continue in float64 for float32 and compensated for float64, so
+    that the error does not grow with S. float16 and bfloat16 are how points and values are stored
+    and saved for the backward; they are computed in float32, and results and gradients returned as
+    they came. Two runs on the same inputs are bitwise equal.
 
     Args:
         states: `(..., S, 2)` floating point, one point per token; the rows.

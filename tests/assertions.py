@@ -119,7 +119,9 @@ def _finite(points: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _mass_threshold(s: torch.Tensor) -> torch.Tensor:
-    """tau `(..., 1)` with sum max(s - tau, 0) = 1, by sorting."""
+    """tau `(..., 1)` with sum max(s - tau, 0) = 1, by sorting; 0 of no numbers."""
+    if s.shape[-1] == 0:
+        return s.new_zeros(*s.shape[:-1], 1)
     ordered = s.sort(-1, descending=True).values
     top = ordered[..., :1].nan_to_num(neginf=0.0)
     below = ordered - top
@@ -154,11 +156,13 @@ def _pairs(problem: Problem, first: int, last: int) -> Pairs:
     elif isinstance(problem.score, Sparsemax):
         s, size = coefficient * (rows @ keys.mT), coefficient.abs() * size
         tau = _mass_threshold(s.masked_fill(~visible, -torch.inf))
-        poisoned = (poisoned & visible).any(-1, keepdim=True) | (poisoned & False)
+        poisoned = poisoned | (s.abs() > torch.finfo(problem.compute).max)
+        poisoned = (poisoned & visible).any(-1, keepdim=True).expand_as(s)
         kept = s > tau
         borderline = (s - tau).abs() <= delta * (1 + size)
         # tau is a mean of kept pairs, and as large as they are.
-        largest = (size * (visible & (kept | borderline))).amax(-1, keepdim=True)
+        close = visible & (kept | borderline)
+        largest = torch.nn.functional.pad(size * close, (0, 1)).amax(-1, keepdim=True)
         weight, rounding = s - tau, unit * (size + largest + tau.abs())
     else:
         alpha, min_gate = coefficient, problem.min_gate

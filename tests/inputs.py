@@ -34,8 +34,17 @@ EXTREME_SCORES = [
     InverseGate(5.0, 1e-5, 1e5),
     Sparsemax(0.0),
     Sparsemax(-3.0),
-    Sparsemax(40.0),
+    Sparsemax(5.0),
 ]
+
+
+def mean_of(score: Score) -> str:
+    """The reduction to a mean, or what a score has whose weights are one."""
+    return "sum" if score.kind.mass else "mean"
+
+
+# Every score with the reductions it takes.
+REDUCED_SCORES = [(score, kind) for score in SCORES for kind in {"sum": 0, mean_of(score): 0}]
 
 
 def score_on(device, score: Score) -> Score:

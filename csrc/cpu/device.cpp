@@ -167,7 +167,7 @@ void backward_key_block(const InteractBackwardParams<T>& params, const Staging<T
 // with the threads inside.
 template <class T, class Body>
 void for_each_sequence(const PairParams<T>& p, const Body& body) {
-  if (p.batch() >= 2 * static_cast<int64_t>(torch::stable::get_num_threads()))
+  if (p.batch() >= 2 * thread_count())
     for_each_block(p.batch(), 1, false, 1, [&](int64_t n, int64_t) { body(p.index(n)); });
   else
     for (int64_t n = 0; n < p.batch(); ++n) body(p.index(n));

@@ -1,11 +1,10 @@
 // The CPU as a device for evolve.h: interactions and per-token loops on torch's thread pool.
 #pragma once
 
-#include <torch/csrc/stable/ops.h>
-
 #include <algorithm>
 
 #include "../params.h"
+#include "parallel.h"
 
 namespace qflux::cpu {
 
@@ -24,7 +23,7 @@ class Device {
 
   template <class T, class Rule>
   void for_each_token(const PairParams<T>& p, const Rule& rule) {
-    torch::stable::parallel_for(0, p.batch() * p.rows, 4096, [&](int64_t begin, int64_t end) {
+    parallel_for(0, p.batch() * p.rows, 4096, [&](int64_t begin, int64_t end) {
       // By sequences: what depends on the sequence alone leaves the inner loop.
       for (int64_t n = begin; n < end;) {
         const BatchIndex b = p.index(n / p.rows);

@@ -2,8 +2,6 @@
 // the number of threads, so that results are bitwise repeatable.
 #pragma once
 
-#include <torch/csrc/stable/ops.h>
-
 #include <algorithm>
 #include <cstdint>
 #include <memory>
@@ -12,6 +10,20 @@ namespace qflux::cpu {
 
 inline int64_t ceil_div(int64_t n, int64_t by) { return (n + by - 1) / by; }
 inline int64_t round_up(int64_t n, int64_t to) { return ceil_div(n, to) * to; }
+
+// torch's pool (parallel.cpp). Its headers take longer to compile than a unit here without them.
+int64_t thread_count();
+using Part = void (*)(const void* body, int64_t begin, int64_t end);
+void share(int64_t begin, int64_t end, int64_t grain, const void* body, Part part);
+
+// Calls body(first, last) for parts of begin .. end - 1, a thread for about `grain` or more of
+// them.
+template <class Body>
+void parallel_for(int64_t begin, int64_t end, int64_t grain, const Body& body) {
+  share(begin, end, grain, &body, [](const void* self, int64_t first, int64_t last) {
+    (*static_cast<const Body*>(self))(first, last);
+  });
+}
 
 struct Range {
   int64_t first, last;
@@ -32,7 +44,7 @@ template <class Body>
 void for_each_block(int64_t batch, int64_t count, bool balanced, int64_t grain, const Body& body) {
   const int64_t items = balanced ? (count + 1) / 2 : count;
   if (batch * items == 0) return;
-  torch::stable::parallel_for(0, batch * items, grain, [&](int64_t begin, int64_t end) {
+  parallel_for(0, batch * items, grain, [&](int64_t begin, int64_t end) {
     for (int64_t at = begin; at < end; ++at) {
       const int64_t n = at / items, item = at % items;
       body(n, item);
@@ -51,7 +63,7 @@ inline int64_t grain_for(int64_t pairs_per_block) {
 template <class Body>
 void each(int64_t count, const Body& body) {
   if (count == 1) return body(0);
-  torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
+  parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
     for (int64_t n = begin; n < end; ++n) body(n);
   });
 }

@@ -1,12 +1,10 @@
 // Prepares the matrix, shares tokens among threads and turns the sums over tokens into gradients.
 #include "projection.h"
 
-#include <torch/csrc/stable/ops.h>
-
-#include <memory>
 #include <vector>
 
 #include "isa/dispatch.h"
+#include "parallel.h"
 
 namespace qflux::cpu {
 namespace {
@@ -88,7 +86,7 @@ template <class T>
 void project(const ProjectionParams<T>& p, T* out) {
   const Matrix<T> matrix(p);
   const ProjectionPlanes<T> planes = matrix.planes();
-  torch::stable::parallel_for(0, p.tokens, 1 + kOutputs / p.width, [&](int64_t begin, int64_t end) {
+  parallel_for(0, p.tokens, 1 + kOutputs / p.width, [&](int64_t begin, int64_t end) {
     loops<T>().projection.forward(p, planes, begin, end, out);
   });
 }
@@ -99,7 +97,7 @@ void project_backward(const ProjectionParams<T>& p, const ProjectionGradients<T>
   const ProjectionPlanes<T> planes = matrix.planes();
   const int64_t chunks = p.chunks(), size = grads.weight ? p.sums() : 0;
   std::vector<CompensatedSum<double>> partial(static_cast<size_t>(chunks * size));
-  torch::stable::parallel_for(0, chunks, 1, [&](int64_t begin, int64_t end) {
+  parallel_for(0, chunks, 1, [&](int64_t begin, int64_t end) {
     for (int64_t chunk = begin; chunk < end; ++chunk)
       loops<T>().projection.backward(p, planes, p.chunk_begin(chunk, chunks),
                                      p.chunk_begin(chunk + 1, chunks), grads.features,
@@ -107,7 +105,7 @@ void project_backward(const ProjectionParams<T>& p, const ProjectionGradients<T>
   });
   if (size == 0) return;
   std::vector<double> sums(static_cast<size_t>(size));
-  torch::stable::parallel_for(0, size, 1 + kOutputs / chunks, [&](int64_t begin, int64_t end) {
+  parallel_for(0, size, 1 + kOutputs / chunks, [&](int64_t begin, int64_t end) {
     for (int64_t chunk = 1; chunk < chunks; ++chunk)
       for (int64_t n = begin; n < end; ++n) partial[n].add(partial[chunk * size + n]);
     for (int64_t n = begin; n < end; ++n) sums[n] = partial[n].get();

@@ -145,3 +145,4 @@ STABLE_TORCH_LIBRARY_IMPL(qflux_kernels, CPU, m) {
   m.impl("sweep_work", TORCH_BOX(&qflux::ops::sweep_work));
 }
 STABLE_TORCH_LIBRARY_IMPL(qflux_kernels, CUDA, m) { QFLUX_IMPLEMENT(m); }
+#undef QFLUX_IMPLEMENT

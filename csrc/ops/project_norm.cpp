@@ -145,3 +145,4 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> project_norm_backward(
 
 STABLE_TORCH_LIBRARY_IMPL(qflux_kernels, CPU, m) { QFLUX_IMPLEMENT(m); }
 STABLE_TORCH_LIBRARY_IMPL(qflux_kernels, CUDA, m) { QFLUX_IMPLEMENT(m); }
+#undef QFLUX_IMPLEMENT

@@ -21,7 +21,15 @@ assert "build_ext" in sys.argv
 target = pathlib.Path(__file__).with_name("qflux_kernels") / "_C.abi3.so"
 shutil.copy({object!r}, target)
 """
-TEST = "import pytest\n\n\n@pytest.fixture\ndef made(): ...\n\n\ndef test_it(made): assert False\n"
+TEST = """
+import pytest
+
+@pytest.fixture
+def math_module(): ...
+
+def test_it(math_module): assert False
+"""
+OTHER_TEST = "assert False, 'compare.py sets up only what is compiled'\n"
 
 
 def git(folder, *words):
@@ -61,6 +69,7 @@ def repository(tmp_path_factory):
     (folder / ".gitignore").write_text("*.so\n__pycache__/\n")
     (folder / "tests").mkdir()
     (folder / "tests" / "test_it.py").write_text(TEST)
+    (folder / "tests" / "test_other.py").write_text(OTHER_TEST)
     setup, exports = folder / "setup.py", folder / "qflux_kernels" / "__init__.py"
     setup.write_text("import sys\n\nsys.exit('no compiler here')\n")
     git(folder, "init", "-q")

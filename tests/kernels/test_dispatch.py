@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from inputs import mean_of
 from torch.utils.checkpoint import checkpoint
 
 import qflux_kernels
-from qflux_kernels import InverseGate, Radius, Threshold, evolve, interact
+from qflux_kernels import InverseGate, Radius, Sparsemax, Threshold, evolve, interact
 
 OPS = torch.ops.qflux_kernels
 PAIR = {
@@ -134,18 +135,21 @@ SCORES = {
     "threshold": lambda alpha: Threshold(1.4, "row"),
     "gate": lambda alpha: InverseGate(alpha, 1e-3),
     "soft_threshold": lambda alpha: Threshold(alpha, shrinkage="soft"),
+    "sparsemax": lambda alpha: Sparsemax(alpha),
 }
 RUNS = [(name, score) for name in ("interact", "evolve") for score in SCORES]
 
 
 def run_interact(states, keys, values, alpha, lengths, score):
     alone = interact(states, lengths=lengths, score=SCORES[score](alpha))
-    full = interact(states, keys, values, score=SCORES[score](alpha), reduction="mean")
+    reduction = mean_of(SCORES[score](0.0))
+    full = interact(states, keys, values, score=SCORES[score](alpha), reduction=reduction)
     return alone.context, alone.strength, alone.degree, full.context, full.strength
 
 
 def run_evolve(states, dt, skip, alpha, lengths, score):
-    options = {"score": SCORES[score](alpha), "steps": 2, "reduction": "mean"}
+    reduction = mean_of(SCORES[score](0.0))
+    options = {"score": SCORES[score](alpha), "steps": 2, "reduction": reduction}
     return tuple(evolve(states, dt, skip=skip, lengths=lengths, **options))
 
 

@@ -103,9 +103,12 @@ class RowSums {
     }
   }
   QFLUX_INLINE void end_tile() {
-    each_vector([&](auto r) QFLUX_INLINE_LAMBDA {
-      each_column<kCount>([&](auto n) QFLUX_INLINE_LAMBDA { totals_[n][r].add(part_[r][n]); });
+    V parts[kCount][kVectors];
+    each_column<kCount>([&](auto n) QFLUX_INLINE_LAMBDA {
+      parts[n][0] = part_[0][n];
+      parts[n][1] = part_[1][n];
     });
+    add_parts(totals_, parts);
   }
   void take_all(const Group<T>& group, int64_t first, const BackwardBlock<T>& out) const {
     take(group, first, totals_[0], 0, 2, out.point);
@@ -138,7 +141,7 @@ void forward_narrow(const Sequence<T>& s, int64_t first, int64_t last, const For
     Group<T> group = row_group(s, row, last);
     thresholds.find(group);
     const Queries<Score, T> query(s, group);
-    Total<T> contexts[kCount][kVectors], strengths[kVectors];
+    Total<T> totals[kCount + 1][kVectors];  // of the context, of the strength
     int32_t degrees[kVectors * kWidth] = {};
     for (int64_t tile = 0; tile < group.highest(); tile += kTile) {
       V context[kVectors][kCount], strength[kVectors];
@@ -171,16 +174,17 @@ void forward_narrow(const Sequence<T>& s, int64_t first, int64_t last, const For
         each_key<Values::kApart, Score::kMass>(group, tile, tile + kTile, meet);
       else
         each_key<Values::kApart>(group, tile, tile + kTile, meet);
+      V parts[kCount + 1][kVectors];
       each_vector([&](auto r) QFLUX_INLINE_LAMBDA {
-        each_column<kCount>([&](auto c) QFLUX_INLINE_LAMBDA { contexts[c][r].add(context[r][c]); });
-        strengths[r].add(strength[r]);
+        each_column<kCount>([&](auto c) QFLUX_INLINE_LAMBDA { parts[c][r] = context[r][c]; });
+        parts[kCount][r] = strength[r];
         if constexpr (kDegree) add_counts<T>(degree[r], degrees + r * kWidth);
       });
+      add_parts(totals, parts);
     }
-    each_column<kCount>([&](auto c) QFLUX_INLINE_LAMBDA {
-      take(group, first, contexts[c], c, kCount, out.context);
-    });
-    take(group, first, strengths, 0, 1, out.strength);
+    each_column<kCount>(
+        [&](auto c) QFLUX_INLINE_LAMBDA { take(group, first, totals[c], c, kCount, out.context); });
+    take(group, first, totals[kCount], 0, 1, out.strength);
     if constexpr (kDegree) take_degrees(group, first, degrees, out.degree);
   }
 }
@@ -253,10 +257,12 @@ void backward_keys_keys(const Sequence<T>& s, int64_t first, int64_t last,
                  ax[r] = add_kept(visible, kept, w, gx, ax[r]);
                  ay[r] = add_kept(visible, kept, w, gy, ay[r]);
                });
+      V parts[2][kVectors];
       each_vector([&](auto r) QFLUX_INLINE_LAMBDA {
-        totals[0][r].add(ax[r]);
-        totals[1][r].add(ay[r]);
+        parts[0][r] = ax[r];
+        parts[1][r] = ay[r];
       });
+      add_parts(totals, parts);
     }
     take(group, first, totals[0], 0, 2, out.point);
     take(group, first, totals[1], 1, 2, out.point);
@@ -268,10 +274,12 @@ template <class T>
 using Staged = T[kTile][kVectors][Vector<T>::kWidth];
 
 // totals[column][r] += sum over a tile of weight * (the source's column), for columns of `records`.
+// Once for all scores, which would multiply the time that this takes to compile.
 template <class T, class Each>
-void add_columns(const Each& each, int64_t tile, const Staged<T>& weight, const T* records,
-                 int64_t stride, int64_t value_dim, Total<T>* totals) {
+QFLUX_NO_INLINE void add_columns(const Each& each, const Staged<T>& weight, const T* records,
+                                 int64_t stride, int64_t value_dim, Total<T>* totals) {
   using V = Vector<T>;
+  const int64_t tile = each.tile;
   const auto chunk = [&](int64_t column, auto width) QFLUX_INLINE_LAMBDA {
     constexpr int kWide = decltype(width)::kValue;
     V acc[kVectors][kWide];
@@ -293,12 +301,19 @@ void add_columns(const Each& each, int64_t tile, const Staged<T>& weight, const 
   for (; column < value_dim; ++column) chunk(column, Constant<1>());
 }
 
-// product = start(r, j) + sum over columns of (owner's column) * (the source's column).
-template <class T, class Each, class Start>
-void dot_columns(const Each& each, int64_t tile, const Group<T>& group, const T* planes,
-                 int64_t plane_stride, const T* records, int64_t stride, int64_t value_dim,
-                 const Start& start, Staged<T>& product) {
+// product = (start of the owner or of the source) + sum over columns of (owner's column) * (the
+// source's column).
+template <bool kStartOfOwner, class T, class Each>
+QFLUX_NO_INLINE void dot_columns(const Each& each, const T* planes, int64_t plane_stride,
+                                 const T* records, int64_t stride, int64_t value_dim,
+                                 const T* start, Staged<T>& product) {
   using V = Vector<T>;
+  const Group<T>& group = each.group;
+  const int64_t tile = each.tile;
+  V first[kVectors];
+  each_vector([&](auto r) QFLUX_INLINE_LAMBDA {
+    if constexpr (kStartOfOwner) first[r] = load(start + group.start(r));
+  });
   const auto chunk = [&](int64_t column, auto width) QFLUX_INLINE_LAMBDA {
     constexpr int kWide = decltype(width)::kValue;
     V own[kVectors][kWide];
@@ -306,13 +321,16 @@ void dot_columns(const Each& each, int64_t tile, const Group<T>& group, const T*
       for (int c = 0; c < kWide; ++c)
         own[r][c] = load(planes + (column + c) * plane_stride + group.start(r));
     });
-    each([&](auto r, int64_t j, const Mask<T>*) QFLUX_INLINE_LAMBDA {
-      V sum = column == 0 ? start(r, j) : load(product[j - tile][r]);
+    const auto walk = [&](auto begins) QFLUX_INLINE_LAMBDA {
+      each([&](auto r, int64_t j, const Mask<T>*) QFLUX_INLINE_LAMBDA {
+        V sum = !begins ? load(product[j - tile][r]) : kStartOfOwner ? first[r] : V(start[j]);
 #pragma GCC unroll 4
-      for (int c = 0; c < kWide; ++c)
-        sum = multiply_add(own[r][c], V(records[j * stride + column + c]), sum);
-      store(product[j - tile][r], sum);
-    });
+        for (int c = 0; c < kWide; ++c)
+          sum = multiply_add(own[r][c], V(records[j * stride + column + c]), sum);
+        store(product[j - tile][r], sum);
+      });
+    };
+    column == 0 ? walk(Constant<1>()) : walk(Constant<0>());
   };
   int64_t column = 0;
   for (; column + kColumns <= value_dim; column += kColumns) chunk(column, Constant<kColumns>());
@@ -341,11 +359,10 @@ void forward_values(const Sequence<T>& s, int64_t first, int64_t last, const For
     Group<T> group = row_group(s, row, last);
     thresholds.find(group);
     const Queries<Score, T> query(s, group);
-    Total<T> strengths[kVectors];
+    Total<T> strengths[1][kVectors];
     int32_t degrees[kVectors * kWidth] = {};
     for (int64_t tile = 0; tile < group.highest(); tile += kTile) {
-      const auto each = [&](const auto& body)
-                            QFLUX_INLINE_LAMBDA { each_key(group, tile, tile + kTile, body); };
+      const EachKey<T> each{group, tile};
       V strength[kVectors];
       typename V::Bits degree[kVectors];
       each_vector([&](auto r) QFLUX_INLINE_LAMBDA {
@@ -360,14 +377,16 @@ void forward_values(const Sequence<T>& s, int64_t first, int64_t last, const For
         strength[r] = add_visible(visible, w, V(T(1)), strength[r]);
         count(kept, degree[r]);
       });
+      V parts[1][kVectors];
       each_vector([&](auto r) QFLUX_INLINE_LAMBDA {
-        strengths[r].add(strength[r]);
+        parts[0][r] = strength[r];
         add_counts<T>(degree[r], degrees + r * kWidth);
       });
-      add_columns<T>(each, tile, weight, s.values, s.value_stride, s.value_dim, contexts.get());
+      add_parts(strengths, parts);
+      add_columns<T>(each, weight, s.values, s.value_stride, s.value_dim, contexts.get());
     }
     take_columns(group, first, contexts.get(), s.value_dim, out.context);
-    take(group, first, strengths, 0, 1, out.strength);
+    take(group, first, strengths[0], 0, 1, out.strength);
     if (out.degree) take_degrees(group, first, degrees, out.degree);
   }
 }
@@ -381,16 +400,11 @@ void backward_rows_values(const Sequence<T>& s, int64_t first, int64_t last,
   for (int64_t row = first; row < last; row += Group<T>::kOwners) {
     const Group<T> group = row_group(s, row, last);
     const Queries<Score, T> query(s, group);
-    V gs[kVectors];
-    each_vector([&](auto r)
-                    QFLUX_INLINE_LAMBDA { gs[r] = load(s.grad_strength + group.start(r)); });
     RowSums<Score, T> sums;
     for (int64_t tile = 0; tile < group.highest(); tile += kTile) {
-      const auto each = [&](const auto& body)
-                            QFLUX_INLINE_LAMBDA { each_key(group, tile, tile + kTile, body); };
-      dot_columns<T>(
-          each, tile, group, s.grad, s.row_stride, s.values, s.value_stride, s.value_dim,
-          [&](int r, int64_t) QFLUX_INLINE_LAMBDA { return gs[r]; }, upstream);
+      const EachKey<T> each{group, tile};
+      dot_columns<true, T>(each, s.grad, s.row_stride, s.values, s.value_stride, s.value_dim,
+                           s.grad_strength, upstream);
       sums.begin_tile();
       each([&](auto r, int64_t j, const Mask<T>* visible) QFLUX_INLINE_LAMBDA {
         const V kx(s.key_x[j]), ky(s.key_y[j]);
@@ -421,11 +435,9 @@ void backward_keys_values(const Sequence<T>& s, int64_t first, int64_t last,
     });
     Total<T> totals[2][kVectors];
     for (int64_t tile = group.lowest() / kTile * kTile; tile < group.highest(); tile += kTile) {
-      const auto each = [&](const auto& body)
-                            QFLUX_INLINE_LAMBDA { each_row(group, tile, tile + kTile, body); };
-      dot_columns<T>(
-          each, tile, group, s.value_planes, s.key_stride, s.grad_records, s.value_dim, s.value_dim,
-          [&](int, int64_t i) QFLUX_INLINE_LAMBDA { return V(s.grad_strength[i]); }, upstream);
+      const EachRow<T> each{group, tile};
+      dot_columns<false, T>(each, s.value_planes, s.key_stride, s.grad_records, s.value_dim,
+                            s.value_dim, s.grad_strength, upstream);
       V ax[kVectors], ay[kVectors];
       each_vector([&](auto r) QFLUX_INLINE_LAMBDA { ax[r] = ay[r] = V(T(0)); });
       each([&](auto r, int64_t i, const Mask<T>* visible) QFLUX_INLINE_LAMBDA {
@@ -438,11 +450,13 @@ void backward_keys_values(const Sequence<T>& s, int64_t first, int64_t last,
         ay[r] = select(kept, multiply_add(d, qy, ay[r]), ay[r]);
         store(weight[i - tile][r], where(kept, pair.weight(p)));
       });
+      V parts[2][kVectors];
       each_vector([&](auto r) QFLUX_INLINE_LAMBDA {
-        totals[0][r].add(ax[r]);
-        totals[1][r].add(ay[r]);
+        parts[0][r] = ax[r];
+        parts[1][r] = ay[r];
       });
-      add_columns<T>(each, tile, weight, s.grad_records, s.value_dim, s.value_dim, values.get());
+      add_parts(totals, parts);
+      add_columns<T>(each, weight, s.grad_records, s.value_dim, s.value_dim, values.get());
     }
     take(group, first, totals[0], 0, 2, out.point);
     take(group, first, totals[1], 1, 2, out.point);
@@ -466,7 +480,7 @@ void backward_keys_columns(const Sequence<T>& s, int64_t first, int64_t last,
         value[r][c] = load(s.value_planes + c * s.key_stride + group.start(r));
       });
     });
-    Total<T> points[2][kVectors], values[kColumns][kVectors];
+    Total<T> totals[2 + kColumns][kVectors];  // of the keys, of the values
     for (int64_t tile = group.lowest() / kTile * kTile; tile < group.highest(); tile += kTile) {
       V ax[kVectors], ay[kVectors], acc[kVectors][kColumns];
       each_vector([&](auto r) QFLUX_INLINE_LAMBDA {
@@ -492,16 +506,18 @@ void backward_keys_columns(const Sequence<T>& s, int64_t first, int64_t last,
               acc[r][c] = add_visible(visible, w, V(grad[c]), acc[r][c]);
             });
           });
+      V parts[2 + kColumns][kVectors];
       each_vector([&](auto r) QFLUX_INLINE_LAMBDA {
-        points[0][r].add(ax[r]);
-        points[1][r].add(ay[r]);
-        each_column<kColumns>([&](auto c) QFLUX_INLINE_LAMBDA { values[c][r].add(acc[r][c]); });
+        parts[0][r] = ax[r];
+        parts[1][r] = ay[r];
+        each_column<kColumns>([&](auto c) QFLUX_INLINE_LAMBDA { parts[2 + c][r] = acc[r][c]; });
       });
+      add_parts(totals, parts);
     }
-    take(group, first, points[0], 0, 2, out.point);
-    take(group, first, points[1], 1, 2, out.point);
+    take(group, first, totals[0], 0, 2, out.point);
+    take(group, first, totals[1], 1, 2, out.point);
     each_column<kColumns>([&](auto c) QFLUX_INLINE_LAMBDA {
-      take(group, first, values[c], c, kColumns, out.values);
+      take(group, first, totals[2 + c], c, kColumns, out.values);
     });
   }
 }

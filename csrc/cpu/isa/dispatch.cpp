@@ -1,8 +1,7 @@
 #include "dispatch.h"
 
-#include <torch/csrc/stable/ops.h>
-
 #include <cstdlib>
+#include <stdexcept>
 #include <string>
 #include <vector>
 
@@ -32,9 +31,9 @@ const InstructionSet& choose() {
     if (wanted == std::string(set->name)) return *set;
     allowed += allowed.empty() ? set->name : std::string(", ") + set->name;
   }
-  STD_TORCH_CHECK(false,
-                  "qflux_kernels: QFLUX_INSTRUCTION_SET must be one that this machine runs (",
-                  allowed, "), got '", wanted, "'");
+  throw std::runtime_error(
+      "qflux_kernels: QFLUX_INSTRUCTION_SET must be one that this machine runs (" + allowed +
+      "), got '" + wanted + "'");
 }
 
 }  // namespace

@@ -73,23 +73,19 @@ class Solver {
   }
 
  private:
-  // The pairs of the group's rows with key j, from a start for each row. As a value, since what a
-  // pass writes could be a member for all that a compiler knows.
+  // The group's queries against a key, and its pairs above tau. As a value, since what a pass
+  // writes could be a member for all that a compiler knows.
   struct Pairs {
     const T *key_x, *key_y;
-    V x[kVectors], y[kVectors], start[kVectors];
+    V x[kVectors], y[kVectors], tau[kVectors];
 
     template <class Index>
     QFLUX_INLINE V operator()(Index r, int64_t j) const {
-      return inner_product(x[r], y[r], V(key_x[j]), V(key_y[j]), start[r]);
+      return inner_product(x[r], y[r], V(key_x[j]), V(key_y[j]), V(T(0)));
     }
   };
-  QFLUX_INLINE Pairs pairs(V first, V second) const {
-    return {s_.key_x, s_.key_y, {x_[0], x_[1]}, {y_[0], y_[1]}, {first, second}};
-  }
-  QFLUX_INLINE Pairs differences() const {
-    const V zero(T(0));
-    return pairs(zero - tau_[0], zero - tau_[1]);
+  QFLUX_INLINE Pairs pairs() const {
+    return {s_.key_x, s_.key_y, {x_[0], x_[1]}, {y_[0], y_[1]}, {tau_[0], tau_[1]}};
   }
   template <class Body>
   QFLUX_INLINE void each_sampled(const Body& body) const {
@@ -97,11 +93,12 @@ class Solver {
       each_vector([&](auto r) QFLUX_INLINE_LAMBDA { body(r, j, nullptr); });
   }
 
-  // tau: the largest pair of some less one, which is a lower bound; zero if there is none.
+  // tau: the largest pair of some less one, which is a lower bound; zero if there is none. Less
+  // more than one where rounding would leave nothing of it.
   void begin() {
     const V none(static_cast<T>(-__builtin_inf())), zero(T(0)), one(T(1));
     V most[kVectors] = {none, none};
-    const Pairs pair = pairs(zero, zero);
+    const Pairs pair = pairs();
     const auto meet = [&](auto r, int64_t j, const Mask<T>* visible) QFLUX_INLINE_LAMBDA {
       V p = pair(r, j);
       if (visible) p = select(*visible, p, none);
@@ -112,7 +109,9 @@ class Solver {
     else
       each_key(group_, 0, group_.highest(), meet);
     each_vector([&](auto r) QFLUX_INLINE_LAMBDA {
-      tau_[r] = least_[r] = select(less(none, most[r]), most[r] - one, zero);
+      const V coarse = absolute(most[r]) * V(static_cast<T>(sizeof(T) == 4 ? 0x1p-21 : 0x1p-50));
+      const V least = most[r] - select(less(one, coarse), coarse, one);
+      tau_[r] = least_[r] = select(less(none, most[r]), least, zero);
     });
   }
 
@@ -122,10 +121,10 @@ class Solver {
     const V share(static_cast<T>((keys + kSampled - 1) / kSampled) / static_cast<T>(keys));
     for (int step = 0; step < kSampleSteps; ++step) {
       Excess<T> e;
-      const Pairs pair = differences();
+      const Pairs pair = pairs();
       each_sampled([&](auto r, int64_t j, const Mask<T>*) QFLUX_INLINE_LAMBDA {
-        const V difference = pair(r, j);
-        e.add(r, not_less_equal(difference, V(T(0))), difference);
+        const V p = pair(r, j);
+        e.add(r, not_less_equal(p, pair.tau[r]), p - pair.tau[r]);
       });
       each_vector([&](auto r) QFLUX_INLINE_LAMBDA {
         const V next = tau_[r] + (e.mass[r] - share) / e.count[r];
@@ -141,15 +140,14 @@ class Solver {
     const V zero(T(0));
     V poison[kVectors] = {zero, zero};
     Excess<T> all;
-    const Pairs pair = differences();
+    const Pairs pair = pairs();
     for (int64_t tile = 0; tile < group_.highest(); tile += kTile) {
       Excess<T> part;
       const auto meet = [&](auto r, int64_t j, const Mask<T>* visible) QFLUX_INLINE_LAMBDA {
-        const V difference = pair(r, j);
-        const Mask<T> above = kept_and_visible(not_less_equal(difference, zero), visible);
-        part.add(r, above, difference);
-        if constexpr (kPass == kFindsPoison)
-          poison[r] = add_visible(visible, difference, zero, poison[r]);
+        const V p = pair(r, j);
+        const Mask<T> above = kept_and_visible(not_less_equal(p, pair.tau[r]), visible);
+        part.add(r, above, p - pair.tau[r]);
+        if constexpr (kPass == kFindsPoison) poison[r] = add_visible(visible, p, zero, poison[r]);
         return lane_bits(above);
       };
       if constexpr (kPass == kMakesList) {
@@ -175,12 +173,10 @@ class Solver {
   }
 
   void finish() {
-    V before[kVectors] = {V(T(-1)), V(T(-1))};
-    Mask<T> active[kVectors];
-    each_vector([&](auto r) QFLUX_INLINE_LAMBDA { active[r] = lanes_between<T>(0, V::kWidth); });
+    Steps steps(least_);
     // From the second step on tau only rises, so that a list stays complete.
     Excess<T> e = pass<kFindsPoison>();
-    while (step(e, before, active))
+    while (step(e, steps))
       if (group_.list) {
         e = pass<kUsesList>();
       } else {
@@ -190,23 +186,50 @@ class Solver {
       }
   }
 
-  // A step of the lanes that are active; returns whether one still is.
-  bool step(const Excess<T>& e, V* before, Mask<T>* active) {
-    const V zero(T(0)), one(T(1)), near(static_cast<T>(sizeof(T) == 4 ? 0x1p-21 : 0x1p-50));
+  // What the steps taken have left: the lanes that are not done, and of the last one the count,
+  // where it was taken from and how far it went.
+  struct Steps {
+    int taken = 0;
+    Mask<T> active[kVectors];
+    V count[kVectors], from[kVectors], size[kVectors];
+
+    explicit Steps(const V* least) {
+      each_vector([&](auto r) QFLUX_INLINE_LAMBDA {
+        active[r] = lanes_between<T>(0, V::kWidth);
+        count[r] = V(T(-1));
+        from[r] = least[r];
+        size[r] = V(T(0));
+      });
+    }
+  };
+
+  // A step of the lanes that are active; returns whether one still is. A lane that is done stays
+  // as it is: how long others take must not show.
+  bool step(const Excess<T>& e, Steps& steps) {
+    const V zero(T(0)), near(static_cast<T>(sizeof(T) == 4 ? 0x1p-21 : 0x1p-50));
     uint32_t left = 0;
     each_vector([&](auto r) QFLUX_INLINE_LAMBDA {
-      const V excess = e.mass[r] - one, step = excess / e.count[r];
-      // A start above the solution may keep nothing.
-      V next = select(less(zero, e.count[r]), tau_[r] + step, least_[r]);
+      const Mask<T> some = less(zero, e.count[r]), active = steps.active[r];
+      const V excess = e.mass[r] - V(T(1)), size = excess / e.count[r];
+      V next = tau_[r] + size;
       next = select(less(next, least_[r]), least_[r], next);
-      // A lane that is done stays as it is: how long others take must not show.
-      rest_[r] = select(active[r], step - (next - tau_[r]), rest_[r]);
-      tau_[r] = select(active[r], next, tau_[r]);
-      const Mask<T> dropped = both(less(near, absolute(excess)), unequal(e.count[r], before[r]));
-      active[r] = both(active[r], dropped);
-      before[r] = e.count[r];
-      left |= lane_bits(active[r]);
+      V rest = size - (next - tau_[r]);
+      // A start above the solution may keep nothing, and a step to it may where rounding is
+      // coarser than a weight: then all of the step is the rest. The mass is zero, or NaN.
+      next = select(some, next, steps.from[r] + e.mass[r]);
+      rest = select(some, rest, steps.size[r]);
+      Mask<T> going = both(less(near, absolute(excess)), unequal(e.count[r], steps.count[r]));
+      if (steps.taken > 0) going = both(going, some);
+      if (steps.taken > 1) going = both(going, less(e.count[r], steps.count[r]));
+      steps.from[r] = select(both(active, some), tau_[r], steps.from[r]);
+      steps.size[r] = select(both(active, some), size, steps.size[r]);
+      steps.count[r] = e.count[r];
+      tau_[r] = select(active, next, tau_[r]);
+      rest_[r] = select(active, rest, rest_[r]);
+      steps.active[r] = both(active, going);
+      left |= lane_bits(steps.active[r]);
     });
+    ++steps.taken;
     return left != 0;
   }
 

@@ -54,6 +54,18 @@ struct Total<double> {
   double get(int lane) const { return CompensatedSum<double>{value[lane], error[lane]}.get(); }
 };
 
+// What a tile adds to totals. One function for all loops, as each would take the compiler longer to
+// vectorize than the loop itself; its arguments are copies, so that the sums stay in registers.
+template <class T>
+QFLUX_NO_INLINE void add_each(Total<T>* totals, const Vector<T>* parts, int64_t count) {
+  for (int64_t n = 0; n < count; ++n) totals[n].add(parts[n]);
+}
+template <class T, int kCount>
+QFLUX_INLINE void add_parts(Total<T> (&totals)[kCount][kVectors],
+                            const Vector<T> (&parts)[kCount][kVectors]) {
+  add_each(totals[0], parts[0], kCount * kVectors);
+}
+
 // The owners of one pass: vectors of consecutive ones, and the sources that each vector meets.
 template <class T>
 struct Group {
@@ -174,6 +186,26 @@ QFLUX_INLINE void each_row(const Group<T>& group, int64_t tile, int64_t tile_end
       each_vector([&](auto r) QFLUX_INLINE_LAMBDA { body(r, i, nullptr); });
   }
 }
+
+// Those as values, for loops over columns that know neither the score nor the pass.
+template <class T>
+struct EachKey {
+  const Group<T>& group;
+  int64_t tile;
+  template <class Body>
+  QFLUX_INLINE void operator()(const Body& body) const {
+    each_key(group, tile, tile + kTile, body);
+  }
+};
+template <class T>
+struct EachRow {
+  const Group<T>& group;
+  int64_t tile;
+  template <class Body>
+  QFLUX_INLINE void operator()(const Body& body) const {
+    each_row(group, tile, tile + kTile, body);
+  }
+};
 
 // acc + w * x on the visible lanes: what a lane may not see must not reach it even as 0 * NaN.
 template <class T>

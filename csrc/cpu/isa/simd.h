@@ -24,6 +24,7 @@ namespace {
 
 // An attribute of lambdas, which have no `inline`.
 #define QFLUX_INLINE_LAMBDA __attribute__((always_inline))
+#define QFLUX_NO_INLINE __attribute__((noinline))
 
 template <class T>
 struct Lanes;

@@ -47,7 +47,7 @@ class Sweep {
       return true;
     }
     triangles(ceil_div(positions, kBase));
-    const int64_t threads = torch::stable::get_num_threads();
+    const int64_t threads = thread_count();
     each_level(kBase, positions, [&](int64_t size) {
       const int64_t count = rectangle_count(positions, size);
       const auto body = [&](int64_t index) { meet(rectangle(visible, size, index)); };
