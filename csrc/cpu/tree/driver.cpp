@@ -187,7 +187,10 @@ class MassTree {
                  : double(probe[2]);
     };
     double count = evaluate(kWindow);
-    search.start(double(sums.top) - 1, double(sums.top) - 1);
+    // One below the largest, or more where rounding would leave nothing of it.
+    const double coarse = std::abs(double(sums.top)) * (sizeof(T) == 4 ? 0x1p-21 : 0x1p-50);
+    const double least = double(sums.top) - std::max(1.0, coarse);
+    search.start(least, least);
     for (int n = 0; n < kWindowSteps; ++n) {
       probe[2] = search.tau;
       probe[3] = search.rest;
@@ -302,7 +305,7 @@ class MassTree {
         if (level.trees[index])
           gather_keys(*level.trees[index], level.rows.data(), level.where[index], out.key, values);
       };
-      if (count >= static_cast<int64_t>(torch::stable::get_num_threads()))
+      if (count >= thread_count())
         each(count, gather);
       else
         for (int64_t index = 0; index < count; ++index) gather(index);
@@ -332,7 +335,7 @@ class MassTree {
       for (int64_t n = range.first; n < range.last; ++n)
         std::copy_n(record(order[where.row_begin + n]), stride_, &records[n * stride_]);
     });
-    const int64_t threads = torch::stable::get_num_threads();
+    const int64_t threads = thread_count();
     const int64_t parts = threads > 1 ? std::min<int64_t>(roots, 2 * threads) : 1;
     each(parts, [&](int64_t part) {
       const int32_t from = first + static_cast<int32_t>(roots * part / parts);

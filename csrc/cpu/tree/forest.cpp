@@ -66,7 +66,7 @@ Forest<T>::Forest(const Loops<T>& loops, const Sequence<T>& s) : visible_(s.visi
             loops, keys_, key_order.data() + where.key_begin, where.keys());
     };
     // Large trees are built by all threads, small ones by one each.
-    if (count >= static_cast<int64_t>(torch::stable::get_num_threads()))
+    if (count >= thread_count())
       each(count, plant);
     else
       for (int64_t index = 0; index < count; ++index) plant(index);
