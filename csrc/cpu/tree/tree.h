@@ -1,23 +1,26 @@
-// A static tree over a set of keys that answers half-plane sums: for a row q and a threshold tau
-// the sums over the keys with q . k > tau, in about the square root of their number, and fewer
-// where the line cuts off a small cap.
+// A static tree over a set of keys that answers half-plane sums: for a row q and a threshold tau the
+// sums over the keys with q . k > tau, in about the square root of their number, and fewer where
+// the line cuts off a small cap.
 //
-// Keys are ordered along a space-filling curve; runs of kLeaf of them are leaves, runs of kFan
-// nodes the next height. A node knows a box around its keys and their moments (math/tree.h).
+// Keys are ordered along a space-filling curve; runs of kLeaf of them are leaves, runs of kFan nodes
+// the next height. A node knows a box around its keys and their moments (math/tree.h).
 //
-//   KeyTree<float> tree(keys, value_dim, order, loops);       // O(n); `order` from spatial_order
-//   loops.mass(tree.view(), rows, sums, &pairs);              // F(tau), its slope, the largest z
-//   loops.context(tree.view(), rows, sums, context, &pairs);  // and sum (z - tau) v
+//   order = spatial_order(x, y, n);                     // order.h
+//   KeyTree<float> tree(loops, planes, order, n);       // planes: x, y and values; O(n)
+//   loops.tree.mass(tree.view(), rows, sums, &pairs);   // adds F(tau), its slope, the largest z
+//   loops.tree.context(tree.view(), rows, sums, context, &pairs);  // and sum (z - tau) v
 //
-// Trees over disjoint sets of keys add up: a cache that grows keeps a short tail of keys that it
-// meets as a run (loops.run_mass, loops.run_context), makes a tree of a full tail and merges trees
-// of equal size by building one over both, with the keys in spatial_order of their union. Rows in
-// one group walk a tree together; they need not be neighbours, but it is cheaper if they are. For
-// thresholds by mean and deviation tau is known and one `context` gives the answer, with the
-// query's bias taken from tau; for sparsemax `MassSolver` (mass.h) says which tau to ask next.
+// For a cache that grows: trees over disjoint sets of keys add up, since both calls add to their
+// results. A short tail of keys is met as a run (loops.tree.run_mass, run_context; keys in planes
+// that are readable to whole vectors). A full tail becomes a tree, and two trees of one size merge
+// into the tree of both, built over the union of their keys; so each key is built in O(log n) times.
+// `rows` are at most kGroup records (q, tau, rest) that all see every key of the tree; alone or as a
+// group. A threshold by mean and deviation is known: one `context` with tau - bias for the soft one,
+// to which the hard one adds tau times the sums of the values with weight one. Sparsemax asks
+// ThresholdSearch (search.h) for the next tau until update() holds after a `context`; driver.cpp
+// shows the loop. Start the search at the largest z less one, or at the root among any of the keys.
 #pragma once
 
-#include <functional>
 #include <memory>
 
 #include "../isa/dispatch.h"
