@@ -1,9 +1,9 @@
-// A static tree over a set of keys that answers half-plane sums: for a row q and a threshold tau the
-// sums over the keys with q . k > tau, in about the square root of their number, and fewer where
-// the line cuts off a small cap.
+// A static tree over a set of keys that answers half-plane sums: for a row q and a threshold tau
+// the sums over the keys with q . k > tau, in about the square root of their number, and fewer
+// where the line cuts off a small cap.
 //
-// Keys are ordered along a space-filling curve; runs of kLeaf of them are leaves, runs of kFan nodes
-// the next height. A node knows a box around its keys and their moments (math/tree.h).
+// Keys are ordered along a space-filling curve; runs of kLeaf of them are leaves, runs of kFan
+// nodes the next height. A node knows a box around its keys and their moments (math/tree.h).
 //
 //   order = spatial_order(x, y, n);                     // order.h
 //   KeyTree<float> tree(loops, planes, order, n);       // planes: x, y and values; O(n)
@@ -13,12 +13,14 @@
 // For a cache that grows: trees over disjoint sets of keys add up, since both calls add to their
 // results. A short tail of keys is met as a run (loops.tree.run_mass, run_context; keys in planes
 // that are readable to whole vectors). A full tail becomes a tree, and two trees of one size merge
-// into the tree of both, built over the union of their keys; so each key is built in O(log n) times.
-// `rows` are at most kGroup records (q, tau, rest) that all see every key of the tree; alone or as a
-// group. A threshold by mean and deviation is known: one `context` with tau - bias for the soft one,
-// to which the hard one adds tau times the sums of the values with weight one. Sparsemax asks
-// ThresholdSearch (search.h) for the next tau until update() holds after a `context`; driver.cpp
-// shows the loop. Start the search at the largest z less one, or at the root among any of the keys.
+// into the tree of both, built over the union of their keys; so each key is built in O(log n)
+// times. `rows` are at most kGroup records (q, tau, rest) that all see every key of the tree; alone
+// or as a group. Sparsemax asks ThresholdSearch (search.h) for the next tau until update() holds
+// after a `context`; driver.cpp shows the loop. Start the search at the largest z less one, or at
+// the root among any of the keys. Thresholds by mean and deviation are known beforehand and need no
+// search, but pair loops of their own for equal degrees: `excess.add` and `kept_sums` of
+// isa/tree-pairs-inl.h with the score's bias in the inner product and pairs kept at equality, and
+// `walk` with comparisons to match.
 #pragma once
 
 #include <memory>
