@@ -31,7 +31,11 @@ Forest<T>::Forest(const Loops<T>& loops, const Sequence<T>& s) : visible_(s.visi
   stage_keys(s);
   const int64_t keys = visible_.key_end, rows = visible_.row_end;
   std::vector<int32_t> key_order = spatial_order(s.key_x, s.key_y, keys);
-  std::vector<int32_t> row_order = spatial_order(s.query_x, s.query_y, rows);
+  // Rows in front of all keys stay in front.
+  const int64_t blind = visible_.causal ? row_at(visible_, 0) : 0;
+  std::vector<int32_t> row_order(blind, 0);
+  for (const int32_t row : spatial_order(s.query_x + blind, s.query_y + blind, rows - blind))
+    row_order.push_back(row + static_cast<int32_t>(blind));
   if (!visible_.causal) {
     TreeLevel<T> level{keys, {whole_rectangle(visible_)}, {}, row_order};
     level.trees.push_back(std::make_unique<KeyTree<T>>(loops, keys_, key_order.data(), keys));
