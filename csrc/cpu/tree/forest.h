@@ -34,10 +34,9 @@ class Forest {
 
   // The keys of its own base block that a row sees.
   Range base_keys(int64_t row) const {
-    if (!visible_.causal) return {0, 0};
     const int64_t end = visible_.visible_keys(row), place = row + visible_.shift;
     const int64_t begin = place / kTreeBase * kTreeBase;
-    return begin < end ? Range{begin, end} : Range{0, 0};
+    return visible_.causal && end > 0 && begin < end ? Range{begin, end} : Range{0, 0};
   }
 
  private:
