@@ -36,7 +36,7 @@ from common import (
 from files import write_csv
 
 import qflux_kernels
-from qflux_kernels import Threshold
+from qflux_kernels import Sparsemax, Threshold
 
 SIZES = [1 << n for n in range(10, 23)]
 FIT_FROM = 1 << 16
@@ -98,9 +98,15 @@ def _noisy_line(length: int, generator: torch.Generator) -> torch.Tensor:
     return torch.randn(length, 2, generator=generator) * torch.tensor([1.0, 1e-4])
 
 
+def _circle(length: int, generator: torch.Generator) -> torch.Tensor:
+    states = torch.randn(length, 2, generator=generator)
+    return states / states.norm(dim=-1, keepdim=True)
+
+
 # What data are like, and then what a sweep finds hard.
 DATA = {
     "random": lambda length, generator: torch.randn(length, 2, generator=generator),
+    "circle": _circle,
     "clamped": _clamped,
     "clusters": _clusters,
     "jumps": _jumps,
@@ -123,29 +129,58 @@ def draw(data: str, length: int) -> torch.Tensor:
     return (DATA | HARD)[data](length, torch.Generator().manual_seed(0))
 
 
+def read_score(words: list[str]) -> Threshold | Sparsemax:
+    if words[0] == "sparsemax":
+        (scale,) = words[1:]
+        return Sparsemax(float(scale))
+    sigma, eps, stats = words
+    return Threshold(float(sigma), stats, float(eps))
+
+
 def score_and_mask(options: argparse.Namespace) -> dict[str, object]:
-    sigma, eps, stats = options.score
-    return {"causal": options.causal, "score": Threshold(float(sigma), stats, float(eps))}
+    return {"causal": options.causal, "score": options.score}
 
 
-def make_runner(provider: str, operator: str, states: torch.Tensor, options: dict) -> Runner:
-    states = states.requires_grad_()
-    how = PROVIDERS[provider]
+def score_suffix(options: argparse.Namespace) -> str:
+    """What tells a row of the CSV from those of the usual score and values."""
+    score = f":sparsemax:{options.score.scale:g}" if isinstance(options.score, Sparsemax) else ""
+    return score + (f":D{options.value_dim}" if options.value_dim else "")
+
+
+def reduction_of(score: object) -> str:
+    """What keeps the dynamics of `evolve` independent of the length."""
+    return "sum" if isinstance(score, Sparsemax) else "mean"
+
+
+def make_runner(
+    provider: str, operator: str, states: torch.Tensor, value_dim: int, options: dict
+) -> Runner:
+    leaves = [states.requires_grad_()]
+    how = PROVIDERS[provider] | options
+    weights = torch.ones_like(states)
+    if value_dim:
+        generator = torch.Generator().manual_seed(1)
+        values = torch.randn(len(states), value_dim, generator=generator).to(states.device)
+        leaves.append(values.requires_grad_())
+        weights = torch.ones_like(values)
 
     def forward() -> torch.Tensor:
         if operator == "interact":
-            return qflux_kernels.interact(states, **options, **how).context
-        return qflux_kernels.evolve(states, 0.1, reduction="mean", **options, **how).states
+            values = leaves[1] if value_dim else None
+            return qflux_kernels.interact(states, values=values, **how).context
+        reduction = reduction_of(options["score"])
+        return qflux_kernels.evolve(states, 0.1, reduction=reduction, **how).states
 
-    weights = torch.ones_like(states)
-    return Runner(forward, lambda out: torch.autograd.grad(out, states, weights))
+    return Runner(forward, lambda out: torch.autograd.grad(out, leaves, weights))
 
 
 def measure(options: argparse.Namespace, provider: str, length: int) -> list[dict[str, object]]:
     """One provider at one length: a row for each mode."""
     device = options.device
     states = draw(options.data, length).to(device)
-    runner = make_runner(provider, options.operator, states, score_and_mask(options))
+    runner = make_runner(
+        provider, options.operator, states, options.value_dim, score_and_mask(options)
+    )
     samples = time_in_turn({provider: runner}, device, options.rounds, options.seconds)[provider]
     return_freed_memory()
     peak = {
@@ -157,7 +192,7 @@ def measure(options: argparse.Namespace, provider: str, length: int) -> list[dic
     pairs = interactions * (length * (length + 1) / 2 if options.causal else length**2)
     return [
         {
-            "kernel": f"{options.operator}:{options.data}",
+            "kernel": f"{options.operator}:{options.data}{score_suffix(options)}",
             "provider": provider,
             "mode": mode,
             "S": length,
@@ -357,7 +392,8 @@ class TrainingStep:
 
     def __call__(self) -> None:
         start = self.now()
-        evolved = qflux_kernels.evolve(self.states, self.dt, reduction="mean", **self.how)
+        reduction = reduction_of(self.how["score"])
+        evolved = qflux_kernels.evolve(self.states, self.dt, reduction=reduction, **self.how)
         loss = (evolved.states - self.target).square().sum(-1).mean()
         middle = self.now()
         self.optimizer.zero_grad()
@@ -378,7 +414,9 @@ def compare(options: argparse.Namespace) -> None:
     for data in DATA | HARD:
         for length in options.sizes:
             runners = {
-                algorithm: make_runner(algorithm, "interact", draw(data, length).to(device), how)
+                algorithm: make_runner(
+                    algorithm, "interact", draw(data, length).to(device), options.value_dim, how
+                )
                 for algorithm in ("dense", "sweep")
             }
             taken = time_in_turn(runners, device, options.rounds, options.seconds)
@@ -397,7 +435,14 @@ def main() -> None:
         "--device", type=torch.device, default=torch.device("cpu"), help="where times are taken"
     )
     parser.add_argument(
-        "--score", nargs=3, default=("0.5", "1e-6", "prefix"), metavar=("SIGMA", "EPS", "STATS")
+        "--score",
+        nargs="+",
+        default=["0.5", "1e-6", "prefix"],
+        metavar="WORD",
+        help="SIGMA EPS STATS (default 0.5 1e-6 prefix), or sparsemax SCALE",
+    )
+    parser.add_argument(
+        "--value-dim", type=int, default=0, help="of values, else they are the keys"
     )
     parser.add_argument("--threads", type=int)
     parser.add_argument("--rounds", type=int, default=3)
@@ -413,6 +458,12 @@ def main() -> None:
     parser.add_argument("--compare", action="store_true", help="sweep beside dense, all --data")
     parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    try:
+        options.score = read_score(options.score)
+    except (TypeError, ValueError) as error:
+        parser.error(f"--score must be SIGMA EPS STATS or sparsemax SCALE: {error}")
+    if options.value_dim and options.operator != "interact":
+        parser.error("--value-dim is for --operator interact")
     if options.threads:
         torch.set_num_threads(options.threads)
     if options.bands:

@@ -1,7 +1,8 @@
 """Draws the figures of docs/subquadratic.md: `python benchmarks/sweep_figures.py docs/figures`.
 
 The states are those of 4,096 tokens after two evolution steps; thresholds, ellipse, arcs and bands
-are the ones the sweep works with, recomputed here in NumPy from the formulas of csrc/math/sweep.h.
+are the ones the sweep works with, recomputed here in NumPy from the formulas of csrc/math/sweep.h;
+the tree is that of csrc/cpu/tree.
 """
 
 from __future__ import annotations
@@ -119,6 +120,73 @@ def band(g: Geometry, path: Path) -> None:
     figure.savefig(path, metadata={"Date": None})
 
 
+LEAF, FAN = 32, 4
+
+
+def hilbert(x: int, y: int, bits: int) -> int:
+    place = 0
+    for bit in reversed(range(bits)):
+        right, top = x >> bit & 1, y >> bit & 1
+        place = place << 2 | (3 * right) ^ top
+        if not top:
+            if right:
+                x, y = ~x, ~y
+            x, y = y, x
+    return place
+
+
+def rectangle(points: np.ndarray) -> np.ndarray:
+    """The corners of a rectangle along the points' main direction or along the axes."""
+    best: tuple[float, np.ndarray] = np.inf, points
+    for axes in (np.eye(2), np.linalg.eigh(np.cov(points.T))[1]):
+        low, high = (points @ axes).min(0), (points @ axes).max(0)
+        corners = np.array([low, [high[0], low[1]], high, [low[0], high[1]]]) @ axes.T
+        best = min(best, ((high - low).sum(), corners), key=lambda found: found[0])
+    return best[1]
+
+
+def tree(g: Geometry, path: Path) -> None:
+    """What one sparsemax row asks of the tree over the keys."""
+    ranks = g.keys.argsort(0).argsort(0)
+    keys = g.keys[np.argsort([hilbert(int(x), int(y), 11) for x, y in ranks])]
+    q = 0.01 * np.array([0.8, 0.6])
+    ordered = np.sort(keys @ q)[::-1]
+    kept = ordered * np.arange(1, len(keys) + 1) > ordered.cumsum() - 1
+    tau = (ordered[kept].sum() - 1) / kept.sum()
+    figure, axes = pyplot.subplots(figsize=(5.2, 5), layout="constrained")
+    axes.scatter(*keys.T, s=3, color=DROPPED, rasterized=True)
+    count = {KEPT: 0, TESTED: 0}
+
+    def visit(first: int, size: int) -> None:
+        corners = rectangle(keys[first : first + size])
+        reach = corners @ q
+        if reach.max() < tau:
+            return
+        whole = reach.min() > tau
+        if not whole and size > LEAF:
+            for child in range(first, first + size, size // FAN):
+                visit(child, size // FAN)
+            return
+        colour = KEPT if whole else TESTED
+        count[colour] += 1
+        axes.fill(*corners.T, facecolor=colour, edgecolor=colour, alpha=0.3, lw=0.8)
+
+    root = LEAF
+    while root * FAN <= len(keys):
+        root *= FAN
+    for first in range(0, len(keys), root):
+        visit(first, root)
+    foot, along = q * tau / (q @ q), np.array([-q[1], q[0]]) / np.hypot(*q)
+    axes.plot(*np.stack([foot - 4 * along, foot + 4 * along]).T, color=ROW, lw=1)
+    for colour, name in ((KEPT, "nodes kept whole"), (TESTED, "leaves met pair by pair")):
+        axes.fill([], [], facecolor=colour, alpha=0.4, label=f"{name}: {count[colour]}")
+    limit = np.abs(keys).max() * 1.05
+    axes.set(xlim=(-limit, limit), ylim=(-limit, limit), aspect="equal")
+    axes.legend(loc="lower left", fontsize=8)
+    axes.set_title(f"one row keeps {kept.sum()} of {len(keys):,} keys", fontsize=10)
+    figure.savefig(path, metadata={"Date": None})
+
+
 def main() -> None:
     if len(sys.argv) != 2:
         sys.exit(__doc__.splitlines()[0])
@@ -127,6 +195,7 @@ def main() -> None:
     geometry = Geometry(real_states())
     for draw in (ellipse, arcs, band):
         draw(geometry, folder / f"sweep-{draw.__name__}.svg")
+    tree(geometry, folder / "tree-walk.svg")
 
 
 if __name__ == "__main__":

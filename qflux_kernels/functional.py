@@ -75,8 +75,9 @@ def interact(
         lengths: integer tensor that broadcasts to the batch shape, for right-padded sequences
             with K == S: padding rows get zeros, and nobody sees padding.
         algorithm: "dense" meets every pair. "sweep" gives the same answer in about O(S log S), for
-            `Threshold` only. "auto" (default) takes it from 8,192 tokens on a CPU (2,048 if not
-            causal), and never on a GPU, where no crossover is measured yet.
+            `Threshold`, and between that and O(S^1.5) for `Sparsemax` (on a CPU only). "auto"
+            (default) takes it from 8,192 tokens on a CPU (if not causal from 2,048, `Sparsemax`
+            from 4,096), and never on a GPU, where no crossover is measured yet.
         backend: "auto" (the device of the states decides), "cpu", "cuda", "triton" or "reference".
             "auto" takes "triton" on a GPU for which nothing was compiled.
 

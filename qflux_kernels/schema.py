@@ -25,7 +25,7 @@ class ScoreKind(NamedTuple):
     thresholded: bool  # its limit is tau, the row's adaptive threshold
     mass: bool  # of which the weights of a row sum to one
     limit_vjp: bool  # the limit has a gradient, which goes to the statistics of the row
-    swept_on: tuple[str, ...]  # devices that have a sweep for it, which needs an affine weight
+    swept_on: tuple[str, ...]  # devices with a method below O(S^2), which needs an affine weight
 
 
 # In the order of `ScoreKind` in csrc/math/score.h.
@@ -35,7 +35,7 @@ SCORE_KINDS = (
     ),
     ScoreKind("inverse_gate", thresholded=False, mass=False, limit_vjp=False, swept_on=()),
     ScoreKind("soft_threshold", thresholded=True, mass=False, limit_vjp=True, swept_on=("cpu",)),
-    ScoreKind("sparsemax", thresholded=True, mass=True, limit_vjp=False, swept_on=()),
+    ScoreKind("sparsemax", thresholded=True, mass=True, limit_vjp=False, swept_on=("cpu",)),
 )
 SCORES = tuple(kind.name for kind in SCORE_KINDS)
 # What a token leaves on the tape at each step of `evolve`: planes of numbers, points have two.

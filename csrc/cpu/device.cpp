@@ -8,20 +8,26 @@
 #include "parallel.h"
 #include "staging.h"
 #include "sweep/driver.h"
+#include "tree/driver.h"
 
 namespace qflux::cpu {
 namespace {
 
-// Rows and keys from which the sweep is faster, by measurement (benchmarks/README.md).
+// Rows and keys from which the sweep, or for a mass the tree, is faster, by measurement
+// (benchmarks/README.md).
 constexpr int64_t kSweepFrom = 2048, kCausalSweepFrom = 8192;
+constexpr int64_t kTreeFrom = 4096, kCausalTreeFrom = 8192;
 
+// Whether a method below O(S^2) is asked for, or pays.
 template <class T>
 bool chooses_sweep(const PairParams<T>& p) {
-  if (!is_affine(p.score) || p.algorithm == Algorithm::kDense) return false;
+  const bool mass = has_mass(p.score);
+  if (!(is_affine(p.score) || mass) || p.algorithm == Algorithm::kDense) return false;
   if (p.rows > std::numeric_limits<int32_t>::max() || p.keys > std::numeric_limits<int32_t>::max())
     return false;
-  return p.algorithm == Algorithm::kSweep ||
-         std::min(p.rows, p.keys) >= (p.causal ? kCausalSweepFrom : kSweepFrom);
+  const int64_t from =
+      mass ? (p.causal ? kCausalTreeFrom : kTreeFrom) : (p.causal ? kCausalSweepFrom : kSweepFrom);
+  return p.algorithm == Algorithm::kSweep || std::min(p.rows, p.keys) >= from;
 }
 
 // Owners of one block: `last` bounds those inside the sequence, `end` those with a result to write.
@@ -187,6 +193,17 @@ bool swept(const InteractParams<T>& params, const Staging<T>& staging, BatchInde
   std::vector<double> context(rows * value_dim, 0.0), strength(rows, 0.0);
   std::vector<int32_t> degree(rows, 0);
   const Sequence<T> sequence = staging.sequence(b);
+  if (has_mass(params.pair.score)) {
+    std::vector<T> tau(rows, T(0));
+    if (!tree_forward(loops<T>(), sequence,
+                      {context.data(), degree.data(), tau.data(), params.work}))
+      return false;
+    for_each_token_of(rows, [&](int64_t i) {
+      write_row(params, b, sequence.visibility, i, tau[i], &context[i * value_dim], 1.0, degree[i],
+                value_dim);
+    });
+    return true;
+  }
   if (!sweep_forward(loops<T>(), sequence,
                      {context.data(), strength.data(), degree.data(), params.work}))
     return false;
@@ -205,9 +222,13 @@ bool swept_backward(const InteractBackwardParams<T>& params, const Staging<T>& s
   std::vector<double> query(need_rows ? 2 * p.rows : 0, 0.0), key(need_keys ? 2 * p.keys : 0, 0.0);
   std::vector<double> values(need_keys && p.values ? p.keys * value_dim : 0, 0.0);
   std::vector<double> limit(params.grad_threshold ? p.rows : 0, 0.0);
-  if (!sweep_backward(loops<T>(), staging.sequence(b),
-                      {need_rows ? query.data() : nullptr, need_keys ? key.data() : nullptr,
-                       values.data(), limit.empty() ? nullptr : limit.data()}))
+  double *const to_query = need_rows ? query.data() : nullptr, *const to_key =
+                                                                   need_keys ? key.data() : nullptr;
+  const Sequence<T> sequence = staging.sequence(b);
+  if (has_mass(p.score) ? !tree_backward(loops<T>(), sequence, {to_query, to_key, values.data()})
+                        : !sweep_backward(loops<T>(), sequence,
+                                          {to_query, to_key, values.data(),
+                                           limit.empty() ? nullptr : limit.data()}))
     return false;
   if (need_rows)
     for_each_token_of(p.rows, [&](int64_t i) {

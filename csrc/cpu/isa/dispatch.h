@@ -5,6 +5,7 @@
 #include "projection.h"
 #include "statistics.h"
 #include "sweep.h"
+#include "tree.h"
 
 namespace qflux::cpu {
 
@@ -13,6 +14,7 @@ struct Loops {
   DenseLoops<T> dense;
   StatisticsLoops<T> statistics;
   SweepLoops<T> sweep;
+  TreeLoops<T> tree;
   ProjectionLoops<T> projection;
 };
 

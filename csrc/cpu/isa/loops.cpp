@@ -9,13 +9,14 @@
 #include "projection-inl.h"
 #include "statistics-inl.h"
 #include "sweep-inl.h"
+#include "tree-inl.h"
 
 namespace qflux::cpu {
 namespace {
 
 template <class T>
 constexpr Loops<T> kLoops = {dense::kLoops<T>, statistics::kLoops<T>, sweep::kLoops<T>,
-                             projection::kLoops<T>};
+                             tree::kLoops<T>, projection::kLoops<T>};
 
 }  // namespace
 

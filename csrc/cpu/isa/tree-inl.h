@@ -1,0 +1,400 @@
+// The hot loops of a tree. A group of rows walks it together, a row in each lane: a node that a row
+// keeps whole goes into its sums, and leaves that its boundary crosses are listed and met pair by
+// pair, a key in each lane.
+#pragma once
+
+#include "tree-build-inl.h"
+#include "tree-pairs-inl.h"
+
+namespace qflux::cpu {
+namespace {
+namespace tree {
+
+// Leaves or nodes that a row lists before it meets them; also how many sums of a leaf are added up
+// in T.
+constexpr int kListed = 64;
+
+// A group of rows in lanes; those without a row keep nothing.
+template <class T>
+struct Lanes {
+  using V = Vector<T>;
+  static constexpr int kVectors = kGroup / V::kWidth;
+
+  V x[kVectors], y[kVectors], tau[kVectors];
+  uint32_t all;
+
+  explicit Lanes(const TreeRows<T>& rows) : all((1u << rows.count) - 1u) {
+    T numbers[3][kGroup];
+    for (int l = 0; l < kGroup; ++l)
+      for (int n = 0; n < 3; ++n)
+        numbers[n][l] = l < rows.count ? rows.at(l)[n] : n == 2 ? T(INFINITY) : T(0);
+    for (int r = 0; r < kVectors; ++r) {
+      x[r] = load(numbers[0] + r * V::kWidth);
+      y[r] = load(numbers[1] + r * V::kWidth);
+      tau[r] = load(numbers[2] + r * V::kWidth);
+    }
+  }
+};
+
+// Takes every node under roots first .. last - 1 to inside(node, rows, high) for the rows that keep
+// all of it but not all of its parent, with the upper ends of their reach, or if it is a leaf to
+// crossed(leaf, rows) for the rows whose boundary crosses it.
+template <class T, class Inside, class Crossed>
+QFLUX_INLINE void walk(const TreeView<T>& tree, const Lanes<T>& lanes, int height, int32_t first,
+                       int32_t last, const Inside& inside, const Crossed& crossed) {
+  using V = Vector<T>;
+  struct Entry {
+    int32_t node;
+    int16_t height;
+    uint16_t rows;
+  };
+  Entry stack[kHeights * kFan];
+  V high[Lanes<T>::kVectors];
+  for (int32_t root = first; root < last; ++root) {
+    int size = 0;
+    stack[size++] = {root, static_cast<int16_t>(height), static_cast<uint16_t>(lanes.all)};
+    while (size > 0) {
+      const Entry at = stack[--size];
+      const Box<T>& box = tree.boxes[at.node];
+      const Box<V> wide{V(box.x), V(box.y), V(box.ax), V(box.ay), V(box.bx), V(box.by)};
+      uint32_t above = 0, below = 0;
+      for (int r = 0; r < Lanes<T>::kVectors; ++r) {
+        const Reach<V> span = reach(wide, lanes.x[r], lanes.y[r]);
+        high[r] = span.high;
+        above |= lane_bits(less(lanes.tau[r], span.low)) << (r * V::kWidth);
+        below |= lane_bits(less(span.high, lanes.tau[r])) << (r * V::kWidth);
+      }
+      const uint32_t whole = above & at.rows, rest = at.rows & ~(above | below);
+      if (whole) inside(at.node, whole, high);
+      if (!rest) continue;
+      if (at.height == 0) {
+        crossed(at.node, rest);
+        continue;
+      }
+      const int32_t begin = tree.child(at.height, at.node), end = tree.first[at.height];
+      for (int32_t child = begin + kFan < end ? begin + kFan : end; child-- > begin;)
+        stack[size++] = {child, static_cast<int16_t>(at.height - 1), static_cast<uint16_t>(rest)};
+    }
+  }
+}
+
+template <class T, class Inside, class Crossed>
+QFLUX_INLINE void walk(const TreeView<T>& tree, const Lanes<T>& lanes, const Inside& inside,
+                       const Crossed& crossed) {
+  walk(tree, lanes, tree.height, tree.first[tree.height], tree.first[tree.height + 1], inside,
+       crossed);
+}
+
+template <class Body>
+QFLUX_INLINE void each_row_of(uint32_t rows, const Body& body) {
+  for (; rows; rows &= rows - 1) body(__builtin_ctz(rows));
+}
+
+// Places that each row of a group has met, handed over when there are many of them.
+struct Lists {
+  int32_t place[kGroup][kListed];
+  int32_t size[kGroup] = {};
+
+  template <class Flush>
+  QFLUX_INLINE void push(uint32_t rows, int32_t at, const Flush& flush) {
+    each_row_of(rows, [&](int l) QFLUX_INLINE_LAMBDA {
+      place[l][size[l]++] = at;
+      if (size[l] == kListed) clear(l, flush);
+    });
+  }
+  template <class Flush>
+  QFLUX_INLINE void clear(int l, const Flush& flush) {
+    if (size[l]) flush(l, place[l], size[l]);
+    size[l] = 0;
+  }
+};
+
+template <class T>
+void mass(const TreeView<T>& tree, const TreeRows<T>& rows, Mass<T>* sums, int64_t* pairs) {
+  using V = Vector<T>;
+  using D = Vector<double>;
+  constexpr int kDoubles = kGroup / D::kWidth;
+  const Lanes<T> lanes(rows);
+  D inner[kColumnMoments][kDoubles];
+  V top[Lanes<T>::kVectors];
+  for (auto& column : inner)
+    for (D& part : column) part = D(0.0);
+  for (V& part : top) part = V(T(-INFINITY));
+  Lists lists;
+  const auto flush = [&](int l, const int32_t* leaves, int64_t count) {
+    mass_of(tree.keys, {leaves, count, kLeaf}, rows.at(l), &sums[l]);
+    *pairs += count * kLeaf;
+  };
+  walk(
+      tree, lanes,
+      [&](int32_t node, uint32_t whole, const V* high) QFLUX_INLINE_LAMBDA {
+        const double* mass = tree.masses + 4 * node;
+        for (int r = 0; r < kDoubles; ++r) {
+          const Mask<double> mask = mask_of<double>(whole >> (r * D::kWidth));
+          for (int m = 0; m < kColumnMoments; ++m)
+            inner[m][r] = add_where(mask, D(mass[m]), inner[m][r]);
+        }
+        for (int r = 0; r < Lanes<T>::kVectors; ++r)
+          top[r] = select(mask_of<T>(whole >> (r * V::kWidth)), larger(high[r], top[r]), top[r]);
+      },
+      [&](int32_t leaf, uint32_t crossing)
+          QFLUX_INLINE_LAMBDA { lists.push(crossing, leaf, flush); });
+  double moments[kColumnMoments][kGroup];
+  T tops[kGroup];
+  for (int m = 0; m < kColumnMoments; ++m)
+    for (int r = 0; r < kDoubles; ++r) store(moments[m] + r * D::kWidth, inner[m][r]);
+  for (int r = 0; r < Lanes<T>::kVectors; ++r) store(tops + r * V::kWidth, top[r]);
+  for (int l = 0; l < rows.count; ++l) {
+    lists.clear(l, flush);
+    const T* q = rows.at(l);
+    const double own[kColumnMoments] = {moments[0][l], moments[1][l], moments[2][l]};
+    sums[l].excess += weighed(own, q[0], q[1], double(q[2]) + q[3]);
+    sums[l].count += own[0];
+    sums[l].top = tops[l] > sums[l].top ? tops[l] : sums[l].top;
+  }
+}
+
+// Adds the moments of nodes.
+template <class T>
+void add_moments(const TreeView<T>& tree, const int32_t* nodes, int64_t count, double* sums) {
+  using D = Vector<double>;
+  for (int64_t m = 0; m < tree.width; m += D::kWidth) {
+    D sum = load(sums + m);
+    for (int64_t n = 0; n < count; ++n) sum = sum + load(tree.moments + nodes[n] * tree.width + m);
+    store(sums + m, sum);
+  }
+}
+
+// A walk that adds up, for each row, the moments of what it keeps whole: moments [kGroup][width].
+template <class T, class Flush>
+QFLUX_INLINE void walk_for_moments(const TreeView<T>& tree, const TreeRows<T>& rows,
+                                   double* moments, const Flush& flush) {
+  const Lanes<T> lanes(rows);
+  Lists leaves, nodes;
+  const auto flush_nodes = [&](int l, const int32_t* list, int64_t count) {
+    add_moments(tree, list, count, moments + l * tree.width);
+  };
+  walk(
+      tree, lanes,
+      [&](int32_t node, uint32_t whole, const Vector<T>*)
+          QFLUX_INLINE_LAMBDA { nodes.push(whole, node, flush_nodes); },
+      [&](int32_t leaf, uint32_t crossing)
+          QFLUX_INLINE_LAMBDA { leaves.push(crossing, leaf, flush); });
+  for (int l = 0; l < rows.count; ++l) {
+    nodes.clear(l, flush_nodes);
+    leaves.clear(l, flush);
+  }
+}
+
+// Numbers on the stack where they are few.
+class Room {
+ public:
+  explicit Room(int64_t count)
+      : many_(count > kFew ? count : 0), numbers_(count > kFew ? many_.get() : few_) {
+    if (count <= kFew)
+      for (int64_t n = 0; n < count; ++n) few_[n] = 0;
+  }
+  double* get() const { return numbers_; }
+
+ private:
+  static constexpr int64_t kFew = kGroup * 16;
+  double few_[kFew];
+  const Array<double> many_;
+  double* const numbers_;
+};
+
+template <class T>
+void context(const TreeView<T>& tree, const TreeRows<T>& rows, Mass<T>* sums, double* contexts,
+             int64_t* pairs) {
+  const int64_t value_dim = tree.keys.value_dim;
+  const Room moments(kGroup * tree.width);
+  walk_for_moments(tree, rows, moments.get(), [&](int l, const int32_t* leaves, int64_t count) {
+    context_of(tree.keys, {leaves, count, kLeaf}, rows.at(l), &sums[l], contexts + l * value_dim);
+    *pairs += count * kLeaf;
+  });
+  for (int l = 0; l < rows.count; ++l) {
+    const double* column = moments.get() + l * tree.width;
+    const T* q = rows.at(l);
+    const double x = q[0], y = q[1], tau = double(q[2]) + q[3];
+    for (int64_t c = 0; c < value_dim; ++c, column += kColumnMoments)
+      contexts[l * value_dim + c] += weighed(column, x, y, tau);
+    sums[l].excess += weighed(column, x, y, tau);
+    sums[l].count += column[0];
+  }
+}
+
+template <class T>
+void row_gradient(const TreeView<T>& tree, const TreeRows<T>& rows, KeptSums* sums) {
+  const int64_t value_dim = tree.keys.value_dim;
+  const Room moments(kGroup * tree.width);
+  walk_for_moments(tree, rows, moments.get(), [&](int l, const int32_t* leaves, int64_t count) {
+    kept_sums_of(tree.keys, {leaves, count, kLeaf}, rows.at(l), &sums[l]);
+  });
+  for (int l = 0; l < rows.count; ++l) {
+    const double* column = moments.get() + l * tree.width;
+    const T* grad = rows.at(l) + kRowNumbers;
+    KeptSums& sum = sums[l];
+    for (int64_t c = 0; c < value_dim; ++c, column += kColumnMoments) {
+      sum.u += grad[c] * column[0];
+      sum.ux += grad[c] * column[1];
+      sum.uy += grad[c] * column[2];
+    }
+    sum.count += column[0];
+    sum.x += column[1];
+    sum.y += column[2];
+  }
+}
+
+// What rows add to the sums of a node that they keep whole.
+template <class T>
+void row_moments(const T* record, int64_t value_dim, double* to) {
+  const double x = record[0], y = record[1], tau = record[2];
+  for (int64_t c = 0; c <= value_dim; ++c, to += kColumnMoments) {
+    const double grad = c < value_dim ? record[kRowNumbers + c] : record[3];
+    to[0] = -tau * grad;
+    to[1] = x * grad;
+    to[2] = y * grad;
+  }
+}
+
+template <class T>
+void key_gradient(const TreeView<T>& tree, const TreeRows<T>& rows, int height, int32_t first,
+                  int32_t last, const TreeGradients& out) {
+  using V = Vector<T>;
+  using D = Vector<double>;
+  const int64_t value_dim = tree.keys.value_dim, width = tree.width, stride = tree.keys.stride;
+  const Lanes<T> lanes(rows);
+  // Of each row, and behind them of all; made when a node wants them.
+  const Room moments((kGroup + 1) * width);
+  double* const common = moments.get() + kGroup * width;
+  bool made = false;
+  const auto make_moments = [&] {
+    made = true;
+    for (int l = 0; l < rows.count; ++l) {
+      double* own = moments.get() + l * width;
+      row_moments(rows.at(l), value_dim, own);
+      for (int64_t m = 0; m < width; ++m) common[m] += own[m];
+    }
+  };
+  visit_columns(value_dim, [&](auto columns) QFLUX_INLINE_LAMBDA {
+    walk(
+        tree, lanes, height, first, last,
+        [&](int32_t node, uint32_t whole, const V*) QFLUX_INLINE_LAMBDA {
+          if (!made) make_moments();
+          double* to = out.nodes + node * width;
+          for (int64_t m = 0; m < width; m += D::kWidth) {
+            D sum = load(to + m);
+            if (whole == lanes.all)
+              sum = sum + load(common + m);
+            else
+              each_row_of(whole, [&](int l) QFLUX_INLINE_LAMBDA {
+                sum = sum + load(moments.get() + l * width + m);
+              });
+            store(to + m, sum);
+          }
+        },
+        [&](int32_t leaf, uint32_t crossing) QFLUX_INLINE_LAMBDA {
+          int32_t list[kGroup];
+          int64_t count = 0;
+          each_row_of(crossing, [&](int l) QFLUX_INLINE_LAMBDA { list[count++] = l; });
+          for (int64_t k = leaf * kLeaf; k < (leaf + 1) * kLeaf; k += V::kWidth)
+            meet_rows<decltype(columns)::kValue, false>(tree.keys, k, rows, list, count, 0,
+                                                        [&](int64_t c, V sum) QFLUX_INLINE_LAMBDA {
+                                                          T lane[V::kWidth];
+                                                          store(lane, sum);
+                                                          double* to = out.pairs + c * stride + k;
+                                                          for (int l = 0; l < V::kWidth; ++l)
+                                                            to[l] += lane[l];
+                                                        });
+        });
+  });
+}
+
+template <class T>
+void hand_down(const TreeView<T>& tree, const TreeGradients& sums, int height, int32_t first,
+               int32_t last, const int32_t* order, int64_t count, double* point, double* values) {
+  const int64_t value_dim = tree.keys.value_dim, width = tree.width, stride = tree.keys.stride;
+  for (; height > 0; --height) {
+    for (int32_t node = first; node < last; ++node) {
+      const int32_t begin = tree.child(height, node), end = tree.first[height];
+      for (int32_t child = begin; child < begin + kFan && child < end; ++child)
+        for (int64_t m = 0; m < width; ++m)
+          sums.nodes[child * width + m] += sums.nodes[node * width + m];
+    }
+    const int32_t begin = tree.child(height, first), end = tree.child(height, last);
+    first = begin;
+    last = end < tree.first[height] ? end : tree.first[height];
+  }
+  for (int64_t n = first * kLeaf; n < lesser(last * kLeaf, count); ++n) {
+    const double* column = sums.nodes + n / kLeaf * width;
+    const double kx = tree.keys.x[n], ky = tree.keys.y[n];
+    double x = sums.pairs[n], y = sums.pairs[stride + n];
+    const int64_t key = order[n];
+    for (int64_t c = 0; c < value_dim; ++c, column += kColumnMoments) {
+      const double v = tree.keys.values[c * stride + n];
+      x += v * column[1];
+      y += v * column[2];
+      values[key * value_dim + c] +=
+          sums.pairs[(2 + c) * stride + n] + column[0] + kx * column[1] + ky * column[2];
+    }
+    point[2 * key] += x + column[1];
+    point[2 * key + 1] += y + column[2];
+  }
+}
+
+template <class T>
+void run_mass(const KeyPlanes<T>& keys, int64_t count, const T* record, Mass<T>* out) {
+  mass_of(keys, {nullptr, 1, count}, record, out);
+}
+template <class T>
+void run_context(const KeyPlanes<T>& keys, int64_t count, const T* record, Mass<T>* out,
+                 double* context) {
+  context_of(keys, {nullptr, 1, count}, record, out, context);
+}
+template <class T>
+void run_row_gradient(const KeyPlanes<T>& keys, int64_t count, const T* record, KeptSums* out) {
+  kept_sums_of(keys, {nullptr, 1, count}, record, out);
+}
+
+template <class T>
+void run_key_gradient(const KeyPlanes<T>& keys, int64_t count, const TreeRows<T>& rows,
+                      int64_t visible, double* point, double* values) {
+  using V = Vector<T>;
+  const int64_t value_dim = keys.value_dim;
+  visit_columns(value_dim, [&](auto columns) QFLUX_INLINE_LAMBDA {
+    for (int64_t k = 0; k < count; k += V::kWidth) {
+      const int64_t valid = lesser(V::kWidth, count - k);
+      const auto add = [&](int64_t c, V sum) QFLUX_INLINE_LAMBDA {
+        T lane[V::kWidth];
+        store(lane, sum);
+        for (int64_t l = 0; l < valid; ++l)
+          (c < 2 ? point[2 * (k + l) + c] : values[(k + l) * value_dim + c - 2]) += lane[l];
+      };
+      // Row n sees keys up to visible + n - 1: the first rows see some of this vector's, the others
+      // all.
+      const int64_t from = greater(0, k + 1 - visible);
+      const int64_t full = lesser(greater(from, k + V::kWidth - visible), rows.count);
+      for (int64_t n = from; n < rows.count;) {
+        const bool edge = n < full;
+        const int64_t end = lesser(n + kRowsAtOnce, edge ? full : rows.count);
+        const TreeRows<T> part{rows.at(n), rows.stride, end - n};
+        if (edge)
+          meet_rows<decltype(columns)::kValue, true>(keys, k, part, nullptr, end - n,
+                                                     visible + n - k, add);
+        else
+          meet_rows<decltype(columns)::kValue, false>(keys, k, part, nullptr, end - n, 0, add);
+        n = end;
+      }
+    }
+  });
+}
+
+template <class T>
+constexpr TreeLoops<T> kLoops = {build_leaves<T>,     build_nodes<T>,     mass<T>,
+                                 context<T>,          row_gradient<T>,    key_gradient<T>,
+                                 hand_down<T>,        run_mass<T>,        run_context<T>,
+                                 run_row_gradient<T>, run_key_gradient<T>};
+
+}  // namespace tree
+}  // namespace
+}  // namespace qflux::cpu
