@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import math
-import shlex
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -45,7 +44,13 @@ from .metrics import METRICS_FILE, Interval, append_line, drop_lines_after, peak
 from .optimizer import make_optimizer
 from .options import DEFAULT_EPOCHS, TrainingOptions
 from .ranks import Group, Ranks, check_windows, joined, own_device
-from .record import changed_options, check_same_text, make_record, read_record
+from .record import (
+    changed_options,
+    check_same_text,
+    make_record,
+    read_record,
+    resume_command,
+)
 from .replica import Replica
 from .schedules import radius_factor, radius_rate, radius_rules, shorten, window_length
 from .sharded import parameter_order, restore, tensors_of
@@ -672,12 +677,6 @@ class _Run:
             "dry run: nothing was written",
         ]
         return "\n".join(rows)
-
-
-def resume_command(folder: Path, processes: int = 1, division: str = "") -> str:
-    """What to type to go on with the run in `folder`, in so many processes."""
-    start = "" if processes == 1 else f"torchrun --nproc-per-node {processes} -m "
-    return f"{start}qflux train --output-dir {shlex.quote(str(folder))} --resume{division}"
 
 
 def parameters(model: torch.nn.Module) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import shlex
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -158,3 +159,9 @@ def _differences(stored: Mapping[str, Any], now: Mapping[str, Any]) -> Iterable[
                 yield f"the {words} work {name!r} had {sizes[0]:,} characters and has {sizes[1]:,}"
             elif before[name]["sha256"] != after[name]["sha256"]:
                 yield f"the {words} work {name!r} has the same size and other characters"
+
+
+def resume_command(folder: Path, processes: int = 1, division: str = "") -> str:
+    """What to type to go on with the run in `folder`, in so many processes."""
+    start = "" if processes == 1 else f"torchrun --nproc-per-node {processes} -m "
+    return f"{start}qflux train --output-dir {shlex.quote(str(folder))} --resume{division}"
