@@ -215,16 +215,20 @@ def note(text: str) -> None:
 
 @contextmanager
 def _noted_warnings() -> Iterator[None]:
-    """Meanwhile what generation warns of is a line like the others."""
+    """Meanwhile what generation warns of is a line like the others, once."""
+    told = set()
     with warnings.catch_warnings():
         show = warnings.showwarning
 
         def tell(message: Any, category: type[Warning], *others: Any) -> None:
             if issubclass(category, BeyondContextWarning):
-                note(str(message))
+                if str(message) not in told:
+                    note(str(message))
+                told.add(str(message))
             else:
                 show(message, category, *others)
 
+        warnings.simplefilter("always", BeyondContextWarning)
         warnings.showwarning = tell
         yield
 

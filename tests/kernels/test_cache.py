@@ -333,3 +333,14 @@ def test_a_bad_step_leaves_an_evolution_as_it_was():
     found = cache.advance(states[:, 5:], 0.1)
     full = evolve(states, 0.1, steps=2)
     torch.testing.assert_close(found.states, full.states[:, 5:], rtol=1e-10, atol=1e-10)
+
+
+def test_a_step_that_fails_half_way_leaves_an_evolution_as_it_was(monkeypatch):
+    cache = EvolutionCache(batch_shape=(2,), dtype=torch.float64, steps=2)
+    states = points(2, 9, 2)
+    cache.advance(states[:, :5], 0.1)
+    with monkeypatch.context() as patch:
+        patch.setattr(cache.caches[3], "append", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            cache.advance(states[:, 5:], 0.1)
+    assert all(len(part) == 5 for part in cache.caches)
