@@ -124,7 +124,7 @@ class InteractionCache:
             keys: `(*batch_shape, n, 2)`.
             values: `(*batch_shape, n, D)`; None for a cache without values.
         """
-        given = [("keys", keys)]
+        given: list[tuple[str, Any]] = [("keys", keys)]
         if len(self._buffers) == 2:
             given.append(("values", values))
         elif values is not None:

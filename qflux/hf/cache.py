@@ -18,6 +18,7 @@ OLD_NAME = "past_key_values"
 CACHE_NAME = next(
     field.name for field in fields(CausalLMOutputWithPast) if field.name in ("cache", OLD_NAME)
 )
+FILLED_BY_MODEL = "a Quantum Flux model fills its cache itself"
 
 
 class WholePast(CacheLayerMixin):
@@ -66,10 +67,16 @@ class WholePast(CacheLayerMixin):
 
     # Layers of other models are filled by these; this one by the model.
 
-    def lazy_initialization(self, *_: Any) -> None:
-        raise NotImplementedError("a Quantum Flux model fills its cache itself")
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        raise NotImplementedError(FILLED_BY_MODEL)
 
-    update = get_mask_sizes = lazy_initialization
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        raise NotImplementedError(FILLED_BY_MODEL)
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        raise NotImplementedError(FILLED_BY_MODEL)
 
 
 class QFluxCache(Cache):

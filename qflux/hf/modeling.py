@@ -302,7 +302,8 @@ class QFluxForCausalLM(transformers.PreTrainedModel, transformers.GenerationMixi
     ) -> Any:
         """Put a cache of this model's own among the arguments where transformers would its."""
         if model_kwargs.get(CACHE_NAME) is not None:
-            return super()._prepare_cache_for_generation(generation_config, model_kwargs, *others)
+            base: Any = super()
+            return base._prepare_cache_for_generation(generation_config, model_kwargs, *others)
         if generation_config.use_cache is not False and self.model.cacheable:
             if generation_config.cache_implementation is not None:
                 raise ValueError(

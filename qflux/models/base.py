@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -95,7 +95,8 @@ class CausalLM(nn.Module, ABC):
             "capacity": capacity,
             "padding": padding,
         }
-        layers = [layer.new_cache(**options) for layer in self.layers]
+        modules: Any = self.layers
+        layers = [layer.new_cache(**options) for layer in modules]
         return ModelCache(layers, batch, padding, self.receptive_field(), weight.device)
 
     @torch.no_grad()

@@ -348,7 +348,8 @@ class PublishedLM(CausalLM):
     @property
     def cacheable(self) -> bool:
         """Not with statistics over the whole row, nor with a connection memory."""
-        return not (self.config.memory or any(layer.score.whole_window for layer in self.layers))
+        layers: Any = self.layers
+        return not (self.config.memory or any(layer.score.whole_window for layer in layers))
 
     def new_cache(
         self, batch: int, *, capacity: int | None = None, padding: Tensor | None = None

@@ -217,7 +217,8 @@ def _backward(
 
     batch, rows, _ = states.shape
     points = states if keys is None else keys
-    grad_states, grad_coefficient = states.new_zeros(states.shape), states.new_zeros(batch)
+    grad_states: Any = states.new_zeros(states.shape)
+    grad_coefficient = states.new_zeros(batch)
     grad_threshold = threshold.new_zeros(batch, rows) if pairs.score.limit_vjp else None
     grad_points = points.new_zeros(points.shape)
     grad_values = None if values is None else values.new_zeros(values.shape)
