@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import os
 import resource
 import socket
 import statistics
@@ -84,8 +83,7 @@ def resident() -> float:
 def work(rank: int, ranks: int, port: int, tokens: int, steps: int, out) -> None:
     """Some steps of one process."""
     torch.set_num_threads(1)
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    dist.init_process_group("gloo", rank=rank, world_size=ranks)
+    dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=ranks)
     mesh = dist.init_device_mesh("cpu", (ranks,))
     torch.manual_seed(0)
     model = make_model(network_config(tokens))

@@ -29,6 +29,7 @@ from transformer import Transformer, TransformerConfig
 
 from qflux import QuantumFluxConfig, QuantumFluxLM
 from qflux.models.base import CausalLM
+from qflux.models.cache import LayerCache
 from qflux.models.layers import GeometricAttention
 from qflux.models.presets import PRESETS, make_config, make_model
 from qflux.text.windows import IGNORED_LABEL
@@ -115,8 +116,10 @@ class SoftmaxAttention(GeometricAttention):
     """The value path with softmax over the very same states, all pairs of them."""
 
     def gather(
-        self, queries: Tensor, keys: Tensor, values: Tensor
+        self, queries: Tensor, keys: Tensor, values: Tensor, cache: LayerCache | None = None
     ) -> tuple[Tensor, dict[str, Any]]:
+        if cache is not None:
+            raise ValueError("cache must be None: softmax over all pairs has none")
         scores = self.score().scale[:, None, None] * (queries @ keys.mT)
         future = torch.ones_like(scores[0, 0], dtype=torch.bool).triu(1)
         weights = scores.masked_fill(future, -math.inf).softmax(-1)

@@ -24,12 +24,14 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
 
-# A shell that runs tests in the background has them ignore Ctrl-C, which some of them send.
-if (
-    threading.current_thread() is threading.main_thread()
-    and signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+# A shell that runs tests in the background has them ignore what some of them send.
+for number, handler in (
+    (signal.SIGINT, signal.default_int_handler),
+    (signal.SIGHUP, signal.SIG_DFL),
 ):
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    in_main = threading.current_thread() is threading.main_thread()
+    if in_main and signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, handler)
 
 DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._dynamo.exc import TorchDynamoException
 
 from ..inference.generate import evaluating
 from ..models.base import CausalLM
@@ -37,6 +36,7 @@ from .checkpoint import (
     write_atomically,
 )
 from .display import Display
+from .errors import plain_errors
 from .evaluation import evaluate
 from .figures import check_figures, cylinder_figures
 from .folder import check_vacant, clear, forget_trackers, sole_writer
@@ -125,7 +125,7 @@ def train(
         raise FileNotFoundError(f"nothing to resume: there is no folder {str(folder)!r}")
     with ExitStack() as stack:
         ranks = stack.enter_context(joined(options, device))
-        stack.enter_context(_plain_errors(options))
+        stack.enter_context(plain_errors(options))
         with ranks.together():
             if ranks.first:
                 if not options.dry_run:
@@ -682,25 +682,3 @@ class _Run:
 def parameters(model: torch.nn.Module) -> int:
     """How many numbers a model learns."""
     return sum(parameter.numel() for parameter in model.parameters())
-
-
-@contextmanager
-def _plain_errors(options: TrainingOptions) -> Iterator[None]:
-    """Errors for want of memory or of a compiler say what helps."""
-    try:
-        yield
-    except TorchDynamoException as error:
-        raise ValueError(
-            f"torch.compile does not work here ({first_line(error)}): leave out compile"
-        ) from error
-    except (MemoryError, RuntimeError) as error:
-        message = first_line(error)
-        texts = ("out of memory", "can't allocate memory", "not enough memory")
-        known = isinstance(error, MemoryError | torch.OutOfMemoryError)
-        if not known and not any(text in message.lower() for text in texts):
-            raise
-        raise MemoryError(
-            f"{options.device} has not enough memory ({message}): lower "
-            f"batch_size ({options.batch_size}) or the context_length, raise accumulation "
-            f"({options.accumulation}), or give gradient_checkpointing"
-        ) from error

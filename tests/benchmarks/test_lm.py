@@ -125,7 +125,7 @@ def test_kept_share_counts_pairs():
     inputs = []
     model.layers[0].attention.register_forward_hook(lambda *call: inputs.append(call[1]))
     share = lm.kept_share(model, works, 16)
-    [(hidden, _, angle, _)] = inputs
+    [(hidden, _, angle, *_)] = inputs
     attention = model.layers[0].attention
     queries, keys = attention.inputs(attention.conv(hidden))[0, :, :8].chunk(2, -1)
     queries, keys = (

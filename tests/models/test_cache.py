@@ -17,7 +17,7 @@ CONFIGS = {
     "lm, gate, no convolution": QuantumFluxConfig(**LM, score="inverse_gate", conv_width=0),
     "lm, states alone": QuantumFluxConfig(**LM, value_dim=0),
     "lm, hard, no mlp, width 1": QuantumFluxConfig(
-        **LM, shrinkage="hard", mlp_ratio=0, conv_width=1
+        **LM, score="threshold", shrinkage="hard", mlp_ratio=0, conv_width=1
     ),
     "lm, no layers": QuantumFluxConfig(**LM | {"num_layers": 0}),
     "published": PublishedConfig(**PUBLISHED, statistics="prefix"),

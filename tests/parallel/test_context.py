@@ -178,8 +178,9 @@ def split_steps(mesh):
 
 
 MODELS = (
-    ("lm", {"num_layers": 2, "evolution": True, "shrinkage": "hard"}),
-    ("lm", {"num_layers": 1, "shrinkage": "soft"}),
+    ("lm", {"num_layers": 2, "evolution": True, "score": "threshold", "shrinkage": "hard"}),
+    ("lm", {"num_layers": 1, "score": "threshold", "shrinkage": "soft"}),
+    ("lm", {"num_layers": 2}),
     ("flux", {"num_layers": 2, "coherence_weight": 0.1, "timestep": "constant"}),
     ("qfnn", {"num_layers": 2, "radius_bounds": "context"}),
 )

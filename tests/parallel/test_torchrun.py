@@ -96,16 +96,20 @@ def test_a_killed_process_ends_all_and_a_resume_goes_on(tmp_path, expected, wher
 
 
 def test_elastic_restart_resumes_by_itself(tmp_path, expected):
-    """torchrun starts all processes anew, with the same line, which has no --resume."""
+    """torchrun starts all processes anew, with the same line, which has no --resume.
+
+    Once more if they miss each other when they come back.
+    """
     (tmp_path / "text.txt").write_text(TEXT)
     (tmp_path / "program.py").write_text(
         PROGRAM.replace('os.environ["WORLD_SIZE"]) - 1:', 'os.environ["WORLD_SIZE"]) - 1 and '
                         'os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":')
     )  # fmt: skip
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
-                "--max-restarts=1", "--monitor-interval=0.1"]  # fmt: skip
+                "--max-restarts=3", "--monitor-interval=0.1"]  # fmt: skip
     program = [*launcher, tmp_path / "program.py", "step", 6]
-    result = start(tmp_path, program, *NETWORK, *OPTIONS, "--context-parallel", "2", processes=1)
+    given = ["--context-parallel", "2", "--rank-timeout", "20"]
+    result = start(tmp_path, program, *NETWORK, *OPTIONS, *given, processes=1)
     assert result.returncode == 0, result.stderr
     assert losses(tmp_path) == pytest.approx(expected, rel=1e-6)
     assert result.stdout.count("validation loss, nats per token") == 1
