@@ -12,7 +12,7 @@ from qflux_kernels import InverseGate, Sparsemax, Threshold
 from qflux_kernels.options import Score
 
 # Signs that HTML, plotly and matplotlib read, and one without a glyph in matplotlib's font.
-TEXT = 'To be, or <b>not</b> to be: "that" & $x_1$ is\n中 the question.\n'
+TEXT = 'To be中 or <b>not</b> to be: "that" & $x_1$ is\n, the question.\n'
 
 SCORES = [
     Threshold(),

@@ -308,7 +308,16 @@ def joined(options: TrainingOptions, device: torch.device) -> Iterator[Ranks]:
         limit = timedelta(seconds=options.rank_timeout)
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         try:
-            dist.init_process_group(backend, timeout=limit)
+            store, rank, size = next(dist.rendezvous("env://", timeout=limit))
+            # Where torchrun starts processes again, the addresses of those before are still there.
+            again = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+            dist.init_process_group(
+                backend,
+                timeout=limit,
+                store=dist.PrefixStore(f"restart {again}", store),
+                rank=rank,
+                world_size=size,
+            )
         except (RuntimeError, OSError) as error:
             raise LostRankError(
                 f"not all of the {size} processes came within rank_timeout "

@@ -240,9 +240,9 @@ def test_a_second_build_compiles_only_what_changed(source_tree, tmp_path):
         wheel = ["bdist_wheel", "--dist-dir", str(tmp_path), "--bdist-dir", str(tmp_path / "2")]
         assert compiled(*wheel) == []
         later = time.time() + 10
-        os.utime(source_tree / "csrc" / "library.cpp", (later, later))
+        os.utime(source_tree / "csrc" / "cpu" / "device.cpp", (later, later))
         assert compiled("build_ext", "--build-temp", str(tmp_path / "3"), "--inplace") == [
-            "ops.cpp"
+            "device.cpp"
         ]
         assert sorted(compiled("build_ext", "--inplace", "--force")) == sorted(first)
     finally:
