@@ -14,7 +14,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import PrefixStore  # pyright: ignore[reportPrivateImportUsage]
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.rendezvous import rendezvous
 
 from ..models.config import ModelConfig
 from ..parallel import context_parallel, shard
@@ -308,13 +310,13 @@ def joined(options: TrainingOptions, device: torch.device) -> Iterator[Ranks]:
         limit = timedelta(seconds=options.rank_timeout)
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         try:
-            store, rank, size = next(dist.rendezvous("env://", timeout=limit))
+            store, rank, size = next(rendezvous("env://", timeout=limit))
             # Where torchrun starts processes again, the addresses of those before are still there.
             again = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
             dist.init_process_group(
                 backend,
                 timeout=limit,
-                store=dist.PrefixStore(f"restart {again}", store),
+                store=PrefixStore(f"restart {again}", store),
                 rank=rank,
                 world_size=size,
             )
