@@ -326,10 +326,9 @@ def test_plotly_draws_the_numbers():
 
 def test_drawing_has_no_side_effects():
     import matplotlib
-
-    before = dict(matplotlib.rcParams)
-    static.draw(SAMPLE)
-    assert dict(matplotlib.rcParams) == before
     from matplotlib import pyplot
 
-    assert pyplot.get_fignums() == []
+    before, open_figures = dict(matplotlib.rcParams), pyplot.get_fignums()
+    static.draw(SAMPLE)
+    assert dict(matplotlib.rcParams) == before
+    assert pyplot.get_fignums() == open_figures
