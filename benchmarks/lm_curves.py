@@ -13,6 +13,7 @@ import sys
 import textwrap
 from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
 Key = tuple[str, str]  # dataset and context
 Runs = dict[str, dict[str, list[tuple[float, float, float]]]]  # label, seed: step, seconds, loss
@@ -42,19 +43,31 @@ def mean_curve(
     return list(steps), list(seconds), list(losses)
 
 
+def svg_pyplot(script: str) -> Any:
+    """pyplot that writes the same SVG every time; ends the program where there is none."""
+    try:
+        import matplotlib
+    except ImportError:
+        sys.exit(f"{script} needs matplotlib: pip install 'qflux[bench]'")
+    matplotlib.use("svg")
+    matplotlib.rcParams["svg.hashsalt"] = "qflux"
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+def save_svg(figure: Any, path: Path) -> None:
+    """Write a figure, its folder too."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, metadata={"Date": None})
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("curves", type=Path, help="CSV of lm.py --curves")
     parser.add_argument("figure", type=Path, help="SVG to write")
     options = parser.parse_args()
-    try:
-        import matplotlib
-    except ImportError:
-        sys.exit("lm_curves.py needs matplotlib: pip install 'qflux[bench]'")
-    matplotlib.use("svg")
-    matplotlib.rcParams["svg.hashsalt"] = "qflux"
-    from matplotlib import pyplot
-
+    pyplot = svg_pyplot("lm_curves.py")
     curves = read_curves(options.curves)
     figure, panels = pyplot.subplots(
         len(curves), 2, figsize=(9, 3.2 * len(curves)), layout="constrained", squeeze=False
@@ -76,8 +89,7 @@ def main() -> None:
         for axes in (over_steps, over_seconds):
             axes.set_ylim(low - 0.05, low + 1.7)
             axes.grid(True, alpha=0.3)
-    options.figure.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(options.figure, metadata={"Date": None})
+    save_svg(figure, options.figure)
 
 
 if __name__ == "__main__":

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import argparse
 import csv
-import sys
 from collections import defaultdict
 from pathlib import Path
 
-from lm_curves import mean_curve
+from lm_curves import mean_curve, save_svg, svg_pyplot
 
 Key = tuple[str, int, int, int]  # task, length, pairs, width
 Runs = dict[
@@ -47,14 +46,7 @@ def main() -> None:
     parser.add_argument("curves", type=Path, help="CSV of recall.py --curves")
     parser.add_argument("figure", type=Path, help="SVG to write")
     options = parser.parse_args()
-    try:
-        import matplotlib
-    except ImportError:
-        sys.exit("recall_curves.py needs matplotlib: pip install 'qflux[bench]'")
-    matplotlib.use("svg")
-    matplotlib.rcParams["svg.hashsalt"] = "qflux"
-    from matplotlib import pyplot
-
+    pyplot = svg_pyplot("recall_curves.py")
     curves = read_curves(options.curves)
     figure, panels = pyplot.subplots(
         len(curves), 1, figsize=(8, 3.4 * len(curves)), layout="constrained", squeeze=False
@@ -73,8 +65,7 @@ def main() -> None:
         )
         axes.grid(True, alpha=0.3)
         axes.legend(fontsize="x-small", loc="center left", bbox_to_anchor=(1, 0.5))
-    options.figure.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(options.figure, metadata={"Date": None})
+    save_svg(figure, options.figure)
 
 
 if __name__ == "__main__":

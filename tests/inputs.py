@@ -46,8 +46,12 @@ def mean_of(score: Score) -> str:
     return "sum" if score.kind.mass else "mean"
 
 
-# Every score with the reductions it takes.
-REDUCED_SCORES = [(score, kind) for score in SCORES for kind in {"sum": 0, mean_of(score): 0}]
+def with_reductions(scores: list[Score]) -> list[tuple[Score, str]]:
+    """Every score with each reduction that it takes."""
+    return [(score, kind) for score in scores for kind in dict.fromkeys(("sum", mean_of(score)))]
+
+
+REDUCED_SCORES = with_reductions(SCORES)
 
 
 def score_on(device, score: Score) -> Score:

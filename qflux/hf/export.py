@@ -15,6 +15,7 @@ from transformers.utils import logging
 from ..models.base import CausalLM
 from ..text.files import check_path
 from ..train.checkpoint import load_model
+from ..train.folder import check_free
 from .modeling import QFluxConfig, QFluxForCausalLM
 from .tokenizer import make_tokenizer, unknown_cost
 
@@ -113,10 +114,4 @@ def _check_target(model_path: Path, target: Path, overwrite: bool) -> None:
             f"output_dir must not be the model's own folder {str(model_path)!r}: "
             "the export would destroy the model"
         )
-    if target.exists() and not target.is_dir():
-        raise FileExistsError(f"output_dir must be a folder, and {str(target)!r} is a file")
-    if target.is_dir() and not overwrite and any(target.iterdir()):
-        raise FileExistsError(
-            f"output_dir {str(target)!r} is not empty: name a new folder, or replace what has the "
-            "same names there with --overwrite"
-        )
+    check_free(target, overwrite)

@@ -18,6 +18,7 @@ import safetensors.torch
 from torch import Tensor
 
 from ..analysis.tables import Table
+from ..train.folder import check_free
 
 
 def csv_bytes(table: Table) -> bytes:
@@ -63,13 +64,7 @@ def check_target(target: Path, overwrite: bool, model_path: Path | None = None) 
         raise ValueError(
             f"output_dir must not be the model's own folder {str(model_path)!r}: name another one"
         )
-    if target.exists() and not target.is_dir():
-        raise FileExistsError(f"output_dir must be a folder, and {str(target)!r} is a file")
-    if target.is_dir() and not overwrite and any(target.iterdir()):
-        raise FileExistsError(
-            f"output_dir {str(target)!r} is not empty: name a new folder, or replace what has the "
-            "same names there with --overwrite"
-        )
+    check_free(target, overwrite)
 
 
 def write_folder(target: Path, files: Mapping[str, bytes]) -> None:

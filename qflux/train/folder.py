@@ -126,3 +126,18 @@ def forget_trackers(folder: Path) -> None:
     events = (folder / "tensorboard").glob("events.out.tfevents.*")
     for path in (folder / "wandb_id", *events):
         path.unlink(missing_ok=True)
+
+
+def check_free(target: Path, overwrite: bool) -> None:
+    """Raise unless results may be written to `target`.
+
+    Raises:
+        FileExistsError: it is a file, or a folder that is not empty without `overwrite`.
+    """
+    if target.exists() and not target.is_dir():
+        raise FileExistsError(f"output_dir must be a folder, and {str(target)!r} is a file")
+    if target.is_dir() and not overwrite and any(target.iterdir()):
+        raise FileExistsError(
+            f"output_dir {str(target)!r} is not empty: name a new folder, or replace what has the "
+            "same names there with --overwrite"
+        )

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from inputs import mean_of
+from inputs import mean_of, with_reductions
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from qflux_kernels import InverseGate, Radius, Sparsemax, Threshold, reference
@@ -112,7 +112,7 @@ SCORES = [
     Sparsemax(),
     Sparsemax(-0.05),
 ]
-REDUCED_SCORES = [(score, kind) for score in SCORES for kind in {"sum": 0, mean_of(score): 0}]
+REDUCED_SCORES = with_reductions(SCORES)
 
 
 @pytest.mark.parametrize("score, reduction", REDUCED_SCORES, ids=str)
