@@ -21,6 +21,13 @@ QFLUX_INLINE V mass_step(V tau, V mass, V count) {
   return tau + (mass - V(1)) / count;
 }
 
+// The step times `count` to where a mass that ends like the square of the distance to the largest
+// pair is `share`: longer than Newton's, and too long where it ends slower.
+template <class V>
+QFLUX_INLINE V mass_stride(V mass, V share) {
+  return V(2) * (mass - square_root(mass * share));
+}
+
 // Excess beneath which a step changes tau by no more than rounding does.
 template <class T>
 QFLUX_INLINE T mass_tolerance() {

@@ -2,7 +2,7 @@
 // traits. Everything else in csrc takes a score as a template parameter.
 //
 // All are functions of one inner product: with a query q made from the row's state,
-//   p_ij = q_i . k_j + bias,   w_ij = weight(p_ij) where kept, else 0.
+//   p_ij = q_i . k_j + bias_i,   w_ij = weight(p_ij) where kept, else 0.
 // `V` is float, double or a vector of either; a comparison with NaN never drops a pair.
 //
 // The traits of a score:
@@ -60,6 +60,7 @@ struct HardThreshold {
   static QFLUX_INLINE HardThreshold make(V limit, V /*eps*/, V /*min_gate*/) { return {limit}; }
 
   V limit;
+  QFLUX_INLINE V bias() const { return V(0.5f); }
   QFLUX_INLINE auto kept(V p) const { return not_less(p, limit); }
   QFLUX_INLINE V weight(V p) const { return p; }
   template <class M>
@@ -107,6 +108,7 @@ struct InverseGate {
   static QFLUX_INLINE InverseGate make(V /*limit*/, V eps, V min_gate) { return {eps, min_gate}; }
 
   V eps, min_gate;
+  QFLUX_INLINE V bias() const { return V(0); }
   QFLUX_INLINE V gate(V p) const { return V(1) / (eps + absolute(p)); }
   // The zero is NaN for an infinite p, so that what is not finite is never dropped.
   QFLUX_INLINE auto kept(V p) const {
@@ -122,11 +124,10 @@ struct InverseGate {
   QFLUX_INLINE V derivative(V p, V grad) const { return grad * (eps * gate(p) * gate(p)); }
 };
 
-// w = p - limit if p > limit else 0, with p = scale x_i . x_j and the limit of which the weights of
-// a row sum to one. The coefficient is the scale.
+// w = p if p > 0 else 0, with p = scale x_i . x_j - limit and the limit of which the weights of a
+// row sum to one. The coefficient is the scale.
 template <class V>
 struct Sparsemax {
-  static constexpr double kBias = 0.0;
   static constexpr bool kThresholded = true, kMass = true, kLimitVjp = false, kAffine = false;
   static constexpr bool kCoefficientInQuery = true;
 
@@ -146,8 +147,9 @@ struct Sparsemax {
   static QFLUX_INLINE Sparsemax make(V limit, V rest, V /*min_gate*/) { return {limit, rest}; }
 
   V limit, rest;
-  QFLUX_INLINE auto kept(V p) const { return not_less_equal(p, limit); }
-  QFLUX_INLINE V weight(V p) const { return (p - limit) - rest; }
+  QFLUX_INLINE V bias() const { return V(0) - limit; }
+  QFLUX_INLINE auto kept(V p) const { return not_less_equal(p, V(0)); }
+  QFLUX_INLINE V weight(V p) const { return p - rest; }
   template <class M>
   QFLUX_INLINE V weight(V p, M kept) const {
     return where(kept, weight(p));

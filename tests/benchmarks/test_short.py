@@ -1,7 +1,7 @@
 """short.py: the layer's call and the calls on a few tokens, timed once."""
 
 import torch
-from short import SIZES, cases, main
+from short import SCALES, SIZES, cases, main
 
 
 def test_a_row_for_every_case_and_mode(capsys):
@@ -26,3 +26,11 @@ def test_gradients_reach_what_a_call_was_given():
             assert len(outputs) == calls
             for grads in made.backward(outputs):
                 assert grads and all(bool(grad.any()) for grad in grads)
+
+
+def test_thresholds_by_mass_are_compared_with_soft_ones(capsys):
+    main(["--mass", "--rounds", "1", "--seconds", "0.001", "--largest", "64", "--threads", "1"])
+    lines = capsys.readouterr().out.splitlines()[1:]
+    assert lines[0].split() == ["layer,", "1", "x", "32", "x", "64", "forward", "backward"]
+    assert [line.split()[1] for line in lines[1:]] == [f"{scale:g}" for scale in SCALES]
+    assert all(float(number) > 0 for line in lines[1:] for number in line.split()[2:])

@@ -25,7 +25,7 @@ Pair2 pair(const Point<double>& p) { return {p.x, p.y}; }
 
 template <class Score>
 double score(const Pair2& query, const Pair2& key) {
-  return inner_product(query[0], query[1], key[0], key[1], Score::kBias);
+  return inner_product(query[0], query[1], key[0], key[1], Score::make(0, 0, 0).bias());
 }
 
 template <class Score>
@@ -141,10 +141,14 @@ PYBIND11_MODULE(math_module, m) {
   m.def("mass_scale_vjp", [](const Pair2& grad, const Pair2& state) {
     return Mass::coefficient_vjp(point(grad), point(state));
   });
-  m.def("mass_kept", [](double limit, double p) { return bool(Mass{limit, 0}.kept(p)); });
+  m.def("mass_kept", [](double limit, double p) {
+    const Mass pair{limit, 0};
+    return bool(pair.kept(p + pair.bias()));
+  });
   m.def("mass_weight", [](double limit, double rest, double p) {
     const Mass pair{limit, rest};
-    return pair.weight(p, pair.kept(p));
+    const double above = p + pair.bias();
+    return pair.weight(above, pair.kept(above));
   });
   m.def("solve_mass", solve_mass);
   m.def("mass_vjp", mass_vjp);

@@ -63,7 +63,7 @@ struct ColumnValues {
 template <class Score, class T>
 struct Queries {
   using V = Vector<T>;
-  V x[kVectors], y[kVectors];
+  V x[kVectors], y[kVectors], bias[kVectors];
   Score pair[kVectors];
 
   QFLUX_INLINE Queries(const Sequence<T>& s, const Group<T>& group) {
@@ -75,7 +75,12 @@ struct Queries {
       if constexpr (Score::kMass)
         if (s.limit_rest) rest = load(s.limit_rest + group.start(r));
       pair[r] = Score::make(load(s.limit + group.start(r)), rest, min_gate);
+      bias[r] = pair[r].bias();
     });
+  }
+  template <class Index>
+  QFLUX_INLINE V product(Index r, V kx, V ky) const {
+    return inner_product(x[r], y[r], kx, ky, bias[r]);
   }
 };
 
@@ -134,57 +139,73 @@ template <class Score, class Values, bool kDegree, class T>
 void forward_narrow(const Sequence<T>& s, int64_t first, int64_t last, const ForwardBlock<T>& out) {
   using V = Vector<T>;
   constexpr int kWidth = V::kWidth, kCount = Values::kCount;
-  const V bias(static_cast<T>(Score::kBias));
   const Values values(s);
-  mass::Thresholds<Score::kMass, T> thresholds(s, last, out);
+  constexpr bool kCounts = kDegree || Score::kMass;
+  using Thresholds = mass::Thresholds<Score::kMass, T>;
+  const typename Thresholds::Shared shared(s, last, out);
   for (int64_t row = first; row < last; row += Group<T>::kOwners) {
     Group<T> group = row_group(s, row, last);
-    thresholds.find(group);
-    const Queries<Score, T> query(s, group);
+    Thresholds thresholds(shared, group, true);
     Total<T> totals[kCount + 1][kVectors];  // of the context, of the strength
-    int32_t degrees[kVectors * kWidth] = {};
-    for (int64_t tile = 0; tile < group.highest(); tile += kTile) {
-      V context[kVectors][kCount], strength[kVectors];
-      typename V::Bits degree[kVectors];
-      each_vector([&](auto r) QFLUX_INLINE_LAMBDA {
-        each_column<kCount>([&](auto c) QFLUX_INLINE_LAMBDA { context[r][c] = V(T(0)); });
-        strength[r] = V(T(0));
-        degree[r] = typename V::Bits{};
-      });
-      const auto meet = [&](auto r, int64_t j, const Mask<T>* visible) QFLUX_INLINE_LAMBDA {
-        const V kx(s.key_x[j]), ky(s.key_y[j]);
-        const V p = inner_product(query.x[r], query.y[r], kx, ky, bias);
-        const Mask<T> kept = kept_and_visible(query.pair[r].kept(p), visible);
-        if constexpr (Values::template kLeavesOutDropped<Score>) {
-          const V w = query.pair[r].weight(p);
-          each_column<kCount>([&](auto c) QFLUX_INLINE_LAMBDA {
-            context[r][c] = add_kept(visible, kept, w, values.column(c, j, kx, ky), context[r][c]);
-          });
-          strength[r] = add_where(kept, w, strength[r]);
-        } else {
-          const V w = query.pair[r].weight(p, kept);
-          each_column<kCount>([&](auto c) QFLUX_INLINE_LAMBDA {
-            context[r][c] = add_visible(visible, w, values.column(c, j, kx, ky), context[r][c]);
-          });
-          strength[r] = add_visible(visible, w, V(T(1)), strength[r]);
-        }
-        if constexpr (kDegree) count(kept, degree[r]);
-      };
-      if (Score::kMass && group.list)
-        each_key<Values::kApart, Score::kMass>(group, tile, tile + kTile, meet);
-      else
-        each_key<Values::kApart>(group, tile, tile + kTile, meet);
-      V parts[kCount + 1][kVectors];
-      each_vector([&](auto r) QFLUX_INLINE_LAMBDA {
-        each_column<kCount>([&](auto c) QFLUX_INLINE_LAMBDA { parts[c][r] = context[r][c]; });
-        parts[kCount][r] = strength[r];
-        if constexpr (kDegree) add_counts<T>(degree[r], degrees + r * kWidth);
-      });
-      add_parts(totals, parts);
-    }
+    int32_t degrees[kVectors * kWidth];
+    do {
+      const Queries<Score, T> query(s, group);
+      for (auto& column : totals)
+        for (Total<T>& total : column) total = Total<T>{};
+      for (int32_t& degree : degrees) degree = 0;
+      for (int64_t tile = 0; tile < group.highest(); tile += kTile) {
+        V context[kVectors][kCount], strength[kVectors];
+        typename V::Bits degree[kVectors];
+        each_vector([&](auto r) QFLUX_INLINE_LAMBDA {
+          each_column<kCount>([&](auto c) QFLUX_INLINE_LAMBDA { context[r][c] = V(T(0)); });
+          strength[r] = V(T(0));
+          degree[r] = typename V::Bits{};
+        });
+        const auto meet = [&](auto r, int64_t j, const Mask<T>* visible) QFLUX_INLINE_LAMBDA {
+          const V kx(s.key_x[j]), ky(s.key_y[j]);
+          const V p = query.product(r, kx, ky);
+          const Mask<T> kept = kept_and_visible(query.pair[r].kept(p), visible);
+          if constexpr (Values::template kLeavesOutDropped<Score>) {
+            const V w = query.pair[r].weight(p);
+            each_column<kCount>([&](auto c) QFLUX_INLINE_LAMBDA {
+              context[r][c] =
+                  add_kept(visible, kept, w, values.column(c, j, kx, ky), context[r][c]);
+            });
+            if constexpr (Score::kMass)
+              strength[r] = add_where(kept, p, strength[r]);
+            else
+              strength[r] = add_where(kept, w, strength[r]);
+          } else {
+            const V w = query.pair[r].weight(p, kept);
+            each_column<kCount>([&](auto c) QFLUX_INLINE_LAMBDA {
+              context[r][c] = add_visible(visible, w, values.column(c, j, kx, ky), context[r][c]);
+            });
+            if constexpr (Score::kMass)
+              strength[r] = add_where(kept, p, strength[r]);
+            else
+              strength[r] = add_visible(visible, w, V(T(1)), strength[r]);
+          }
+          if constexpr (kCounts) count(kept, degree[r]);
+        };
+        if (Score::kMass && group.list)
+          each_key<Values::kApart, Score::kMass>(group, tile, tile + kTile, meet);
+        else
+          each_key<Values::kApart>(group, tile, tile + kTile, meet);
+        V parts[kCount + 1][kVectors];
+        each_vector([&](auto r) QFLUX_INLINE_LAMBDA {
+          each_column<kCount>([&](auto c) QFLUX_INLINE_LAMBDA { parts[c][r] = context[r][c]; });
+          parts[kCount][r] = strength[r];
+          if constexpr (kCounts) add_counts<T>(degree[r], degrees + r * kWidth);
+        });
+        add_parts(totals, parts);
+      }
+    } while (!thresholds.accept(totals[kCount], degrees));
     each_column<kCount>(
         [&](auto c) QFLUX_INLINE_LAMBDA { take(group, first, totals[c], c, kCount, out.context); });
     take(group, first, totals[kCount], 0, 1, out.strength);
+    if constexpr (Score::kMass)
+      for (int64_t i = group.first; i < group.last; ++i)
+        out.strength[i - first] -= static_cast<T>(degrees[i - group.first]) * out.limit_rest[i];
     if constexpr (kDegree) take_degrees(group, first, degrees, out.degree);
   }
 }
@@ -195,7 +216,6 @@ void backward_rows_narrow(const Sequence<T>& s, int64_t first, int64_t last,
                           const BackwardBlock<T>& out) {
   using V = Vector<T>;
   constexpr int kCount = Values::kCount;
-  const V bias(static_cast<T>(Score::kBias));
   const Values values(s);
   for (int64_t row = first; row < last; row += Group<T>::kOwners) {
     const Group<T> group = row_group(s, row, last);
@@ -215,7 +235,7 @@ void backward_rows_narrow(const Sequence<T>& s, int64_t first, int64_t last,
           group, tile, tile + kTile,
           [&](auto r, int64_t j, const Mask<T>* visible) QFLUX_INLINE_LAMBDA {
             const V kx(s.key_x[j]), ky(s.key_y[j]);
-            const V p = inner_product(query.x[r], query.y[r], kx, ky, bias);
+            const V p = query.product(r, kx, ky);
             const Mask<T> kept = kept_and_visible(query.pair[r].kept(p), visible);
             const V d = query.pair[r].derivative(p, values.dot(grad[r], j, kx, ky, gs[r]));
             sums.add(r, visible, kept, d, kx, ky);
@@ -231,7 +251,7 @@ template <class Score, class T>
 void backward_keys_keys(const Sequence<T>& s, int64_t first, int64_t last,
                         const BackwardBlock<T>& out) {
   using V = Vector<T>;
-  const V bias(static_cast<T>(Score::kBias)), eps(s.eps), min_gate(s.min_gate);
+  const V eps(s.eps), min_gate(s.min_gate);
   const T *grad_x = s.grad, *grad_y = s.grad + s.row_stride;
   for (int64_t key = first; key < last; key += Group<T>::kOwners) {
     const Group<T> group = key_group(s, key, last);
@@ -248,7 +268,7 @@ void backward_keys_keys(const Sequence<T>& s, int64_t first, int64_t last,
                [&](auto r, int64_t i, const Mask<T>* visible) QFLUX_INLINE_LAMBDA {
                  const V qx(s.query_x[i]), qy(s.query_y[i]), gx(grad_x[i]), gy(grad_y[i]);
                  const Score pair = Score::make(V(s.limit[i]), eps, min_gate);
-                 const V p = inner_product(qx, qy, kx[r], ky[r], bias);
+                 const V p = inner_product(qx, qy, kx[r], ky[r], pair.bias());
                  const Mask<T> kept = kept_and_visible(pair.kept(p), visible);
                  const V u = inner_product(gx, gy, kx[r], ky[r], V(s.grad_strength[i]));
                  const V d = pair.derivative(p, u), w = pair.weight(p);
@@ -353,11 +373,11 @@ void forward_values(const Sequence<T>& s, int64_t first, int64_t last, const For
   constexpr int kWidth = V::kWidth;
   alignas(64) Staged<T> weight;
   const Array<Total<T>> contexts(kVectors * s.value_dim);
-  const V bias(static_cast<T>(Score::kBias));
-  mass::Thresholds<Score::kMass, T> thresholds(s, last, out);
+  using Thresholds = mass::Thresholds<Score::kMass, T>;
+  const typename Thresholds::Shared shared(s, last, out);
   for (int64_t row = first; row < last; row += Group<T>::kOwners) {
     Group<T> group = row_group(s, row, last);
-    thresholds.find(group);
+    const Thresholds thresholds(shared, group, false);
     const Queries<Score, T> query(s, group);
     Total<T> strengths[1][kVectors];
     int32_t degrees[kVectors * kWidth] = {};
@@ -370,7 +390,7 @@ void forward_values(const Sequence<T>& s, int64_t first, int64_t last, const For
         degree[r] = typename V::Bits{};
       });
       each([&](auto r, int64_t j, const Mask<T>* visible) QFLUX_INLINE_LAMBDA {
-        const V p = inner_product(query.x[r], query.y[r], V(s.key_x[j]), V(s.key_y[j]), bias);
+        const V p = query.product(r, V(s.key_x[j]), V(s.key_y[j]));
         const Mask<T> kept = kept_and_visible(query.pair[r].kept(p), visible);
         const V w = query.pair[r].weight(p, kept);
         store(weight[j - tile][r], w);
@@ -396,7 +416,6 @@ void backward_rows_values(const Sequence<T>& s, int64_t first, int64_t last,
                           const BackwardBlock<T>& out) {
   using V = Vector<T>;
   alignas(64) Staged<T> upstream;
-  const V bias(static_cast<T>(Score::kBias));
   for (int64_t row = first; row < last; row += Group<T>::kOwners) {
     const Group<T> group = row_group(s, row, last);
     const Queries<Score, T> query(s, group);
@@ -408,7 +427,7 @@ void backward_rows_values(const Sequence<T>& s, int64_t first, int64_t last,
       sums.begin_tile();
       each([&](auto r, int64_t j, const Mask<T>* visible) QFLUX_INLINE_LAMBDA {
         const V kx(s.key_x[j]), ky(s.key_y[j]);
-        const V p = inner_product(query.x[r], query.y[r], kx, ky, bias);
+        const V p = query.product(r, kx, ky);
         const Mask<T> kept = kept_and_visible(query.pair[r].kept(p), visible);
         sums.add(r, visible, kept, query.pair[r].derivative(p, load(upstream[j - tile][r])), kx,
                  ky);
@@ -425,7 +444,7 @@ void backward_keys_values(const Sequence<T>& s, int64_t first, int64_t last,
   using V = Vector<T>;
   alignas(64) Staged<T> upstream, weight;
   const Array<Total<T>> values(kVectors * s.value_dim);
-  const V bias(static_cast<T>(Score::kBias)), eps(s.eps), min_gate(s.min_gate);
+  const V eps(s.eps), min_gate(s.min_gate);
   for (int64_t key = first; key < last; key += Group<T>::kOwners) {
     const Group<T> group = key_group(s, key, last);
     V kx[kVectors], ky[kVectors];
@@ -443,7 +462,7 @@ void backward_keys_values(const Sequence<T>& s, int64_t first, int64_t last,
       each([&](auto r, int64_t i, const Mask<T>* visible) QFLUX_INLINE_LAMBDA {
         const V qx(s.query_x[i]), qy(s.query_y[i]);
         const Score pair = Score::make(V(s.limit[i]), eps, min_gate);
-        const V p = inner_product(qx, qy, kx[r], ky[r], bias);
+        const V p = inner_product(qx, qy, kx[r], ky[r], pair.bias());
         const Mask<T> kept = kept_and_visible(pair.kept(p), visible);
         const V d = pair.derivative(p, load(upstream[i - tile][r]));
         ax[r] = select(kept, multiply_add(d, qx, ax[r]), ax[r]);
@@ -469,7 +488,7 @@ template <class Score, class T>
 void backward_keys_columns(const Sequence<T>& s, int64_t first, int64_t last,
                            const BackwardBlock<T>& out) {
   using V = Vector<T>;
-  const V bias(static_cast<T>(Score::kBias)), eps(s.eps), min_gate(s.min_gate);
+  const V eps(s.eps), min_gate(s.min_gate);
   for (int64_t key = first; key < last; key += Group<T>::kOwners) {
     const Group<T> group = key_group(s, key, last);
     V kx[kVectors], ky[kVectors], value[kVectors][kColumns];
@@ -493,7 +512,7 @@ void backward_keys_columns(const Sequence<T>& s, int64_t first, int64_t last,
             const T* grad = s.grad_records + i * kColumns;
             const V qx(s.query_x[i]), qy(s.query_y[i]);
             const Score pair = Score::make(V(s.limit[i]), eps, min_gate);
-            const V p = inner_product(qx, qy, kx[r], ky[r], bias);
+            const V p = inner_product(qx, qy, kx[r], ky[r], pair.bias());
             const Mask<T> kept = kept_and_visible(pair.kept(p), visible);
             V u(s.grad_strength[i]);
             each_column<kColumns>(

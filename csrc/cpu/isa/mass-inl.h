@@ -2,8 +2,9 @@
 // lane, as everything in dense-inl.h.
 //
 // Long rows take their first steps on a sample of their keys, so that few are left for all of them.
-// The second of these finds which keys no row of the group can keep, and they are met no more.
-// Neither changes what a lane adds up, which depends on its own row alone.
+// Of these one finds, where few keys are kept, those that no row of the group can keep, and they
+// are met no more. The last is the forward itself, which adds up what a pass would. None of it
+// changes what a lane adds up, which depends on its own row alone.
 #pragma once
 
 #include "../../math/mass.h"
@@ -17,7 +18,17 @@ using namespace dense;
 
 // Of so many keys one is in the sample, if every row of the group sees so many.
 constexpr int64_t kSampled = 8, kSampledFrom = 128;
-constexpr int kSampleSteps = 6;
+constexpr int kSampleSteps = 4, kBoldSteps = 2;
+// Of the mass of the sample: what more steps would gain, the sample does not know.
+constexpr double kSampleTolerance = 0x1p-3;
+// A row that keeps fewer than one of so many keys makes a list worth its making.
+constexpr int64_t kWorthListing = 4;
+// Pairs that a step may be expected to drop and yet be taken for the last.
+constexpr double kUnlikely = 0x1p-6;
+// Bold steps are for more excess than that, and for so many pairs up to half of all. They may lead
+// above the threshold, from where two more lead below, and then all steps drop pairs.
+constexpr double kBoldBeyond = 0.1, kBoldFrom = 4;
+constexpr int kBoldPasses = 3, kFreePasses = kBoldPasses + 3;
 
 // Room for the list of a group's keys.
 struct Room {
@@ -38,13 +49,34 @@ struct Excess {
     mass[r] = add_where(above, difference, mass[r]);
     count[r] = add_where(above, Vector<T>(T(1)), count[r]);
   }
-  // Sums of the sums of tiles.
-  QFLUX_INLINE void add(const Excess& tile) {
-    each_vector([&](auto r) QFLUX_INLINE_LAMBDA {
-      mass[r] = mass[r] + tile.mass[r];
-      count[r] = count[r] + tile.count[r];
-    });
+};
+
+// The excess of each lane over all tiles, as the forward adds it up too: sums of tiles in double or
+// compensated.
+template <class T>
+class Excesses {
+ public:
+  QFLUX_INLINE void add(const Excess<T>& tile) {
+    const Vector<T> parts[2][kVectors] = {{tile.mass[0], tile.mass[1]},
+                                          {tile.count[0], tile.count[1]}};
+    add_parts(totals_, parts);
   }
+  Excess<T> get() const {
+    Excess<T> sum;
+    each_vector([&](auto r) QFLUX_INLINE_LAMBDA {
+      sum.mass[r] = values(totals_[0][r]);
+      sum.count[r] = values(totals_[1][r]);
+    });
+    return sum;
+  }
+  static Vector<T> values(const Total<T>& total) {
+    T lane[Vector<T>::kWidth];
+    for (int l = 0; l < Vector<T>::kWidth; ++l) lane[l] = total.get(l);
+    return load(lane);
+  }
+
+ private:
+  Total<T> totals_[2][kVectors];
 };
 
 // A group of rows on the way to its thresholds.
@@ -53,23 +85,50 @@ class Solver {
   using V = Vector<T>;
 
  public:
-  Solver(const Sequence<T>& s, Group<T>& group, const Room& room)
-      : s_(s), group_(group), room_(room), sampled_(group.common_end >= kSampledFrom) {
+  // `largest`: the components of no key are greater.
+  Solver(const Sequence<T>& s, Group<T>& group, const Room& room, Point<T> largest,
+         const ForwardBlock<T>& out)
+      : s_(s), group_(group), room_(room), out_(out), sampled_(group.common_end >= kSampledFrom) {
     each_vector([&](auto r) QFLUX_INLINE_LAMBDA {
       x_[r] = load(s.query_x + group.start(r));
       y_[r] = load(s.query_y + group.start(r));
       rest_[r] = V(T(0));
+      active_[r] = lanes_between<T>(0, V::kWidth);
+      count_[r] = V(T(-1));
+      from_[r] = size_[r] = V(T(0));
+      free_[r] = V(T(2));
+    });
+    begin();
+    if (sampled_) sample();
+    step(products_are_finite(largest) ? pass<kMeetsAll>() : pass<kFindsPoison>());
+  }
+
+  // The thresholds, or what is likely to be them if `accept` is asked later.
+  void solve(bool accepted_later) {
+    while (left_ && !(accepted_later && !far_ && (group_.list || !worth_listing_))) {
+      if (group_.list) {
+        step(pass<kUsesList>());
+      } else if (worth_listing_) {
+        step(pass<kMakesList>());
+        group_.list = room_.list.get();
+        group_.tiles = room_.tiles.get();
+      } else {
+        step(pass<kMeetsAll>());
+      }
+    }
+    each_vector([&](auto r) QFLUX_INLINE_LAMBDA {
+      store(out_.limit + group_.start(r), tau_[r]);
+      store(out_.limit_rest + group_.start(r), rest_[r]);
     });
   }
 
-  void solve(const ForwardBlock<T>& out) {
-    begin();
-    if (sampled_) sample();
-    finish();
-    each_vector([&](auto r) QFLUX_INLINE_LAMBDA {
-      store(out.limit + group_.start(r), tau_[r]);
-      store(out.limit_rest + group_.start(r), rest_[r]);
-    });
+  // Whether the thresholds were right, by what the forward has found with them. If not, there are
+  // others now.
+  bool accept(const Excess<T>& e) {
+    if (!left_) return true;
+    if (!step(e)) return true;
+    solve(true);
+    return false;
   }
 
  private:
@@ -77,20 +136,30 @@ class Solver {
   // writes could be a member for all that a compiler knows.
   struct Pairs {
     const T *key_x, *key_y;
-    V x[kVectors], y[kVectors], tau[kVectors];
+    V x[kVectors], y[kVectors], bias[kVectors];
 
     template <class Index>
     QFLUX_INLINE V operator()(Index r, int64_t j) const {
-      return inner_product(x[r], y[r], V(key_x[j]), V(key_y[j]), V(T(0)));
+      return inner_product(x[r], y[r], V(key_x[j]), V(key_y[j]), bias[r]);
     }
   };
-  QFLUX_INLINE Pairs pairs() const {
-    return {s_.key_x, s_.key_y, {x_[0], x_[1]}, {y_[0], y_[1]}, {tau_[0], tau_[1]}};
+  QFLUX_INLINE Pairs pairs(V bias0, V bias1) const {
+    return {s_.key_x, s_.key_y, {x_[0], x_[1]}, {y_[0], y_[1]}, {bias0, bias1}};
   }
+  QFLUX_INLINE Pairs pairs_above() const { return pairs(V(T(0)) - tau_[0], V(T(0)) - tau_[1]); }
   template <class Body>
   QFLUX_INLINE void each_sampled(const Body& body) const {
     for (int64_t j = 0; j < group_.common_end; j += kSampled)
       each_vector([&](auto r) QFLUX_INLINE_LAMBDA { body(r, j, nullptr); });
+  }
+
+  bool products_are_finite(Point<T> largest) const {
+    uint32_t finite = ~0u;
+    each_vector([&](auto r) QFLUX_INLINE_LAMBDA {
+      const V bound = absolute(x_[r]) * V(largest.x) + absolute(y_[r]) * V(largest.y);
+      finite &= lane_bits(less(bound, V(static_cast<T>(__builtin_inf()))));
+    });
+    return finite == lane_bits(lanes_between<T>(0, V::kWidth));
   }
 
   // tau: the largest pair of some less one, which is a lower bound; zero if there is none. Less
@@ -98,7 +167,7 @@ class Solver {
   void begin() {
     const V none(static_cast<T>(-__builtin_inf())), zero(T(0)), one(T(1));
     V most[kVectors] = {none, none};
-    const Pairs pair = pairs();
+    const Pairs pair = pairs(zero, zero);
     const auto meet = [&](auto r, int64_t j, const Mask<T>* visible) QFLUX_INLINE_LAMBDA {
       V p = pair(r, j);
       if (visible) p = select(*visible, p, none);
@@ -111,46 +180,63 @@ class Solver {
     each_vector([&](auto r) QFLUX_INLINE_LAMBDA {
       const V coarse = absolute(most[r]) * V(mass_tolerance<T>());
       const V least = most[r] - select(less(one, coarse), coarse, one);
-      tau_[r] = least_[r] = select(less(none, most[r]), least, zero);
+      tau_[r] = lower_[r] = from_[r] = select(less(none, most[r]), least, zero);
     });
   }
 
-  // tau: where a share of the keys has that share of the mass, below or above the solution.
+  // tau: where a share of the keys has that share of the mass, about.
   void sample() {
-    const int64_t keys = group_.common_end;
-    const V share(static_cast<T>((keys + kSampled - 1) / kSampled) / static_cast<T>(keys));
-    for (int step = 0; step < kSampleSteps; ++step) {
+    const T keys = static_cast<T>(group_.common_end);
+    const T sampled = static_cast<T>((group_.common_end + kSampled - 1) / kSampled);
+    const V share(sampled / keys);
+    V lower[kVectors] = {lower_[0], lower_[1]};
+    uint32_t left = 1;
+    for (int step = 0; left && step < kSampleSteps; ++step) {
       Excess<T> e;
-      const Pairs pair = pairs();
+      const Pairs pair = pairs_above();
       each_sampled([&](auto r, int64_t j, const Mask<T>*) QFLUX_INLINE_LAMBDA {
         const V p = pair(r, j);
-        e.add(r, not_less_equal(p, pair.tau[r]), p - pair.tau[r]);
+        e.add(r, not_less_equal(p, V(T(0))), p);
       });
-      each_vector([&](auto r) QFLUX_INLINE_LAMBDA {
-        const V next = tau_[r] + (e.mass[r] - share) / e.count[r];
-        tau_[r] = select(both(less(V(T(0)), e.count[r]), less(tau_[r], next)), next, tau_[r]);
-      });
+      left = 0;
+      for (int r = 0; r < kVectors; ++r)
+        left |= sample_step(e.mass[r], e.count[r], share, V(step < kBoldSteps ? sampled / 2 : T(0)),
+                            tau_[r], lower[r]);
     }
   }
+  // A step of one vector, bold if no more than so many pairs are kept: of most, the mass is linear.
+  static QFLUX_NO_INLINE uint32_t sample_step(V mass, V count, V share, V bold_up_to, V& tau,
+                                              V& lower) {
+    const Mask<T> some = less(V(T(0)), count);
+    const V newton = tau + (mass - share) / count, further = tau + mass_stride(mass, share) / count;
+    lower = select(both(some, less(lower, newton)), newton, lower);
+    const Mask<T> bold = both(both(some, less(lower, further)), not_less(bold_up_to, count));
+    const V next = select(bold, further, lower);
+    const Mask<T> going = less(share * V(static_cast<T>(kSampleTolerance)), absolute(mass - share));
+    tau = select(going, next, tau);
+    return lane_bits(going);
+  }
 
-  enum Pass { kFindsPoison, kMakesList, kUsesList };
+  enum Pass { kFindsPoison, kMeetsAll, kMakesList, kUsesList };
 
   template <Pass kPass>
   Excess<T> pass() {
     const V zero(T(0));
     V poison[kVectors] = {zero, zero};
-    Excess<T> all;
-    const Pairs pair = pairs();
+    Excesses<T> all;
+    const V lower[kVectors] = {lower_[0] - tau_[0], lower_[1] - tau_[1]};
+    const Pairs pair = pairs_above();
     for (int64_t tile = 0; tile < group_.highest(); tile += kTile) {
       Excess<T> part;
       const auto meet = [&](auto r, int64_t j, const Mask<T>* visible) QFLUX_INLINE_LAMBDA {
         const V p = pair(r, j);
-        const Mask<T> above = kept_and_visible(not_less_equal(p, pair.tau[r]), visible);
-        part.add(r, above, p - pair.tau[r]);
+        const Mask<T> above = kept_and_visible(not_less_equal(p, zero), visible);
+        part.add(r, above, p);
         if constexpr (kPass == kFindsPoison) poison[r] = add_visible(visible, p, zero, poison[r]);
-        return lane_bits(above);
+        return kPass == kMakesList ? lane_bits(not_less_equal(p, lower[r])) : 0;
       };
       if constexpr (kPass == kMakesList) {
+        if (tile == 0) listed_ = 0;
         const int64_t end = lesser(tile + kTile, group_.common_end);
         room_.tiles[tile / kTile] = listed_;
         for (int64_t j = tile; j < end; ++j) {
@@ -166,120 +252,218 @@ class Solver {
       }
       all.add(part);
     }
+    Excess<T> sum = all.get();
     // What is not finite makes the row undefined.
     if constexpr (kPass == kFindsPoison)
-      each_vector([&](auto r) QFLUX_INLINE_LAMBDA { all.mass[r] = all.mass[r] + poison[r]; });
-    return all;
+      each_vector([&](auto r) QFLUX_INLINE_LAMBDA { sum.mass[r] = sum.mass[r] + poison[r]; });
+    return sum;
   }
 
-  void finish() {
-    Steps steps(least_);
-    // From the second step on tau only rises, so that a list stays complete.
-    Excess<T> e = pass<kFindsPoison>();
-    while (step(e, steps))
-      if (group_.list) {
-        e = pass<kUsesList>();
-      } else {
-        e = pass<kMakesList>();
-        group_.list = room_.list.get();
-        group_.tiles = room_.tiles.get();
-      }
-  }
-
-  // What the steps taken have left: the lanes that are not done, and of the last one the count,
-  // where it was taken from and how far it went.
-  struct Steps {
-    int taken = 0;
-    Mask<T> active[kVectors];
-    V count[kVectors], from[kVectors], size[kVectors];
-
-    explicit Steps(const V* least) {
-      each_vector([&](auto r) QFLUX_INLINE_LAMBDA {
-        active[r] = lanes_between<T>(0, V::kWidth);
-        count[r] = V(T(-1));
-        from[r] = least[r];
-        size[r] = V(T(0));
-      });
-    }
-  };
-
-  // A step of the lanes that are active; returns whether one still is. A lane that is done stays
-  // as it is: how long others take must not show.
-  bool step(const Excess<T>& e, Steps& steps) {
-    const V zero(T(0)), near(mass_tolerance<T>());
-    uint32_t left = 0;
+  // A step of the lanes that are not done, from the excess at tau; returns whether one has moved. A
+  // lane that is done stays as it is: how long others take must not show.
+  QFLUX_NO_INLINE bool step(const Excess<T>& e) {
+    const V zero(T(0)), one(T(1)), two(T(2)), near(mass_tolerance<T>()), again = near * V(T(4));
+    const V bold_beyond(static_cast<T>(kBoldBeyond)), bold_from(static_cast<T>(kBoldFrom));
+    const V bold_up_to(taken_ < kBoldPasses ? static_cast<T>(group_.common_end) / 2 : T(0));
+    uint32_t moved = 0;
+    V counts(T(0));
+    left_ = far_ = 0;
     each_vector([&](auto r) QFLUX_INLINE_LAMBDA {
-      const Mask<T> some = less(zero, e.count[r]), active = steps.active[r];
-      const V excess = e.mass[r] - V(T(1)), size = excess / e.count[r];
+      const V count = e.count[r];
+      const Mask<T> some = less(zero, count);
+      // At tau + rest, where the weights are taken from.
+      const V excess = e.mass[r] - count * rest_[r] - one, off = absolute(excess);
+      const V enough = select(unequal(count, count_[r]), near, again);
+      const Mask<T> active = both(active_[r], not_less_equal(off, enough));
+      const Mask<T> taken = both(active, some);
+      moved |= lane_bits(active);
+      const V newton = rest_[r] + excess / count;
+      lower_[r] =
+          select(both(taken, less(lower_[r], tau_[r] + newton)), tau_[r] + newton, lower_[r]);
+      const V stride = mass_stride(e.mass[r], one) / count;
+      const Mask<T> bold = both(both(not_less(count, bold_from), not_less(bold_up_to, count)),
+                                both(less(bold_beyond, off), less(lower_[r], tau_[r] + stride)));
+      const V size = select(bold, stride, newton);
       V next = tau_[r] + size;
-      next = select(less(next, least_[r]), least_[r], next);
+      next = select(less(next, lower_[r]), lower_[r], next);
       V rest = size - (next - tau_[r]);
       // A start above the solution may keep nothing, and a step to it may where rounding is
       // coarser than a weight: then all of the step is the rest. The mass is zero, or NaN.
-      next = select(some, next, steps.from[r] + e.mass[r]);
-      rest = select(some, rest, steps.size[r]);
-      Mask<T> going = both(less(near, absolute(excess)), unequal(e.count[r], steps.count[r]));
-      if (steps.taken > 0) going = both(going, some);
-      if (steps.taken > 1) going = both(going, less(e.count[r], steps.count[r]));
-      steps.from[r] = select(both(active, some), tau_[r], steps.from[r]);
-      steps.size[r] = select(both(active, some), size, steps.size[r]);
-      steps.count[r] = e.count[r];
+      next = select(some, next, from_[r] + e.mass[r]);
+      rest = select(some, rest, size_[r]);
+      // Newton's steps from below drop keys, or rounding is all that is left; others may do
+      // anything, but not for ever.
+      const V was = taken_ < kFreePasses ? free_[r] : zero;
+      const V reasons = where(less(count, count_[r]), one) + where(less(one, was), one) +
+                        where(both(some, less(zero, was)), one);
+      const Mask<T> going = both(less(near, off), less(zero, reasons));
+      free_[r] = select(bold, two, where(less(excess, zero), one));
+      from_[r] = select(taken, select(bold, lower_[r], tau_[r]), from_[r]);
+      size_[r] = select(taken, select(bold, zero, size), size_[r]);
+      count_[r] = count;
       tau_[r] = select(active, next, tau_[r]);
       rest_[r] = select(active, rest, rest_[r]);
-      steps.active[r] = both(active, going);
-      left |= lane_bits(steps.active[r]);
+      active_[r] = both(active, going);
+      left_ |= lane_bits(active_[r]);
+      // A step from so near leaves less than is near, or drops no pair.
+      const Mask<T> far = both(less(near, off * off), less(V(T(kUnlikely)), off * count));
+      far_ |= lane_bits(both(active_[r], far));
+      counts = counts + count;
     });
-    ++steps.taken;
-    return left != 0;
+    if (taken_ == 0) {
+      T lane[V::kWidth], sum = 0;
+      store(lane, counts);
+      for (T count : lane) sum += count;
+      worth_listing_ = sum * kWorthListing < static_cast<T>(Group<T>::kOwners * group_.highest());
+    }
+    ++taken_;
+    return moved != 0;
   }
 
   const Sequence<T>& s_;
   Group<T>& group_;
   const Room& room_;
+  const ForwardBlock<T>& out_;
   int64_t listed_ = 0;
   const bool sampled_;
-  V x_[kVectors], y_[kVectors], tau_[kVectors], rest_[kVectors], least_[kVectors];
+  bool worth_listing_ = false;
+  // Lanes that are not done, and those of them that the next step is not likely to end.
+  uint32_t left_ = 0, far_ = 0;
+  int taken_ = 0;
+  Mask<T> active_[kVectors];
+  V x_[kVectors], y_[kVectors], tau_[kVectors], rest_[kVectors];
+  V lower_[kVectors];  // bounds of the thresholds
+  // Of the last step: the pairs that were kept, whether it may have led above the threshold (from
+  // where the next leads below) or was bold (two), and to where and how far to go if nothing is
+  // kept there.
+  V count_[kVectors], free_[kVectors], from_[kVectors], size_[kVectors];
+};
+
+// A record of kColumns numbers, which is shorter than a vector.
+template <class T>
+struct Columns;
+template <>
+struct Columns<float> {
+  typedef float Raw __attribute__((vector_size(kColumns * sizeof(float))));
+};
+template <>
+struct Columns<double> {
+  typedef double Raw __attribute__((vector_size(kColumns * sizeof(double))));
 };
 
 // Whether all values of so many keys are finite.
 template <class T>
 bool finite_values(const Sequence<T>& s, int64_t keys) {
   if (!s.values) return true;
-  T poison[8] = {};
-  for (int64_t j = 0; j < keys; ++j)
-    for (int64_t c = 0; c < s.value_dim; ++c) poison[c & 7] += s.values[j * s.value_stride + c] * 0;
-  T sum = 0;
-  for (T part : poison) sum += part;
-  return sum == 0;
+  using Part = typename Columns<T>::Raw;
+  Part even{}, odd{};
+  T rest = 0;
+  const auto add = [&](const T* from, Part& to) QFLUX_INLINE_LAMBDA {
+    Part part;
+    __builtin_memcpy(&part, from, sizeof(part));
+    to += part * 0;
+  };
+  int64_t column = 0;
+  for (; column + kColumns <= s.value_dim; column += kColumns) {
+    const T* value = s.values + column;
+    int64_t j = 0;
+    for (; j + 1 < keys; j += 2, value += 2 * s.value_stride) {
+      add(value, even);
+      add(value + s.value_stride, odd);
+    }
+    if (j < keys) add(value, even);
+  }
+  for (; column < s.value_dim; ++column)
+    for (int64_t j = 0; j < keys; ++j) rest += s.values[j * s.value_stride + column] * 0;
+  even += odd;
+  for (int c = 0; c < kColumns; ++c) rest += even[c];
+  return rest == 0;
 }
 
-// The thresholds of a block of rows, if they are not there already.
+// The largest magnitude of so many numbers, of a plane that is padded with zeros; or NaN.
+template <class T>
+T largest(const T* plane, int64_t count) {
+  using V = Vector<T>;
+  V most(T(0)), poison(T(0));
+  for (int64_t n = 0; n < count; n += V::kWidth) {
+    const V size = absolute(load(plane + n));
+    most = select(less(most, size), size, most);
+    poison = poison + size * V(T(0));
+  }
+  T lane[V::kWidth], all = 0;
+  store(lane, most + poison);
+  for (T size : lane) all = size > all || size != size ? size : all;
+  return all;
+}
+
+// What the rows of a block share on the way to their thresholds.
+template <class T>
+struct Block {
+  const Sequence<T>& s;
+  const ForwardBlock<T>& out;
+  const int64_t keys;
+  const Room room;
+  const bool finite;
+  const Point<T> largest;
+
+  Block(const Sequence<T>& sequence, int64_t last, const ForwardBlock<T>& to)
+      : s(sequence),
+        out(to),
+        keys(s.visibility.visible_keys(last - 1)),
+        room(keys),
+        finite(finite_values(s, keys)),
+        largest{mass::largest(s.key_x, keys), mass::largest(s.key_y, keys)} {}
+};
+
+// The thresholds of a group of rows, if they are not there already.
 template <bool kMass, class T>
 struct Thresholds {
-  Thresholds(const Sequence<T>&, int64_t, const ForwardBlock<T>&) {}
-  void find(Group<T>&) const {}
+  struct Shared {
+    Shared(const Sequence<T>&, int64_t, const ForwardBlock<T>&) {}
+  };
+  Thresholds(const Shared&, Group<T>&, bool) {}
+  template <class Sums>
+  bool accept(const Sums&, const int32_t*) const {
+    return true;
+  }
 };
 template <class T>
 class Thresholds<true, T> {
  public:
-  Thresholds(const Sequence<T>& s, int64_t last, const ForwardBlock<T>& out)
-      : s_(s),
-        out_(out),
-        room_(s.visibility.visible_keys(last - 1)),
-        finite_(finite_values(s, s.visibility.visible_keys(last - 1))) {}
+  using Shared = Block<T>;
 
-  // Those of a group of rows, which gets its list. A value that is not finite has to show even
-  // where its key is not kept.
-  void find(Group<T>& group) {
-    Solver<T>(s_, group, room_).solve(out_);
-    if (!finite_) group.list = nullptr;
+  // The group gets its list. A value that is not finite has to show even where its key is not kept.
+  Thresholds(const Shared& block, Group<T>& group, bool accepted_later)
+      : block_(block),
+        group_(group),
+        solver_(block.s, group, block.room, block.largest, block.out) {
+    solver_.solve(accepted_later);
+    hide_list();
+  }
+
+  // Whether sums over p - tau and counts, which were found with the thresholds, say that these are
+  // right. If not, there are others now.
+  bool accept(const Total<T> (&sums)[kVectors], const int32_t* counts) {
+    Excess<T> e;
+    T lane[Group<T>::kOwners];
+    for (int l = 0; l < Group<T>::kOwners; ++l) lane[l] = static_cast<T>(counts[l]);
+    each_vector([&](auto r) QFLUX_INLINE_LAMBDA {
+      e.mass[r] = Excesses<T>::values(sums[r]);
+      e.count[r] = load(lane + r * Vector<T>::kWidth);
+    });
+    const bool right = solver_.accept(e);
+    hide_list();
+    return right;
   }
 
  private:
-  const Sequence<T>& s_;
-  const ForwardBlock<T>& out_;
-  const Room room_;
-  const bool finite_;
+  void hide_list() {
+    if (!block_.finite) group_.list = nullptr;
+  }
+
+  const Shared& block_;
+  Group<T>& group_;
+  Solver<T> solver_;
 };
 
 // The gradients of the n-th row of a block, from its sums.

@@ -52,9 +52,11 @@ struct MassPass : OwnsRows<T, Score, InteractParams<T>> {
   __device__ __forceinline__ void fetch(int key, int /*column*/, T (&record)[2]) const {
     this->template fetch_key<0>(key, 0, record);
   }
-  static __device__ __forceinline__ T product(const MassRow<T>& row, const T (&record)[2]) {
+  // A pair, less `limit`.
+  static __device__ __forceinline__ T product(const MassRow<T>& row, const T (&record)[2],
+                                              T limit) {
     return inner_product(row.query.x, row.query.y, record[0], record[1],
-                         static_cast<T>(Score::kBias));
+                         Score::make(limit, T(0), T(0)).bias());
   }
 };
 
@@ -77,7 +79,7 @@ struct Largest : MassPass<T, Score> {
   };
   __device__ __forceinline__ void accumulate(const MassRow<T>& row, const T (&record)[2],
                                              bool visible, T (&sums)[kSums]) const {
-    const T p = this->product(row, record);
+    const T p = this->product(row, record, T(0));
     if (visible) sums[0] = larger(sums[0], p);
   }
 };
@@ -95,11 +97,11 @@ struct Above : MassPass<T, Score> {
   static __device__ __forceinline__ T start() { return T(0); }
   __device__ __forceinline__ void accumulate(const MassRow<T>& row, const T (&record)[2],
                                              bool visible, T (&sums)[kSums]) const {
-    const T p = this->product(row, record);
+    const T p = this->product(row, record, row.tau);
     if constexpr (kFindsPoison)
       if (visible) sums[0] = multiply_add(p, T(0), sums[0]);
     if (!(visible & Score::make(row.tau, T(0), T(0)).kept(p))) return;
-    sums[0] += p - row.tau;
+    sums[0] += p;
     sums[1] += T(1);
   }
 };

@@ -79,10 +79,9 @@ struct RowPass : OwnsRows<T, Score, InteractBackwardParams<T>>, BackwardColumns<
   }
   __device__ __forceinline__ void accumulate(const Owner& row, const T (&record)[Sizes::kWidth],
                                              bool visible, T (&sums)[kSums]) const {
-    const T p =
-        inner_product(row.query.x, row.query.y, record[0], record[1], static_cast<T>(Score::kBias));
-    const T grad_weight = dot<kColumns>(row.grad, record + (kOwnValues ? 2 : 0), row.grad_strength);
     const Score score = this->score(row.limit);
+    const T p = inner_product(row.query.x, row.query.y, record[0], record[1], score.bias());
+    const T grad_weight = dot<kColumns>(row.grad, record + (kOwnValues ? 2 : 0), row.grad_strength);
     if (!(visible & score.kept(p))) return;
     const T grad = score.derivative(p, grad_weight);
     sums[0] = multiply_add(grad, record[0], sums[0]);
@@ -157,9 +156,8 @@ struct KeyPass : OwnsKeys<T, Score, InteractBackwardParams<T>>, BackwardColumns<
   }
   __device__ __forceinline__ void accumulate(const Owner& key, const T (&record)[Sizes::kWidth],
                                              bool visible, T (&sums)[kSums]) const {
-    const T p = inner_product(record[0], record[1], key.point[0], key.point[1],
-                              static_cast<T>(Score::kBias));
     const Score score = this->score(record[2]);
+    const T p = inner_product(record[0], record[1], key.point[0], key.point[1], score.bias());
     const T grad_weight = dot<kColumns>(record + 4, kOwnValues ? key.value : key.point, record[3]);
     if (!(visible & score.kept(p))) return;
     const T grad = score.derivative(p, grad_weight), w = score.weight(p);

@@ -34,9 +34,8 @@ struct Forward : OwnsRows<T, Score, InteractParams<T>> {
   __device__ __forceinline__ void accumulate(const Owner& row, const T (&record)[Sizes::kWidth],
                                              bool visible, T (&sums)[kSums]) const {
     constexpr int kValue = kOwnValues ? 2 : 0;
-    const T p =
-        inner_product(row.query.x, row.query.y, record[0], record[1], static_cast<T>(Score::kBias));
     const Score score = this->score(row.limit, row.rest);
+    const T p = inner_product(row.query.x, row.query.y, record[0], record[1], score.bias());
     const bool kept = score.kept(p);
     // What is dropped is left out of the sum only if it is finite for certain: a key below a
     // threshold is, a value of its own need not be and must show.
