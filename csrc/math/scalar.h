@@ -23,6 +23,8 @@ QFLUX_INLINE double absolute(double a) { return fabs(a); }
 QFLUX_INLINE float  square_root(float a) { return sqrtf(a); }
 QFLUX_INLINE double square_root(double a) { return sqrt(a); }
 
+QFLUX_INLINE double reciprocal(double a) { return 1 / a; }
+
 QFLUX_INLINE float  not_negative(float a) { return a < 0 ? 0 : a; }  // of NaN: NaN
 QFLUX_INLINE double not_negative(double a) { return a < 0 ? 0 : a; }
 
@@ -38,6 +40,17 @@ QFLUX_INLINE double select(bool mask, double a, double b) { return mask ? a : b;
 QFLUX_INLINE float  where(bool mask, float a) { return mask ? a : 0; }
 QFLUX_INLINE double where(bool mask, double a) { return mask ? a : 0; }
 // clang-format on
+
+// On a GPU up to a unit in the last place, since an exact division branches; of infinity NaN there.
+QFLUX_INLINE float reciprocal(float a) {
+#if defined(__CUDA_ARCH__)
+  float r;
+  asm("rcp.approx.f32 %0, %1;" : "=f"(r) : "f"(a));
+  return fmaf(r, fmaf(-a, r, 1.0f), r);
+#else
+  return 1 / a;
+#endif
+}
 
 template <class T>
 struct Point {

@@ -109,7 +109,7 @@ struct InverseGate {
 
   V eps, min_gate;
   QFLUX_INLINE V bias() const { return V(0); }
-  QFLUX_INLINE V gate(V p) const { return V(1) / (eps + absolute(p)); }
+  QFLUX_INLINE V gate(V p) const { return reciprocal(eps + absolute(p)); }
   // The zero is NaN for an infinite p, so that what is not finite is never dropped.
   QFLUX_INLINE auto kept(V p) const {
     return not_less_equal(multiply_add(p, V(0), gate(p)), min_gate);

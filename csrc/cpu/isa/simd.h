@@ -215,6 +215,10 @@ QFLUX_INLINE Vector<T> not_negative(Vector<T> a) {
   return where(not_less(a, Vector<T>(T(0))), a);
 }
 template <class T>
+QFLUX_INLINE Vector<T> reciprocal(Vector<T> a) {
+  return Vector<T>(T(1)) / a;
+}
+template <class T>
 QFLUX_INLINE Vector<T> square_root(Vector<T> a) {
   typename Vector<T>::Raw root;
   for (int lane = 0; lane < Vector<T>::kWidth; ++lane) root[lane] = qflux::square_root(a.raw[lane]);

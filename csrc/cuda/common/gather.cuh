@@ -137,6 +137,13 @@ __device__ __forceinline__ void merge_slices(int split, int slice, int group, T*
   }
 }
 
+// By how many warps a work turns. Works that share an SM are as far apart as it has SMs, which is
+// often a multiple of kWarps, so the number is spread over all bits (Fibonacci hashing).
+__device__ __forceinline__ unsigned turn_of(int64_t work) {
+  static_assert(kWarps == 4, "two bits of the hash");
+  return static_cast<uint32_t>(work) * 2654435769u >> 30;
+}
+
 template <class Pass>
 __global__ void __launch_bounds__(kThreads, Pass::Sizes::kBlocksPerSm)
     gather(typename Pass::Params params, Schedule schedule) {
@@ -150,8 +157,6 @@ __global__ void __launch_bounds__(kThreads, Pass::Sizes::kBlocksPerSm)
   QFLUX_SHARED(Tile, tile);
 
   const int split = 1 << schedule.split_bits;
-  const int slice = threadIdx.x / kWarp & (split - 1);
-  const int group = threadIdx.x / kWarp >> schedule.split_bits;
   const int per_block = (kThreads * kOwners) >> schedule.split_bits;
   const int64_t works = schedule.batch * schedule.owner_blocks * schedule.column_blocks;
 
@@ -165,6 +170,10 @@ __global__ void __launch_bounds__(kThreads, Pass::Sizes::kBlocksPerSm)
     // Addresses in a sequence are found anew where they are used, not held through the pair loop.
     const auto anew = [&] { return Pass(params, {opaque(outer), opaque(inner)}); };
     const Pass pass(params, {outer, inner});
+    // A warp stays with its scheduler, and under a causal mask the last owners of a block meet the
+    // most: which warp has them changes from one work to the next.
+    const int warp = static_cast<int>((threadIdx.x / kWarp + turn_of(work)) % kWarps);
+    const int slice = warp & (split - 1), group = warp >> schedule.split_bits;
     const int valid = pass.valid(), block_first = block * per_block;
     const int first = block_first + group * (kWarp * kOwners);
     const int last = lesser(first + kWarp * kOwners, valid);
@@ -238,6 +247,17 @@ Schedule schedule_of(int64_t batch, int owners, int64_t sources, int column_bloc
     ++schedule.split_bits;
   schedule.owner_blocks = blocks();
   return schedule;
+}
+
+// Calls visit(values) with the number of columns that a pass takes at a time as values.kColumns.
+template <int columns>
+struct ValueColumns {
+  static constexpr int kColumns = columns;
+};
+template <class T, class Visit>
+const char* visit_values(const PairParams<T>& pair, const Visit& visit) {
+  return pair.value_dim <= kNarrow ? visit(ValueColumns<kNarrow>())
+                                   : visit(ValueColumns<kWide<T>>());
 }
 
 template <class Pass>

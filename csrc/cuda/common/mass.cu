@@ -7,7 +7,7 @@ namespace qflux::cuda {
 namespace {
 
 template <class T, class Score>
-__global__ void __launch_bounds__(kThreads, TileTraits<T, false, 2>::kBlocksPerSm)
+__global__ void __launch_bounds__(kThreads, TileTraits<T, 0, 2>::kBlocksPerSm)
     find_mass_thresholds(InteractParams<T> params, Schedule schedule) {
   using Pass = MassPass<T, Score>;
   using Sizes = typename Pass::Sizes;

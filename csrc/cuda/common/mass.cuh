@@ -46,7 +46,7 @@ struct MassRow {
 template <class T, class Score>
 struct MassPass : OwnsRows<T, Score, InteractParams<T>> {
   using OwnsRows<T, Score, InteractParams<T>>::OwnsRows;
-  using Sizes = TileTraits<T, false, 2>;
+  using Sizes = TileTraits<T, 0, 2>;
   using Owner = MassRow<T>;
 
   __device__ __forceinline__ void fetch(int key, int /*column*/, T (&record)[2]) const {

@@ -19,39 +19,56 @@ constexpr int64_t kMaxLength = int64_t{1} << 30;
 
 constexpr int64_t kSharedBytes = 48 * 1024;  // that a kernel may have without asking, everywhere
 
-// `kOwnValues`: values are not the keys, and are taken `kColumns` at a time.
+// Columns of values that are not the keys and as many as a model's cylinders usually have, and
+// those of wider values.
+constexpr int kNarrow = 4;
+template <class T>
+constexpr int kWide = sizeof(T) == 4 ? 8 : 4;
+
+// `kValues`: columns of the values that are taken at a time, or 0: they are the keys.
 // `kBlocksPerSm` blocks of four warps fit the registers of an SM: enough warps for a loop whose
 // iterations hold many independent operations.
-template <class T, bool kOwnValues>
+template <class T, int kValues>
 struct Traits;
 
 // With four owners one 16-byte read of two keys serves eight pairs; `kUnroll` iterations share the
 // loop's own seven instructions.
 template <>
-struct Traits<float, false> {
+struct Traits<float, 0> {
   static constexpr int kOwners = 4, kColumns = 2, kUnroll = 4, kBlocksPerSm = 4;
 };
 // A double fills two registers and its pipe is half as wide: two owners hide as much.
 template <>
-struct Traits<double, false> {
+struct Traits<double, 0> {
   static constexpr int kOwners = 2, kColumns = 2, kUnroll = 4, kBlocksPerSm = 4;
 };
 // Eight columns make the recomputed weight a third of a pair's work; with their totals they leave
 // registers for two owners.
 template <>
-struct Traits<float, true> {
+struct Traits<float, 8> {
   static constexpr int kOwners = 2, kColumns = 8, kUnroll = 1, kBlocksPerSm = 3;
+};
+// Four columns leave them for four owners, which share the reads of a record, and for two
+// iterations at a time. From 10.0 on the compiler needs a dozen more, and would spill them beside a
+// third block.
+template <>
+struct Traits<float, 4> {
+  static constexpr int kOwners = 4, kColumns = 4, kUnroll = 2;
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+  static constexpr int kBlocksPerSm = 2;
+#else
+  static constexpr int kBlocksPerSm = 3;
+#endif
 };
 // Half as many columns of doubles, and one owner, leave registers for a fourth block.
 template <>
-struct Traits<double, true> {
+struct Traits<double, 4> {
   static constexpr int kOwners = 1, kColumns = 4, kUnroll = 1, kBlocksPerSm = 4;
 };
 
 // Sources in shared memory, in records of `width` numbers.
-template <class T, bool kOwnValues, int width,
-          int blocks_per_sm = Traits<T, kOwnValues>::kBlocksPerSm>
-struct TileTraits : Traits<T, kOwnValues> {
+template <class T, int kValues, int width, int blocks_per_sm = Traits<T, kValues>::kBlocksPerSm>
+struct TileTraits : Traits<T, kValues> {
   static constexpr int kWidth = width, kBlocksPerSm = blocks_per_sm;
   // Records are read in 16-byte parts, two at once where one is not made of whole parts.
   static constexpr int kAtOnce = width * sizeof(T) % 16 == 0 ? 1 : 2;

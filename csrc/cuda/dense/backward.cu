@@ -6,7 +6,7 @@
 namespace qflux::cuda {
 namespace {
 
-template <class T, class Score, bool kOwnValues>
+template <class T, class Score, int kValues>
 const char* launch_passes(const InteractBackwardParams<T>& params, void* stream) {
   const PairParams<T>& pair = params.pair;
   const bool key_pass = (params.grad_keys || params.grad_values) && pair.keys > 0;
@@ -15,9 +15,9 @@ const char* launch_passes(const InteractBackwardParams<T>& params, void* stream)
                          (Score::kMass && key_pass)) &&
                         pair.rows > 0;
   const char* error = nullptr;
-  if (row_pass) error = launch_gather<RowPass<T, Score, kOwnValues>>(params, pair.causal, stream);
+  if (row_pass) error = launch_gather<RowPass<T, Score, kValues>>(params, pair.causal, stream);
   if (key_pass && error == nullptr)
-    error = launch_gather<KeyPass<T, Score, kOwnValues>>(params, false, stream);
+    error = launch_gather<KeyPass<T, Score, kValues>>(params, false, stream);
   return error;
 }
 
@@ -26,8 +26,10 @@ const char* run(const InteractBackwardParams<T>& params, void* stream) {
   if (params.pair.batch() == 0) return nullptr;
   return visit_score(params.pair.score, [&](auto tag) {
     using Score = typename decltype(tag)::template of<T>;
-    return params.pair.values ? launch_passes<T, Score, true>(params, stream)
-                              : launch_passes<T, Score, false>(params, stream);
+    if (!params.pair.values) return launch_passes<T, Score, 0>(params, stream);
+    return visit_values(params.pair, [&](auto values) {
+      return launch_passes<T, Score, decltype(values)::kColumns>(params, stream);
+    });
   });
 }
 

@@ -36,30 +36,29 @@ __device__ __forceinline__ T dot(const T* a, const T* b, T start) {
 }
 
 // Columns of the values that a pass of the backward takes at a time; it loops over all of them.
-template <class T, bool kOwnValues>
+template <class T, int kValues>
 struct BackwardColumns {
-  static constexpr int kColumns = Traits<T, kOwnValues>::kColumns;
-  static constexpr bool kLoopsColumns = kOwnValues;
+  static constexpr bool kOwnValues = kValues > 0, kLoopsColumns = kOwnValues;
+  static constexpr int kColumns = Traits<T, kValues>::kColumns;
   QFLUX_INLINE static int64_t columns(const InteractBackwardParams<T>& p) {
     return kOwnValues ? p.pair.value_dim : kColumns;
   }
 };
 
 // No totals of columns: registers for a fourth block, those of a mass with half the rows.
-template <class T, bool kOwnValues, bool kMass>
-struct RowPassSizes
-    : TileTraits<T, kOwnValues, kOwnValues ? 2 + Traits<T, kOwnValues>::kColumns : 2, 4> {
-  static constexpr int kAll = Traits<T, kOwnValues>::kOwners;
+template <class T, int kValues, bool kMass>
+struct RowPassSizes : TileTraits<T, kValues, 2 + kValues, 4> {
+  static constexpr int kAll = Traits<T, kValues>::kOwners;
   static constexpr int kOwners = kMass && kAll > 1 ? kAll / 2 : kAll;
 };
 
-template <class T, class Score, bool kOwnValues>
-struct RowPass : OwnsRows<T, Score, InteractBackwardParams<T>>, BackwardColumns<T, kOwnValues> {
+template <class T, class Score, int kValues>
+struct RowPass : OwnsRows<T, Score, InteractBackwardParams<T>>, BackwardColumns<T, kValues> {
   using Base = OwnsRows<T, Score, InteractBackwardParams<T>>;
   using Params = InteractBackwardParams<T>;
   using Base::Base, Base::b, Base::params, Base::visibility;
-  using BackwardColumns<T, kOwnValues>::kColumns;
-  using Sizes = RowPassSizes<T, kOwnValues, Score::kMass>;
+  using BackwardColumns<T, kValues>::kColumns, BackwardColumns<T, kValues>::kOwnValues;
+  using Sizes = RowPassSizes<T, kValues, Score::kMass>;
   // Of u k and, for what a limit or a mass has more, u, 1 and k.
   static constexpr int kColumnSums = 0, kSums = Score::kMass ? 6 : Score::kLimitVjp ? 3 : 2;
 
@@ -119,15 +118,24 @@ struct RowPass : OwnsRows<T, Score, InteractBackwardParams<T>>, BackwardColumns<
   }
 };
 
-template <class T, class Score, bool kOwnValues>
-struct KeyPass : OwnsKeys<T, Score, InteractBackwardParams<T>>, BackwardColumns<T, kOwnValues> {
+// Their own totals of columns leave narrow values registers for two owners, which read as many
+// records at a time as four.
+template <class T, int kValues>
+struct KeyPassSizes : TileTraits<T, kValues, 4 + Traits<T, kValues>::kColumns> {
+  static constexpr bool kNarrowFloats = sizeof(T) == 4 && kValues == kNarrow;
+  static constexpr int kOwners = kNarrowFloats ? 2 : Traits<T, kValues>::kOwners;
+  static constexpr int kUnroll = kNarrowFloats ? 4 : Traits<T, kValues>::kUnroll;
+};
+
+template <class T, class Score, int kValues>
+struct KeyPass : OwnsKeys<T, Score, InteractBackwardParams<T>>, BackwardColumns<T, kValues> {
   using Base = OwnsKeys<T, Score, InteractBackwardParams<T>>;
   using Params = InteractBackwardParams<T>;
   using Base::Base, Base::b, Base::params, Base::visibility;
-  using BackwardColumns<T, kOwnValues>::kColumns;
+  using BackwardColumns<T, kValues>::kColumns, BackwardColumns<T, kValues>::kOwnValues;
   // A row's query, limit and gradient of the strength (of a mass: what the row pass left in its
   // place), then of the context.
-  using Sizes = TileTraits<T, kOwnValues, 4 + kColumns>;
+  using Sizes = KeyPassSizes<T, kValues>;
   static constexpr int kColumnSums = kOwnValues ? kColumns : 0, kSums = kColumnSums + 2;
 
   struct Owner {

@@ -25,12 +25,15 @@ const char* run(const InteractParams<T>& params, void* stream) {
   if (error) return error;
   return visit_score(pair.score, [&](auto tag) {
     using Score = typename decltype(tag)::template of<T>;
-    if (pair.values) return launch_forward<Forward<T, Score, true, true>>(params, stream);
+    if (pair.values)
+      return visit_values(pair, [&](auto values) {
+        return launch_forward<Forward<T, Score, decltype(values)::kColumns, true>>(params, stream);
+      });
     // A gate's division outweighs the row sums, which then are not worth a kernel without them.
     constexpr bool kAlwaysRowSums = !Score::kThresholded;
     return kAlwaysRowSums || params.strength || params.degree
-               ? launch_forward<Forward<T, Score, false, true>>(params, stream)
-               : launch_forward<Forward<T, Score, false, kAlwaysRowSums>>(params, stream);
+               ? launch_forward<Forward<T, Score, 0, true>>(params, stream)
+               : launch_forward<Forward<T, Score, 0, kAlwaysRowSums>>(params, stream);
   });
 }
 

@@ -7,12 +7,13 @@ namespace qflux::cuda {
 
 // `kRowSums`: strength and degree are wanted. The second stage of a step wants neither, and they
 // are two of a pair's seven instructions.
-template <class T, class Score, bool kOwnValues, bool kRowSums>
+template <class T, class Score, int kValues, bool kRowSums>
 struct Forward : OwnsRows<T, Score, InteractParams<T>> {
   using Base = OwnsRows<T, Score, InteractParams<T>>;
   using Params = InteractParams<T>;
-  using Sizes = TileTraits<T, kOwnValues, kOwnValues ? 2 + Traits<T, true>::kColumns : 2>;
+  using Sizes = TileTraits<T, kValues, 2 + kValues>;
   using Base::Base, Base::b, Base::params, Base::visibility;
+  static constexpr bool kOwnValues = kValues > 0;
   static constexpr int kColumnSums = Sizes::kColumns;
   static constexpr int kSums = kColumnSums + (kRowSums ? 2 : 0);
   static constexpr bool kLoopsColumns = false;

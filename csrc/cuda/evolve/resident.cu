@@ -97,9 +97,9 @@ __global__ void __launch_bounds__(kResidentThreads, 1) evolve_sequences(EvolvePa
       // A gate's division outweighs the row sums, which then are not worth a loop without them.
       constexpr bool kAlwaysRowSums = !Score::kThresholded;
       if (kAlwaysRowSums || !middle)
-        gather_sequence(Forward<T, Score, false, true>(params, b), tile);
+        gather_sequence(Forward<T, Score, 0, true>(params, b), tile);
       else
-        gather_sequence(Forward<T, Score, false, kAlwaysRowSums>(params, b), tile);
+        gather_sequence(Forward<T, Score, 0, kAlwaysRowSums>(params, b), tile);
       __syncthreads();
       if (!middle)
         settle(b, rows, p.plane(step, kTapeMiddle), tile, EndOfFirstStage<T>{p, step});
@@ -141,8 +141,8 @@ __global__ void __launch_bounds__(kResidentThreads, 1)
         for_each_token(b, rows, EndOfFirstStageVjp<T>{g, step});
       const InteractBackwardParams<T> params = stage_backward_params(g, step, middle);
       __syncthreads();
-      gather_from_tape<RowPass<T, Score, false>>(params, b, tile);
-      gather_from_tape<KeyPass<T, Score, false>>(params, b, tile);
+      gather_from_tape<RowPass<T, Score, 0>>(params, b, tile);
+      gather_from_tape<KeyPass<T, Score, 0>>(params, b, tile);
     }
     for_each_token(b, rows, CopyGradient<T>{g});
   }

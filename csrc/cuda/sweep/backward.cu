@@ -15,9 +15,9 @@ struct SweptParams : InteractBackwardParams<T> {
 
 // Which rows of a rectangle have geometry, and what keys want of them.
 template <class T, bool kOwn>
-struct FarRows : RowPass<T, HardThreshold<T>, kOwn> {
-  using Base = RowPass<T, HardThreshold<T>, kOwn>;
-  using Keys = KeyPass<T, HardThreshold<T>, kOwn>;
+struct FarRows : RowPass<T, HardThreshold<T>, kSweptValues<T, kOwn>> {
+  using Base = RowPass<T, HardThreshold<T>, kSweptValues<T, kOwn>>;
+  using Keys = KeyPass<T, HardThreshold<T>, kSweptValues<T, kOwn>>;
   using Slots = SweepTraits<T, kOwn>;
   using Base::Base, Base::b, Base::params, Base::kSums, Base::kColumns;
   static constexpr bool kOwnValues = kOwn;
@@ -88,8 +88,8 @@ struct FarRows : RowPass<T, HardThreshold<T>, kOwn> {
 // Adds what a key gets from rows that all keep it: as a key, and as a value.
 template <class T, bool kOwn, int kSums>
 __device__ __forceinline__ void add_certain(
-    const typename KeyPass<T, HardThreshold<T>, kOwn>::Owner& key, const double* slots,
-    double (&sums)[kSums]) {
+    const typename KeyPass<T, HardThreshold<T>, kSweptValues<T, kOwn>>::Owner& key,
+    const double* slots, double (&sums)[kSums]) {
   constexpr int kColumns = SweepTraits<T, kOwn>::kColumns, kPoint = kOwn ? kColumns : 0;
   constexpr double kBias = HardThreshold<T>::kBias;
 #pragma unroll
@@ -113,7 +113,7 @@ template <class T, bool kOwn>
 __global__ void __launch_bounds__(kKeyThreads, 2)
     meet_rows(InteractBackwardParams<T> params, Sweep<T> sweep, Level level, int tiles,
               int column) {
-  using Keys = KeyPass<T, HardThreshold<T>, kOwn>;
+  using Keys = KeyPass<T, HardThreshold<T>, kSweptValues<T, kOwn>>;
   using Slots = SweepTraits<T, kOwn>;
   constexpr int kSums = Keys::kSums, kColumnSums = Keys::kColumnSums;
   struct Shared {
@@ -203,8 +203,8 @@ __global__ void __launch_bounds__(kKeyThreads, 2)
 
 // Rows against the keys of their own base block; the gradients of both.
 template <class T, bool kOwn>
-struct NearRows : RowPass<T, HardThreshold<T>, kOwn> {
-  using Base = RowPass<T, HardThreshold<T>, kOwn>;
+struct NearRows : RowPass<T, HardThreshold<T>, kSweptValues<T, kOwn>> {
+  using Base = RowPass<T, HardThreshold<T>, kSweptValues<T, kOwn>>;
   using Params = SweptParams<T>;
   using Base::b, Base::params, Base::kSums;
   const Sweep<T>& sweep;
@@ -225,8 +225,8 @@ struct NearRows : RowPass<T, HardThreshold<T>, kOwn> {
 
 // Keys against the rows of their own base block; the gradients of both.
 template <class T, bool kOwn>
-struct NearKeys : KeyPass<T, HardThreshold<T>, kOwn> {
-  using Base = KeyPass<T, HardThreshold<T>, kOwn>;
+struct NearKeys : KeyPass<T, HardThreshold<T>, kSweptValues<T, kOwn>> {
+  using Base = KeyPass<T, HardThreshold<T>, kSweptValues<T, kOwn>>;
   using Params = SweptParams<T>;
   using Base::b, Base::params, Base::kColumnSums, Base::kSums;
   const Sweep<T>& sweep;

@@ -14,8 +14,8 @@ struct SweptParams : InteractParams<T> {
 
 // Rows against the keys of a rectangle.
 template <class T, bool kOwn>
-struct FarForward : Forward<T, HardThreshold<T>, kOwn, true> {
-  using Base = Forward<T, HardThreshold<T>, kOwn, true>;
+struct FarForward : Forward<T, HardThreshold<T>, kSweptValues<T, kOwn>, true> {
+  using Base = Forward<T, HardThreshold<T>, kSweptValues<T, kOwn>, true>;
   using Base::Base, Base::b, Base::limit, Base::params, Base::kSums;
   static constexpr bool kOwnValues = kOwn;
 
@@ -49,8 +49,8 @@ struct FarForward : Forward<T, HardThreshold<T>, kOwn, true> {
 
 // Rows against the keys of their own base block; the results of both.
 template <class T, bool kOwn>
-struct NearForward : Forward<T, HardThreshold<T>, kOwn, true> {
-  using Base = Forward<T, HardThreshold<T>, kOwn, true>;
+struct NearForward : Forward<T, HardThreshold<T>, kSweptValues<T, kOwn>, true> {
+  using Base = Forward<T, HardThreshold<T>, kSweptValues<T, kOwn>, true>;
   using Params = SweptParams<T>;
   using Base::b, Base::params, Base::kColumnSums, Base::kSums;
   const Sweep<T>& sweep;

@@ -21,11 +21,15 @@ constexpr int kSuperThreads = kWarp * kSuperBlocks;
 constexpr int kSuperRows = kSuperBlocks * kRankBlock;
 constexpr int kLaneRows = kRankBlock / kWarp;
 
+// Columns of values that a sweep takes at a time.
+template <class T, bool kOwnValues>
+constexpr int kSweptValues = kOwnValues ? kWide<T> : 0;
+
 // What is summed for certain pairs: (v, v x, v y) for each of `kColumns` columns of the values and
 // for v = 1, in a slot each. As many keys as fit the lanes of a warp are added at once.
 template <class T, bool kOwnValues>
 struct SweepTraits {
-  static constexpr int kColumns = Traits<T, kOwnValues>::kColumns;
+  static constexpr int kColumns = Traits<T, kSweptValues<T, kOwnValues>>::kColumns;
   static constexpr int kUsed = 3 * (kColumns + 1);
   static constexpr int kSlots = kUsed <= 16 ? 16 : 32;
   static constexpr int kAtOnce = kWarp / kSlots;

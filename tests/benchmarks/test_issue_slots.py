@@ -1,0 +1,44 @@
+"""issue_slots.py: loops are found in a listing of machine code, and their slots counted."""
+
+from issue_slots import Loop, innermost_loops, kernels, pairs_of
+
+LISTING = """
+		Function : _Zgather
+	.headerflags	@"EF_CUDA_SM90"
+        /*0000*/                   MOV R1, c[0x0][0x28] ;           /* 0x00000a0000017a02 */
+        /*0010*/                   LDS.128 R4, [R0] ;
+        /*0020*/                   FFMA R8, R4, R2, R3 ;
+        /*0030*/                   FFMA R8, R5, R2, R8 ;
+        /*0040*/                   FSETP.GEU.AND P0, PT, R8, R9, PT ;
+        /*0050*/               @P0 FFMA R10, R8, R4, R10 ;
+        /*0060*/              @!P0 FFMA R11, R8, R5, R11 ;
+        /*0070*/                   FFMA R12, R8, R6, R12 ;
+        /*0080*/                   FFMA R13, R8, R7, R13 ;
+        /*0090*/               @P1 BRA `(.L_x_1) 0x10 ;
+        /*00a0*/               @P2 BRA 0x0 ;
+        /*00b0*/                   EXIT ;
+		Function : _Zother
+        /*0000*/                   IADD3 R1, R1, 0x1, RZ ;
+        /*0010*/                   BRA 0x0 ;
+"""
+
+
+def test_the_innermost_loop_is_found_and_its_pairs_counted():
+    found = kernels(LISTING)
+    assert list(found) == ["_Zgather", "_Zother"]
+    (loop,) = found["_Zgather"]
+    assert len(loop.names) == 9 and loop.multiply_adds == 6 and loop.count("FSETP") == 1
+    assert found["_Zother"] == []  # nothing is multiplied there
+    # Two multiply-adds of a score and four columns are six: one pair, nine slots.
+    assert pairs_of("Forward<float, HardThreshold<float>, 4, true", loop) == 1
+    assert pairs_of("RowPass<float, HardThreshold<float>, 0>", loop) == 1
+    assert pairs_of("fill<float>", loop) is None
+
+
+def test_reciprocals_are_the_pairs_of_the_gate():
+    loop = Loop(("FFMA R1", "MUFU.RCP R2", "MUFU.RCP R3"))
+    assert pairs_of("KeyPass<float, InverseGate<float>, 4", loop) == 2
+
+
+def test_a_listing_without_code_has_no_loop():
+    assert innermost_loops("") == []
