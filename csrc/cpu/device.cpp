@@ -18,6 +18,60 @@ namespace {
 constexpr int64_t kSweepFrom = 2048, kCausalSweepFrom = 8192;
 constexpr int64_t kTreeFrom = 4096, kCausalTreeFrom = 8192;
 
+// Numbers that are staged at a time, about: 32 MB in float. A short sequence takes many times its
+// own memory, since its planes are padded.
+constexpr int64_t kMostStaged = int64_t{1} << 23;
+
+// From here on, the sequences of a batch that begin at `first`.
+template <class T>
+void begin_at(View<T>& view, BatchIndex first) {
+  if (view) view.data = view.sequence(first);
+}
+template <class T>
+void begin_at(PerSequence<T>& number, BatchIndex first) {
+  if (number) number.data += first.outer * number.outer + first.inner * number.inner;
+}
+template <class T>
+void begin_at(PairParams<T>& p, BatchIndex first) {
+  for (View<const T>* view : {&p.states, &p.key_points, &p.values}) begin_at(*view, first);
+  for (PerSequence<T>* number : {&p.coefficient, &p.min_gate}) begin_at(*number, first);
+  begin_at(p.lengths, first);
+}
+template <class T>
+void begin_at(InteractParams<T>& p, BatchIndex first) {
+  begin_at(p.pair, first);
+  for (View<T>* view : {&p.context, &p.strength, &p.threshold}) begin_at(*view, first);
+  begin_at(p.degree, first);
+}
+template <class T>
+void begin_at(InteractBackwardParams<T>& p, BatchIndex first) {
+  begin_at(p.pair, first);
+  for (View<const T>* view : {&p.grad_context, &p.grad_strength, &p.threshold})
+    begin_at(*view, first);
+  for (View<T>* view :
+       {&p.grad_states, &p.grad_keys, &p.grad_values, &p.grad_coefficient, &p.grad_threshold})
+    begin_at(*view, first);
+}
+
+// Calls body(params) for parts of the batch that are staged one after the other.
+template <class Params, class Body>
+void for_each_part(const Params& params, const Body& body) {
+  const auto& p = params.pair;
+  const int64_t planes = 4 + (p.values ? p.value_dim : 2);
+  const int64_t most = std::max<int64_t>(
+      1, kMostStaged / (planes * (round_up(p.rows, kPadding) + round_up(p.keys, kPadding))));
+  if (p.batch() <= most) return body(params);
+  const int64_t inner = std::min(p.inner, most), outer = std::max<int64_t>(1, most / p.inner);
+  for (int64_t o = 0; o < p.outer; o += outer)
+    for (int64_t i = 0; i < p.inner; i += inner) {
+      Params part = params;
+      begin_at(part, {o, i});
+      part.pair.outer = std::min(outer, p.outer - o);
+      part.pair.inner = std::min(inner, p.inner - i);
+      body(part);
+    }
+}
+
 // Whether a method below O(S^2) is asked for, or pays.
 template <class T>
 bool chooses_sweep(const PairParams<T>& p) {
@@ -55,19 +109,22 @@ void write_row(const InteractParams<T>& params, BatchIndex b, const Visibility& 
   params.threshold.at(b, i) = tau;
 }
 
-// The gradients of row i's query, pulled back to its state, and of its threshold.
+// The gradients of row i's query, pulled back to its state, and of its threshold. A row that sees
+// nothing has none, whatever it holds.
 template <class T>
-void write_row_gradient(const InteractBackwardParams<T>& params, BatchIndex b, int64_t i,
-                        Point<T> grad, T grad_limit) {
+void write_row_gradient(const InteractBackwardParams<T>& params, BatchIndex b,
+                        const Visibility& visibility, int64_t i, Point<T> grad, T grad_limit) {
   const PairParams<T>& p = params.pair;
   if (params.grad_threshold) params.grad_threshold.at(b, i) = grad_limit;
-  Point<T> pulled;
-  visit_score(p.score, [&](auto tag) {
-    using Score = typename decltype(tag)::template of<T>;
-    pulled = Score::query_vjp(grad, p.coefficient[b]);
-    if (Score::kCoefficientInQuery && params.grad_coefficient)
-      params.grad_coefficient.at(b, i) += Score::coefficient_vjp(grad, load_point(p.states, b, i));
-  });
+  Point<T> pulled{T(0), T(0)};
+  if (visibility.visible_keys(i) > 0)
+    visit_score(p.score, [&](auto tag) {
+      using Score = typename decltype(tag)::template of<T>;
+      pulled = Score::query_vjp(grad, p.coefficient[b]);
+      if (Score::kCoefficientInQuery && params.grad_coefficient)
+        params.grad_coefficient.at(b, i) +=
+            Score::coefficient_vjp(grad, load_point(p.states, b, i));
+    });
   if (!params.grad_states) return;
   if (params.accumulate) {
     const Point<T> old = load_point(as_const(params.grad_states), b, i);
@@ -141,7 +198,8 @@ void backward_row_block(const InteractBackwardParams<T>& params, const Staging<T
     std::copy(limit, limit + (rows.end - rows.first), staging.grad_strengths(b) + rows.first);
   for (int64_t i = rows.first; i < rows.end; ++i) {
     const int64_t n = i - rows.first;
-    write_row_gradient(params, b, i, {point[2 * n], point[2 * n + 1]}, limit[n]);
+    write_row_gradient(params, b, sequence.visibility, i, {point[2 * n], point[2 * n + 1]},
+                       limit[n]);
   }
 }
 
@@ -232,7 +290,7 @@ bool swept_backward(const InteractBackwardParams<T>& params, const Staging<T>& s
     return false;
   if (need_rows)
     for_each_token_of(p.rows, [&](int64_t i) {
-      write_row_gradient(params, b, i,
+      write_row_gradient(params, b, sequence.visibility, i,
                          {static_cast<T>(query[2 * i]), static_cast<T>(query[2 * i + 1])},
                          limit.empty() ? T(0) : static_cast<T>(limit[i]));
     });
@@ -243,14 +301,9 @@ bool swept_backward(const InteractBackwardParams<T>& params, const Staging<T>& s
   return true;
 }
 
-}  // namespace
-
-Device::Device() { instruction_set(); }
-
 template <class T>
-void Device::interact(const InteractParams<T>& params) {
+void interact_part(const InteractParams<T>& params) {
   const PairParams<T>& p = params.pair;
-  if (p.batch() == 0 || p.rows == 0) return;
   const Staging<T> staging(p);
   const int64_t count = ceil_div(p.rows, kBlock), grain = grain_for(kBlock * p.keys);
   if (!chooses_sweep(p))
@@ -266,9 +319,8 @@ void Device::interact(const InteractParams<T>& params) {
 }
 
 template <class T>
-void Device::interact_backward(const InteractBackwardParams<T>& params) {
+void interact_backward_part(const InteractBackwardParams<T>& params) {
   const PairParams<T>& p = params.pair;
-  if (p.batch() == 0) return;
   const Staging<T> staging(params);
   // The key pass of a mass starts from what its row pass found.
   const bool need_rows = params.grad_states || params.grad_coefficient || has_mass(p.score);
@@ -289,6 +341,23 @@ void Device::interact_backward(const InteractBackwardParams<T>& params) {
     if (!swept_backward(params, staging, b, need_rows, need_keys))
       dense(1, [&](int64_t) { return b; });
   });
+}
+
+}  // namespace
+
+Device::Device() { instruction_set(); }
+
+template <class T>
+void Device::interact(const InteractParams<T>& params) {
+  if (params.pair.batch() == 0 || params.pair.rows == 0) return;
+  for_each_part(params, [](const InteractParams<T>& part) { interact_part(part); });
+}
+
+template <class T>
+void Device::interact_backward(const InteractBackwardParams<T>& params) {
+  if (params.pair.batch() == 0) return;
+  for_each_part(params,
+                [](const InteractBackwardParams<T>& part) { interact_backward_part(part); });
 }
 
 template <class T>

@@ -28,6 +28,9 @@ QFLUX_INLINE double reciprocal(double a) { return 1 / a; }
 QFLUX_INLINE float  not_negative(float a) { return a < 0 ? 0 : a; }  // of NaN: NaN
 QFLUX_INLINE double not_negative(double a) { return a < 0 ? 0 : a; }
 
+// A NaN stays one.
+QFLUX_INLINE float at_most_one(float a) { return a > 1 ? 1 : a; }
+QFLUX_INLINE double at_most_one(double a) { return a > 1 ? 1 : a; }
 QFLUX_INLINE bool less(float a, float b) { return a < b; }
 QFLUX_INLINE bool less(double a, double b) { return a < b; }
 // Negated, so that a comparison with NaN holds.

@@ -63,6 +63,8 @@ struct HardThreshold {
   QFLUX_INLINE V bias() const { return V(0.5f); }
   QFLUX_INLINE auto kept(V p) const { return not_less(p, limit); }
   QFLUX_INLINE V weight(V p) const { return p; }
+  // What a backward, which has the limit alone, takes for the weight.
+  QFLUX_INLINE V backward_weight(V p) const { return p; }
   template <class M>
   QFLUX_INLINE V weight(V p, M kept) const {
     return where(kept, p);
@@ -79,6 +81,7 @@ struct SoftThreshold : HardThreshold<V> {
   static QFLUX_INLINE SoftThreshold make(V limit, V /*eps*/, V /*min_gate*/) { return {{limit}}; }
 
   QFLUX_INLINE V weight(V p) const { return p - this->limit; }
+  QFLUX_INLINE V backward_weight(V p) const { return weight(p); }
   template <class M>
   QFLUX_INLINE V weight(V p, M kept) const {
     return where(kept, p - this->limit);
@@ -115,6 +118,7 @@ struct InverseGate {
     return not_less_equal(multiply_add(p, V(0), gate(p)), min_gate);
   }
   QFLUX_INLINE V weight(V p) const { return p * gate(p); }
+  QFLUX_INLINE V backward_weight(V p) const { return weight(p); }
   // A dropped infinity stays visible as NaN.
   template <class M>
   QFLUX_INLINE V weight(V p, M kept) const {
@@ -150,6 +154,8 @@ struct Sparsemax {
   QFLUX_INLINE V bias() const { return V(0) - limit; }
   QFLUX_INLINE auto kept(V p) const { return not_less_equal(p, V(0)); }
   QFLUX_INLINE V weight(V p) const { return p - rest; }
+  // Products beyond the precision of a weight (2^21 in float) leave a limit far below a pair.
+  QFLUX_INLINE V backward_weight(V p) const { return at_most_one(p); }
   template <class M>
   QFLUX_INLINE V weight(V p, M kept) const {
     return where(kept, weight(p));

@@ -79,6 +79,9 @@ def _weigh(p, limit, rest, visible, eps: tl.constexpr, SCORE: tl.constexpr):
     elif SCORE == "sparsemax":
         kept = visible & ~(p <= limit)
         weight = (p - limit) - rest
+        # A backward has no rest: products beyond the precision of a weight leave a limit far below
+        # a pair, whose weight is one at most.
+        weight = tl.where(weight > 1.0, 1.0, weight)
     else:
         kept = visible & ~(p < limit)
         weight = p

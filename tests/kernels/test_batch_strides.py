@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import qflux_kernels
-from qflux_kernels import InverseGate, Threshold
+from qflux_kernels import InverseGate, Sparsemax, Threshold
 
 OPS = torch.ops.qflux_kernels
 ROWS, KEYS, DIM, STEPS = 33, 40, 3, 2
@@ -208,3 +208,71 @@ def test_public_functions_copy_nothing(layout, score):
     copies = [name for name in events if name in ("aten::clone", "aten::copy_")]
     assert bool(copies) == (layout in COPIED), copies
     assert not [name for name in usual if name in ("aten::clone", "aten::copy_")]
+
+
+def far_apart(tmp_path, tensor: torch.Tensor, dim: int) -> torch.Tensor:
+    """The tensor with more than 2^31 elements between neighbours along a dimension.
+
+    It lies in a sparse file, of which only the pages that are touched take memory.
+    """
+    stride = 2**31 + 7
+    elements = (tensor.shape[dim] - 1) * stride + tensor.numel()
+    file = tmp_path / str(len(list(tmp_path.iterdir())))
+    memory = torch.from_file(str(file), shared=True, size=elements, dtype=tensor.dtype)
+    strides = list(tensor.stride())
+    strides[dim] = stride
+    view = memory.as_strided(tensor.shape, strides)
+    return view.copy_(tensor)
+
+
+@pytest.mark.parametrize("dim", range(4))
+def test_more_than_2_to_the_31_elements_between_two(tmp_path, dim):
+    """A 32-bit offset anywhere, forward or backward, would read another page or none."""
+    states, values = torch.randn(2, 3, 5, 2), torch.randn(2, 3, 5, 2)
+    pull, dt = torch.randn(2, 3, 5, 2), torch.rand(2, 3, 5) / 10
+    for score in (Threshold(), InverseGate(0.3), Threshold(0.4, shrinkage="soft"), Sparsemax()):
+        found = []
+        for move in (lambda t, _at: t, lambda t, at: far_apart(tmp_path, t, at)):
+            given = [move(states, dim), move(values, dim)]
+            # A view of a leaf, so that the gradient of a result has far strides too.
+            leaves = [t.detach().requires_grad_() for t in given]
+            seen = qflux_kernels.interact(leaves[0], values=leaves[1], score=score)
+            time = move(dt, min(dim, 2))
+            moved = qflux_kernels.evolve(leaves[0], time, score=score, steps=2)
+            grads = torch.autograd.grad(
+                [seen.context, moved.states], leaves, [move(pull, dim), move(pull, dim)]
+            )
+            found.append([*seen, *moved, *grads])
+        assert all(map(torch.equal, *found))
+
+
+@pytest.mark.parametrize("batch", [(3, 25_000), (25_000, 3), (60_000,)])
+@pytest.mark.parametrize("score", [InverseGate, Sparsemax, lambda a: Threshold(a, "row")])
+def test_many_short_sequences_are_those_of_smaller_batches(batch, score):
+    """They are staged in parts, which end where a batch dimension may not."""
+    # Transposed, so that the two batch dimensions cannot be walked as one.
+    states, values, alpha = rand(*batch, 2, 2), rand(*batch, 2, 3), rand(*batch)
+    states = states.transpose(0, -2).contiguous().transpose(0, -2)
+    lengths = torch.randint(0, 3, batch)
+
+    def run(*index):
+        leaves = [t[index].clone().requires_grad_() for t in (states, values, alpha)]
+        leaves[0] = states[index].detach().requires_grad_()
+        options = {"score": score(leaves[2]), "lengths": lengths[index]}
+        seen = qflux_kernels.interact(leaves[0], values=leaves[1], **options)
+        moved = qflux_kernels.evolve(leaves[0], 0.1, **options)
+        grads = torch.autograd.grad(
+            seen.context.sum() + seen.strength.square().sum() + moved.states.square().sum(),
+            leaves,
+            allow_unused=True,
+            materialize_grads=True,
+        )
+        return [*seen, *moved, *grads]
+
+    longest = max(range(len(batch)), key=lambda d: batch[d])
+    size = batch[longest] // 5
+    whole = run()
+    for first in range(0, batch[longest], size):
+        part = (slice(None),) * longest + (slice(first, first + size),)
+        for got, wanted in zip(whole, run(*part), strict=True):
+            assert torch.equal(got[part], wanted)

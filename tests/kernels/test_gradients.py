@@ -11,7 +11,7 @@ from inputs import REDUCED_SCORES, SCORES, layouts, mean_of
 from torch.autograd import forward_ad
 
 import qflux_kernels
-from qflux_kernels import InverseGate, Radius, Threshold, evolve, interact, reference
+from qflux_kernels import InverseGate, Radius, Sparsemax, Threshold, evolve, interact, reference
 
 F64 = torch.float64
 # With gates smooth enough that float32 gradients near S = 0 are not all rounding.
@@ -627,6 +627,52 @@ def test_changed_inputs_are_noticed(device):
     doubled.add_(1)
     with pytest.raises(RuntimeError, match="inplace"):
         context.sum().backward()
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize(
+    "make",
+    [lambda a: InverseGate(a), lambda a: Threshold(a, shrinkage="soft"), lambda a: Sparsemax(a)],
+    ids=["alpha", "sigma", "scale"],
+)
+def test_what_sees_and_shows_nothing_gives_no_gradient(device, make, backend, bad):
+    """Padding, and rows that see no key, may hold anything, and the gradients are the others'."""
+    lengths = torch.tensor(4, device=device)
+
+    def gradients(fill, run):
+        torch.manual_seed(0)
+        states = torch.randn(6, 2, device=device)
+        dt, skip = torch.rand(2, 6, device=device)
+        values = torch.randn(6, 3, device=device)
+        for tensor in (states, dt, skip, values):
+            tensor[4:] = fill
+        coefficient = torch.tensor(0.5, device=device)
+        given = [t.requires_grad_() for t in (coefficient, states, dt, skip, values)]
+        run(make(coefficient), *given[1:]).backward()
+        return [t.grad for t in given if t.grad is not None]
+
+    def interaction(score, states, _dt, _skip, values):
+        found = interact(states, values=values, score=score, lengths=lengths, backend=backend)
+        return found.context.square().sum() + found.strength.sum()
+
+    def evolution(score, states, dt, skip, _values):
+        options = {"skip": skip, "score": score, "lengths": lengths, "backend": backend}
+        found = evolve(states, dt, steps=2, **options)
+        return found.states[:4].square().sum() + found.strength.sum()
+
+    def unseeing(score, states, _dt, _skip, values):
+        # The last two states come first, where two keys of four rows' leave them without one.
+        rows = states.flip(0)
+        found = interact(rows, values[:4, :2], score=score, backend=backend)
+        return found.context.square().sum() + found.strength.sum()
+
+    for run in (interaction, evolution, unseeing):
+        got, wanted = gradients(bad, run), gradients(0.25, run)
+        assert len(got) == len(wanted) >= 3
+        for a, b in zip(got, wanted, strict=True):
+            assert a.isfinite().all()
+            torch.testing.assert_close(a, b)
 
 
 def test_second_derivatives_are_refused(device):

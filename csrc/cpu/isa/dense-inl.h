@@ -271,7 +271,7 @@ void backward_keys_keys(const Sequence<T>& s, int64_t first, int64_t last,
                  const V p = inner_product(qx, qy, kx[r], ky[r], pair.bias());
                  const Mask<T> kept = kept_and_visible(pair.kept(p), visible);
                  const V u = inner_product(gx, gy, kx[r], ky[r], V(s.grad_strength[i]));
-                 const V d = pair.derivative(p, u), w = pair.weight(p);
+                 const V d = pair.derivative(p, u), w = pair.backward_weight(p);
                  ax[r] = add_kept(visible, kept, d, qx, ax[r]);
                  ay[r] = add_kept(visible, kept, d, qy, ay[r]);
                  ax[r] = add_kept(visible, kept, w, gx, ax[r]);
@@ -467,7 +467,7 @@ void backward_keys_values(const Sequence<T>& s, int64_t first, int64_t last,
         const V d = pair.derivative(p, load(upstream[i - tile][r]));
         ax[r] = select(kept, multiply_add(d, qx, ax[r]), ax[r]);
         ay[r] = select(kept, multiply_add(d, qy, ay[r]), ay[r]);
-        store(weight[i - tile][r], where(kept, pair.weight(p)));
+        store(weight[i - tile][r], where(kept, pair.backward_weight(p)));
       });
       V parts[2][kVectors];
       each_vector([&](auto r) QFLUX_INLINE_LAMBDA {
@@ -520,7 +520,7 @@ void backward_keys_columns(const Sequence<T>& s, int64_t first, int64_t last,
             const V d = pair.derivative(p, u);
             ax[r] = add_kept(visible, kept, d, qx, ax[r]);
             ay[r] = add_kept(visible, kept, d, qy, ay[r]);
-            const V w = where(kept, pair.weight(p));
+            const V w = where(kept, pair.backward_weight(p));
             each_column<kColumns>([&](auto c) QFLUX_INLINE_LAMBDA {
               acc[r][c] = add_visible(visible, w, V(grad[c]), acc[r][c]);
             });

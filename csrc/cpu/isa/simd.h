@@ -205,6 +205,12 @@ QFLUX_INLINE Mask<T> less(Vector<T> a, Vector<T> b) {
   return {a.raw < b.raw};
 #endif
 }
+// A NaN stays one.
+template <class T>
+QFLUX_INLINE Vector<T> at_most_one(Vector<T> a) {
+  const Vector<T> one(T(1));
+  return select(less(one, a), one, a);
+}
 // Of numbers; a NaN is unequal to nothing.
 template <class T>
 QFLUX_INLINE Mask<T> unequal(Vector<T> a, Vector<T> b) {

@@ -108,7 +108,8 @@ struct RowPass : OwnsRows<T, Score, InteractBackwardParams<T>>, BackwardColumns<
     if constexpr (Score::kLimitVjp)
       if (params.grad_threshold) params.grad_threshold.at(b, row) = inside ? -sums[2] : T(0);
     if constexpr (Score::kCoefficientInQuery) {
-      if (params.grad_coefficient && inside)
+      // A row that sees nothing has no share, whatever it holds.
+      if (params.grad_coefficient && visibility().visible_keys(row) > 0)
         params.grad_coefficient.at(b, row) +=
             Score::coefficient_vjp(grad, load_point(params.pair.states, b, row));
     }
@@ -168,7 +169,7 @@ struct KeyPass : OwnsKeys<T, Score, InteractBackwardParams<T>>, BackwardColumns<
     const T p = inner_product(record[0], record[1], key.point[0], key.point[1], score.bias());
     const T grad_weight = dot<kColumns>(record + 4, kOwnValues ? key.value : key.point, record[3]);
     if (!(visible & score.kept(p))) return;
-    const T grad = score.derivative(p, grad_weight), w = score.weight(p);
+    const T grad = score.derivative(p, grad_weight), w = score.backward_weight(p);
     T& x = sums[kColumnSums];
     T& y = sums[kColumnSums + 1];
     x = multiply_add(grad, record[0], x);
