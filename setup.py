@@ -14,6 +14,7 @@ from __future__ import annotations
 import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -47,6 +48,22 @@ X86_SETS = {
 
 def is_x86() -> bool:
     return platform.machine().lower() in ("x86_64", "amd64")
+
+
+def compiler() -> list[str]:
+    """CXX: a compiler, or a command with options, in which quotes hold words together."""
+    given = os.environ.get("CXX") or "c++"
+    return [given] if shutil.which(given) else shlex.split(given)
+
+
+def max_jobs() -> int | None:
+    """MAX_JOBS, or None where it is unset."""
+    given = os.environ.get("MAX_JOBS", "").strip()
+    if not given:
+        return None
+    if not given.isdecimal() or int(given) < 1:
+        sys.exit(f"MAX_JOBS must be an integer >= 1, or unset, got {given!r}")
+    return int(given)
 
 
 def find_nvcc() -> str | None:
@@ -126,7 +143,7 @@ class BuildObject(build_ext):
         if not DEBUG:  # what one clone or worktree has compiled serves the others
             os.environ.setdefault("CCACHE_BASEDIR", str(ROOT))
             os.environ.setdefault("CCACHE_NOHASHDIR", "1")
-        cxx = [*ccache, *os.environ.get("CXX", "c++").split(), *COMMON, *WARNINGS]
+        cxx = [*ccache, *compiler(), *COMMON, *WARNINGS]
         if is_x86():
             cxx.append("-DQFLUX_X86")
         binding = [
@@ -173,35 +190,40 @@ class BuildObject(build_ext):
         ]
 
     def _compile(self, build: Path, rules: list[tuple[list[str], Path, Path]]) -> None:
+        jobs = max_jobs()
         # That of this Python first: two versions of ninja discard each other's logs.
         ninja = shutil.which("ninja", path=os.path.dirname(sys.executable)) or shutil.which("ninja")
         if ninja:
             self._write_ninja(build, rules)
-            jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
-            self._run([ninja, "-C", str(build), *jobs])
+            limit = [] if jobs is None else ["-j", str(jobs)]
+            self._run([ninja, "-C", str(build), *limit])
             return
-        jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
-        with ThreadPoolExecutor(jobs) as pool:
+        with ThreadPoolExecutor(jobs or os.cpu_count() or 1) as pool:
             list(pool.map(lambda rule: self._run(rule[0], report=report_of(rule[1])), rules))
 
     @staticmethod
     def _write_ninja(build: Path, rules: list[tuple[list[str], Path, Path]]) -> None:
-        def quoted(words: list[str]) -> str:
-            return subprocess.list2cmdline(words).replace("$", "$$")
+        # Files by their names as seen from the build folder, which have no letter that ninja, the
+        # shell or a list of dependencies would read as more than a letter, wherever the tree lies.
+        def local(path: Path) -> str:
+            return os.path.relpath(path, build)
 
         lines = ["ninja_required_version = 1.5"]
         for number, (command, obj, source) in enumerate(rules):
-            depfile = f"{obj}.d"
+            named = {str(path): local(path) for path in (obj, source)}
+            depfile = f"{obj.name}.d"
             report = report_of(obj)
-            line = quoted([*command, "-MD" if report else "-MMD", "-MF", depfile])
+            words = [named.get(word, word) for word in command]
+            line = shlex.join([*words, "-MD" if report else "-MMD", "-MF", depfile])
+            line = line.replace("$", "$$")
             if report:
-                line += f" > {report} 2>&1 || (cat {report}; exit 1)"
+                line += f" > {report.name} 2>&1 || (cat {report.name}; exit 1)"
             lines += [
                 f"rule unit{number}",
                 f"  command = {line}",
                 f"  depfile = {depfile}",
                 "  deps = gcc",
-                f"build {obj}: unit{number} {source}",
+                f"build {obj.name}: unit{number} {local(source)}",
             ]
         (build / "build.ninja").write_text("\n".join(lines) + "\n")
 
@@ -209,7 +231,7 @@ class BuildObject(build_ext):
         # A process that has the old object mapped keeps it: the new one only takes its name.
         fresh = target.with_suffix(".new")
         command = [
-            *os.environ.get("CXX", "c++").split(), "-shared", *map(str, objects), "-o", str(fresh),
+            *compiler(), "-shared", *map(str, objects), "-o", str(fresh),
             f"-L{torch_root / 'lib'}", "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu", "-lc10",
             "-Wl,--as-needed", "-Wl,-s" if not DEBUG else "-g",
         ]  # fmt: skip
@@ -230,7 +252,7 @@ class BuildObject(build_ext):
         sys.stdout.write(done.stdout)
         sys.stderr.write(done.stderr)
         if done.returncode:
-            sys.exit(f"qflux_kernels: this command failed:\n{subprocess.list2cmdline(command)}")
+            sys.exit(f"qflux_kernels: this command failed:\n{shlex.join(command)}")
 
 
 if __name__ == "__main__":

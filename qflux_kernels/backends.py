@@ -6,13 +6,16 @@ import importlib
 import importlib.util
 import os
 import platform
+import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 
 from .checks import check_choice
 from .options import ALGORITHMS, BACKENDS, Score
-from .schema import COMPILED, TRITON
+from .schema import COMPILED, FAMILIES, TRITON
 from .version import __version__
 
 
@@ -20,28 +23,62 @@ class BackendUnavailableError(RuntimeError):
     """The backend or algorithm asked for is not in this build or on this machine."""
 
 
+HERE = Path(__file__).resolve().parent
+
+
+def _other_copy() -> str | None:
+    """What is wrong if another copy of this package has its ops in this process; None if none has.
+
+    An object that registers ops which are there already ends the process.
+    """
+    ops = torch.ops.qflux_kernels
+    owner = vars(ops).get("loaded_from")
+    if owner == str(HERE) or not any(hasattr(ops, family + "interact") for family in FAMILIES):
+        return None
+    return (
+        f"the ops of qflux_kernels in this process are those of another copy, in "
+        f"{owner or 'a place that is not known'}, and torch has them once: the copy in {HERE} "
+        "needs a process that has imported no other, or backend='reference'"
+    )
+
+
 def _load() -> str | None:
     """Load the compiled object and attach the ops' fakes; the reason if that fails."""
+    if OTHER_COPY is not None:
+        return OTHER_COPY
     try:
         importlib.import_module("._C", __package__)
         from . import autograd
 
         autograd.register(COMPILED)
     except Exception as error:  # a broken object can fail in any way, and importing must not
-        here = Path(__file__).resolve().parent
-        found = sorted(path.name for path in here.glob("_C*"))
+        found = sorted(path.name for path in HERE.glob("_C*"))
         what = f"{found[0]} does not load" if found else "_C.abi3.so is missing"
         return (
-            f"the compiled kernels of qflux_kernels are not usable: {what} in {here} "
-            f"({type(error).__name__}: {error}). Build them with "
+            f"the compiled kernels of qflux_kernels are not usable: {what} in {HERE} "
+            f"({type(error).__name__}: {error}). {_installed_elsewhere()}Build them with "
             "'pip install . --no-build-isolation' (needs a C++17 compiler; nvcc only for CUDA), "
             "or pass backend='reference', which is plain PyTorch and O(S^2) in memory."
         )
     return None
 
 
+def _installed_elsewhere() -> str:
+    """Where the object is if this package, a source tree say, hides an installation that has it."""
+    for entry in sys.path:
+        other = (Path(entry) / HERE.name).resolve()
+        if other != HERE and any(other.glob("_C*.so")):
+            return (
+                f"An installation that has them, in {other}, is hidden by this folder: start "
+                f"Python outside of {HERE.parent}, or install with 'pip install -e'. "
+            )
+    return ""
+
+
 def _load_triton() -> str | None:
     """Register the Triton ops; the reason if Triton is not there. It is not imported yet."""
+    if OTHER_COPY is not None:
+        return OTHER_COPY
     if importlib.util.find_spec("triton") is None:
         return (
             "backend='triton' needs Triton, which is not installed: "
@@ -51,26 +88,29 @@ def _load_triton() -> str | None:
     return None
 
 
+def _text(name: str) -> str:
+    """An op that returns a text as a uint8 tensor: strings leak in the stable ABI before 2.14."""
+    # Importing may happen under a mode that makes tensors without numbers. Leaving modes imports
+    # half of the compiler, so it is done only if there is one.
+    traced = torch._C._len_torch_dispatch_stack() > 0
+    with _disable_current_modes() if traced else nullcontext():
+        return bytes(getattr(torch.ops.qflux_kernels, name)().tolist()).decode()
+
+
+OTHER_COPY = _other_copy()
 LOAD_ERROR = _load()
 TRITON_ERROR = _load_triton()
+if OTHER_COPY is None:
+    vars(torch.ops.qflux_kernels)["loaded_from"] = str(HERE)
+# The CUDA architectures compiled into the object, such as `("sm_90", "compute_100")`. They are read
+# once, because no call that is traced could read them.
+CUDA_ARCHITECTURES = () if LOAD_ERROR else tuple(_text("cuda_architectures").split())
 # Triton reads this when kernels are defined; changes after the import would come too late.
 TRITON_INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in (
     "1", "true", "on", "y", "yes",
 )  # fmt: skip
 # What `choose_backend` returns, and the prefix of the ops that serve it.
 OP_FAMILIES = {"compiled": COMPILED, "triton": TRITON}
-
-
-def cuda_architectures() -> list[str]:
-    """The CUDA architectures compiled into the object, such as `["sm_90", "compute_100"]`."""
-    if LOAD_ERROR is not None:
-        return []
-    return _text("cuda_architectures").split()
-
-
-def _text(name: str) -> str:
-    """An op that returns a text as a uint8 tensor: strings leak in the stable ABI before 2.14."""
-    return bytes(getattr(torch.ops.qflux_kernels, name)().tolist()).decode()
 
 
 def choose_backend(backend: str, device: torch.device) -> str:
@@ -95,7 +135,7 @@ def choose_backend(backend: str, device: torch.device) -> str:
         )
     if backend == "auto" and device.type not in ("cpu", "cuda", "meta"):
         return "reference"
-    compiled = LOAD_ERROR is None and (device.type != "cuda" or bool(cuda_architectures()))
+    compiled = LOAD_ERROR is None and (device.type != "cuda" or bool(CUDA_ARCHITECTURES))
     if not compiled and backend == "auto" and device.type == "cuda" and TRITON_ERROR is None:
         return "triton"
     if LOAD_ERROR is not None:
@@ -150,12 +190,12 @@ def diagnostics() -> dict[str, object]:
         "backends": [
             "reference",
             *(["cpu"] if loaded else []),
-            *(["cuda"] if cuda_architectures() else []),
+            *(["cuda"] if CUDA_ARCHITECTURES else []),
             *(["triton"] if triton_error is None else []),
         ],
         "triton_error": triton_error,
         "algorithms": ["dense", *(["sweep"] if loaded else [])],
-        "cuda_architectures": cuda_architectures(),
+        "cuda_architectures": list(CUDA_ARCHITECTURES),
         "instruction_set": _text("instruction_set") if loaded else None,
         "threads": torch.get_num_threads(),
         "cpu_count": os.cpu_count(),

@@ -7,14 +7,14 @@ import torch
 from . import reference
 from .arguments import COMPUTE_DTYPES
 from .autograd import Gradient, OpFunction, with_mapped
-from .backends import LOAD_ERROR, cuda_architectures
+from .backends import CUDA_ARCHITECTURES, LOAD_ERROR
 from .checks import check_real
 from .schema import MAX_FEATURES, PROJECT_NORM, PROJECT_NORM_BACKWARD
 
 # Where the ops run; anything else is served by the reference.
 _DEVICES = {
     *(("cpu", "meta") if LOAD_ERROR is None else ()),
-    *(("cuda",) if cuda_architectures() else ()),
+    *(("cuda",) if CUDA_ARCHITECTURES else ()),
 }
 
 
@@ -80,9 +80,11 @@ def _vmap(
             for tensor, dim in zip(inputs[:per_token], in_dims, strict=False)
         ]
         result = function.apply(*tokens, *inputs[per_token:])
+        count = len(tokens[0]) // size if size else 0
         if isinstance(result, torch.Tensor):
-            return result.unflatten(0, (size, -1)), 0
-        return (result[0].unflatten(0, (size, -1)), *result[1:]), (0, *(None,) * (len(result) - 1))
+            return result.unflatten(0, (size, count)), 0
+        first = result[0].unflatten(0, (size, count))
+        return (first, *result[1:]), (0, *(None,) * (len(result) - 1))
     results = [
         function.apply(
             *(

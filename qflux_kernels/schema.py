@@ -273,8 +273,8 @@ COMPILED_OPS = (
     _text("cuda_architectures"),
     _text("constants"),
 )
-# The prefix of a family's names.
-COMPILED, TRITON = "", "triton_"
+# The prefixes of the families' names.
+COMPILED, TRITON = FAMILIES = "", "triton_"
 
 # The scalars of a call, by name.
 PairOptions = record("PairOptions", numbers(PAIR))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -63,7 +64,7 @@ def compile_module(tmp_path_factory):
     CXX chooses the compiler and may hold options, as in a build; ccache is used where it is found.
     """
     pybind11 = pytest.importorskip("pybind11", reason="pybind11 makes Python modules of C++")
-    compiler = os.environ.get("CXX", "c++").split()
+    compiler = shlex.split(os.environ.get("CXX", "c++"))
     if shutil.which(compiler[0]) is None:
         pytest.skip(f"the C++ compiler {compiler[0]} is not here")
     shared = tmp_path_factory.getbasetemp()

@@ -514,8 +514,10 @@ _LIBRARY = torch.library.Library("qflux_kernels", "FRAGMENT")
 
 
 def register() -> None:
-    """Declare the ops with their kernels and fakes."""
+    """Declare the ops with their kernels and fakes, unless an earlier import of this did."""
     for op in FAMILY_OPS:
+        if hasattr(torch.ops.qflux_kernels, TRITON + op.name):
+            continue
         _LIBRARY.define(f"{TRITON}{op.name}{op.schema}")
         kernel = autograd.by_name(op, _any_batch(op, _KERNELS[op]))
         # What an op computes with is not recorded: its gradient is the Functions' business.

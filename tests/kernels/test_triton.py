@@ -404,9 +404,9 @@ def test_choice(monkeypatch):
     cuda = torch.device("cuda")
     assert backends.choose_backend("triton", cuda) == "triton"
     monkeypatch.setattr(backends, "LOAD_ERROR", None)
-    monkeypatch.setattr(backends, "cuda_architectures", lambda: ["sm_90"])
+    monkeypatch.setattr(backends, "CUDA_ARCHITECTURES", ("sm_90",))
     assert backends.choose_backend("auto", cuda) == "compiled"
-    monkeypatch.setattr(backends, "cuda_architectures", list)
+    monkeypatch.setattr(backends, "CUDA_ARCHITECTURES", ())
     assert backends.choose_backend("auto", cuda) == "triton"
     assert backends.choose_backend("auto", torch.device("cpu")) == "compiled"
     monkeypatch.setattr(backends, "LOAD_ERROR", "not built")

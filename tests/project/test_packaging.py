@@ -3,6 +3,7 @@
 import ast
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -116,6 +117,73 @@ def test_diagnostics_print(without_object, tmp_path):
         assert {"qflux_kernels", "object", "backends", "torch", "threads"} <= set(names)
 
 
+def test_another_copy_in_a_process_says_so(tmp_path, run_python):
+    """torch ends a process that registers an op twice; the same copy may be imported again."""
+    shutil.copytree(OBJECT.parent, tmp_path / "other" / "qflux_kernels")
+    run_python(f"""
+import sys
+import torch
+import qflux_kernels
+
+def forget():
+    for name in [name for name in sys.modules if name.split(".")[0] == "qflux_kernels"]:
+        del sys.modules[name]
+
+x = torch.randn(5, 2)
+first, wanted = qflux_kernels, qflux_kernels.interact(x).context
+forget()
+import qflux_kernels
+assert qflux_kernels is not first and qflux_kernels.diagnostics()["load_error"] is None
+assert torch.equal(qflux_kernels.interact(x).context, wanted)
+forget()
+sys.meta_path = [f for f in sys.meta_path if not getattr(f, "__module__", "").startswith("__edit")]
+sys.path.insert(0, {str(tmp_path / "other")!r})
+import qflux_kernels
+assert qflux_kernels.__file__.startswith({str(tmp_path)!r})
+error = qflux_kernels.diagnostics()["load_error"]
+assert "another copy" in error and {str(OBJECT.parent)!r} in error and {str(tmp_path)!r} in error
+try:
+    qflux_kernels.interact(x)
+except qflux_kernels.BackendUnavailableError as refused:
+    assert str(refused) == error
+else:
+    raise AssertionError("the second copy computes")
+reference = qflux_kernels.interact(x, backend="reference").context
+torch.testing.assert_close(reference, wanted)
+assert torch.equal(first.interact(x).context, wanted)
+""")
+
+
+def test_a_source_tree_that_hides_an_installation_says_so(tmp_path, run_python):
+    ignored = shutil.ignore_patterns("*.so", "__pycache__")
+    shutil.copytree(OBJECT.parent, tmp_path / "checkout" / "qflux_kernels", ignore=ignored)
+    program = """
+import sys
+sys.meta_path = [f for f in sys.meta_path if not getattr(f, "__module__", "").startswith("__edit")]
+import qflux_kernels
+print(qflux_kernels.diagnostics()["load_error"])
+"""
+    checkout, installed = str(tmp_path / "checkout"), str(OBJECT.parent.parent)
+    shown = run_python(program, path=os.pathsep.join((checkout, installed))).stdout
+    assert f"An installation that has them, in {OBJECT.parent}" in shown
+    assert f"start Python outside of {checkout}" in shown
+    assert "An installation" not in run_python(program, path=checkout, PYTHONSAFEPATH="1").stdout
+
+
+def test_it_imports_where_tensors_have_no_numbers(run_python):
+    run_python("""
+from torch._subclasses.fake_tensor import FakeTensorMode
+with FakeTensorMode():
+    import qflux_kernels
+    assert qflux_kernels.diagnostics()["load_error"] is None
+    assert qflux_kernels.diagnostics()["instruction_set"]
+import torch
+with torch.device("meta"):
+    assert qflux_kernels.diagnostics()["instruction_set"]
+qflux_kernels.interact(torch.randn(3, 2))
+""")
+
+
 @pytest.fixture(scope="module")
 def source_tree(tmp_path_factory):
     """A copy to build in, so that no build leaves anything beside the sources."""
@@ -215,6 +283,16 @@ if "-c" in arguments:
 """
 
 
+def build(tree: Path, **environment: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "setup.py", "-q", "build_ext", "--inplace"],
+        cwd=tree,
+        env=os.environ | {"QFLUX_CUDA": "0", "CCACHE_DISABLE": "1"} | environment,
+        capture_output=True,
+        text=True,
+    )
+
+
 def test_a_second_build_compiles_only_what_changed(source_tree, tmp_path):
     """Editable, in place or for a wheel: the units of a tree are compiled once, seen by a compiler
     that only writes down what it is asked for."""
@@ -248,6 +326,34 @@ def test_a_second_build_compiles_only_what_changed(source_tree, tmp_path):
     finally:
         shutil.rmtree(source_tree / "build")
         (source_tree / "qflux_kernels" / "_C.abi3.so").unlink()
+
+
+def test_a_tree_and_a_compiler_may_lie_anywhere(source_tree, tmp_path):
+    """In folders with what a shell, ninja or a list of dependencies reads as more than letters."""
+    pytest.importorskip("ninja", reason="without it no command passes through a shell")
+    tree, log = tmp_path / "a b'c\"(d)&;$HOME:#%e", tmp_path / "log"
+    shutil.copytree(source_tree, tree)
+    compiler = tree / "my compiler"
+    compiler.write_text(COMPILER.format(python=sys.executable, log=str(log)))
+    compiler.chmod(0o755)
+    result = build(tree, CXX=f"{shlex.quote(str(compiler))} -O1")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "ops.cpp" in log.read_text()
+    log.write_text("")
+    later = time.time() + 10
+    os.utime(tree / "csrc" / "cpu" / "device.cpp", (later, later))
+    assert build(tree, CXX=f"{shlex.quote(str(compiler))} -O1").returncode == 0
+    assert [Path(line).name for line in log.read_text().splitlines()] == ["device.cpp"]
+
+
+@pytest.mark.parametrize(
+    "name, value", [("MAX_JOBS", "foo"), ("MAX_JOBS", "0"), ("QFLUX_CUDA", "yes")]
+)
+def test_bad_settings_of_a_build_are_one_line(source_tree, name, value):
+    result = build(source_tree, **{name: value})
+    assert result.returncode == 1
+    assert name in result.stderr and repr(value) in result.stderr, result.stderr
+    assert "Traceback" not in result.stderr
 
 
 def test_metadata_asks_no_compiler(source_tree, tmp_path):
