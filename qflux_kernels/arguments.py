@@ -38,9 +38,15 @@ def _check_device(name: str, tensor: torch.Tensor, states: torch.Tensor) -> None
         raise ValueError(f"{name} is on {tensor.device}, but states are on {states.device}")
 
 
+def _same(shape: torch.Size, other: torch.Size) -> bool:
+    # Tuples compare their entries before their lengths: a traced size that is compared for nothing
+    # stays a condition on it.
+    return len(shape) == len(other) and shape == other
+
+
 def _expand(name: str, tensor: torch.Tensor, shape: torch.Size) -> torch.Tensor:
     """Broadcast `tensor` to exactly `shape`, or raise naming it."""
-    if tensor.shape == shape:
+    if _same(tensor.shape, shape):
         return tensor
     excess = tensor.dim() - len(shape)
     if excess > 0 and all(size == 1 for size in tensor.shape[:excess]):
@@ -85,13 +91,17 @@ def canonical_score(score: object, states: torch.Tensor, batch: torch.Size) -> S
     return replace(score, **changed) if changed else score
 
 
-def _values_are_known(tensor: torch.Tensor) -> bool:
+_TRACING = torch._C._TorchDispatchModeKey.PROXY, torch._C._TorchDispatchModeKey.FAKE
+
+
+def values_are_known(tensor: torch.Tensor) -> bool:
     """Whether reading the tensor is free of device synchronisation, tracing and transforms."""
     return (
         tensor.device.type == "cpu"
         and not torch.compiler.is_compiling()
         and type(tensor) is torch.Tensor
         and not is_functorch_wrapped_tensor(tensor)
+        and all(torch._C._get_dispatch_mode(key) is None for key in _TRACING)
     )
 
 
@@ -106,11 +116,12 @@ def _canonical_lengths(
         raise TypeError(f"lengths must be an integer tensor, got dtype {lengths.dtype}")
     _check_device("lengths", lengths, states)
     length = states.shape[-2]
-    if _values_are_known(lengths) and lengths.numel():
+    lengths = lengths.to(torch.int64)  # unsigned ones have no minimum
+    if values_are_known(lengths) and lengths.numel():
         low, high = int(lengths.min()), int(lengths.max())
         if low < 0 or high > length:
             raise ValueError(f"lengths must lie in [0, {length}], got values in [{low}, {high}]")
-    return _expand("lengths", lengths.to(torch.int64), batch)
+    return _expand("lengths", lengths, batch)
 
 
 def _common_dtype(tensors: dict[str, torch.Tensor], device_type: str) -> torch.dtype:
@@ -206,7 +217,7 @@ def interact_arguments(
 
     result_dtype, batch = states.dtype, states.shape[:-2]
     # What changes nothing costs as much as a kernel on a few tokens.
-    if any(t.dtype != result_dtype or t.shape[:-2] != batch for t in given.values()):
+    if any(t.dtype != result_dtype or not _same(t.shape[:-2], batch) for t in given.values()):
         result_dtype = _common_dtype(given, states.device.type)
         try:
             batch = torch.broadcast_shapes(*(tensor.shape[:-2] for tensor in given.values()))
@@ -264,7 +275,7 @@ def per_step(name: str, value: Any, states: torch.Tensor, steps: int) -> float |
     _check_device(name, value, states)
     target = states.shape[:-1]
     value = value.to(COMPUTE_DTYPES[states.dtype])
-    if value.shape == target:
+    if _same(value.shape, target):
         return value.unsqueeze(0)
 
     def broadcasts(shape: torch.Size) -> bool:

@@ -16,7 +16,8 @@ import torch
 from torch._C._functorch import is_batchedtensor
 from torch.autograd import forward_ad
 
-from .arguments import EvolveArguments, InteractArguments, widen
+from . import flops
+from .arguments import COMPUTE_DTYPES, EvolveArguments, InteractArguments, widen
 from .options import ALGORITHMS, Radius
 from .schema import (
     EVOLVE,
@@ -268,18 +269,30 @@ def _narrowed(grad: torch.Tensor, given: torch.Tensor | None, needed: bool) -> t
     return grad.to(given.dtype) if needed and given is not None else None
 
 
-def _split(value: float | torch.Tensor) -> tuple[torch.Tensor | None, float]:
-    """A number as the ops take it: a tensor, or None and a float."""
-    return (value, 0.0) if isinstance(value, torch.Tensor) else (None, float(value))
+def _split(
+    value: float | torch.Tensor, states: torch.Tensor, *shape: int
+) -> tuple[torch.Tensor | None, float]:
+    """A number as the ops take it: a tensor, which has this shape, or None and a float.
+
+    A float would be a constant of what Dynamo compiles, and each further value another graph.
+    """
+    if isinstance(value, torch.Tensor):
+        return value, 0.0
+    if torch.compiler.is_dynamo_compiling():
+        number = states.new_full((), value, dtype=COMPUTE_DTYPES[states.dtype])
+        return number.expand(shape), 0.0
+    return None, float(value)
 
 
 def _pair(
     args: InteractArguments | EvolveArguments, algorithm: str
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, Any]:
     """Coefficient, minimal gate and the scalars of a call."""
-    score = args.score
-    coefficient, coefficient_value = _split(score.coefficient)
-    min_gate, min_gate_value = _split(score.min_gate)
+    score, batch = args.score, args.states.shape[:-2]
+    coefficient, coefficient_value = _split(score.coefficient, args.states, *batch)
+    min_gate, min_gate_value = None, 0.0
+    if "min_gate" in score.per_sequence:
+        min_gate, min_gate_value = _split(score.min_gate, args.states, *batch)
     options = PairOptions(
         coefficient_value=coefficient_value,
         min_gate_value=min_gate_value,
@@ -316,8 +329,11 @@ def evolve(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """States `(*batch, S, 2)`, strength and degree `(*batch, S)` in the dtype of computation."""
     coefficient, min_gate, pair = _pair(args, algorithm)
-    dt, dt_value = _split(args.dt)
-    skip, skip_value = _split(0.0 if args.skip is None else args.skip)
+    tokens = 1, *args.states.shape[:-1]
+    dt, dt_value = _split(args.dt, args.states, *tokens)
+    skip, skip_value = None, 0.0
+    if args.skip is not None:
+        skip, skip_value = _split(args.skip, args.states, *tokens)
     radius = Radius() if args.radius is None else args.radius
     step = StepOptions(
         dt_value=dt_value,
@@ -411,8 +427,9 @@ def by_name(op: Op, rule: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def register(family: str) -> None:
-    """Attach the fake kernels to the ops of a family that is loaded."""
+    """Attach fake kernels and counts of operations to the ops of a family that is loaded."""
     for op in FAMILY_OPS:
         name = family + op.name
         torch.library.register_fake(f"qflux_kernels::{name}", by_name(op, _FAKES[op]))
         _HANDLES[name] = getattr(torch.ops.qflux_kernels, name).default, op.names
+    flops.register(family)

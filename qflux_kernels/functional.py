@@ -73,7 +73,9 @@ def interact(
         score: `Threshold` (default), `Sparsemax` or `InverseGate`.
         reduction: "sum" (default), or "mean" over the visible keys, which `Sparsemax` refuses.
         lengths: integer tensor that broadcasts to the batch shape, for right-padded sequences
-            with K == S: padding rows get zeros, and nobody sees padding.
+            with K == S: padding rows get zeros, and nobody sees padding. Numbers outside of [0, S]
+            are an error where they can be read, and count as the nearest of these where not: on a
+            GPU and in traced programs.
         algorithm: "dense" meets every pair. "sweep" gives the same answer in about O(S log S), for
             `Threshold`, and between that and O(S^1.5) for `Sparsemax` (on a CPU only). "auto"
             (default) takes it from 8,192 tokens on a CPU (if not causal from 2,048, `Sparsemax`

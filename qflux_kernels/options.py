@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
 import torch
+from torch.utils import _pytree
 
 from .checks import check_choice, check_real
 from .schema import SCORE_KINDS, SCORES, ScoreKind
@@ -230,3 +231,8 @@ class Evolution(NamedTuple):
     states: torch.Tensor
     strength: torch.Tensor
     degree: torch.Tensor
+
+
+# So that exported programs which return them can be saved.
+for _kind in (Interaction, Evolution):
+    _pytree._register_namedtuple(_kind, serialized_type_name=f"qflux_kernels.{_kind.__name__}")

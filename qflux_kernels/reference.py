@@ -87,10 +87,8 @@ def weights(args: InteractArguments, first: int = 0, last: int | None = None) ->
     score = args.score
     if isinstance(score, Threshold):
         s = (rows @ keys.mT + 1) / 2
-        count = window.sum(-1, keepdim=True).clamp(min=1)
-        mean = torch.where(window, s, zero).sum(-1, keepdim=True) / count
-        variance = torch.where(window, (s - mean) ** 2, zero).sum(-1, keepdim=True) / count
-        tau = mean + _per_pair(score.sigma) * torch.sqrt(variance + score.eps)
+        mean, deviation = _statistics(s, window, score.eps)
+        tau = mean + _per_pair(score.sigma) * deviation
         tau = torch.where(bad.any(-1, keepdim=True), nan, tau)
         limit = tau.detach()
         kept = visible & ~(s < limit)
@@ -105,6 +103,10 @@ def weights(args: InteractArguments, first: int = 0, last: int | None = None) ->
         weight = torch.where(bad, nan, s * gate)
     elif isinstance(score, Sparsemax):
         z = _per_pair(score.scale) * (rows @ keys.mT)
+        if z.shape[-1] > 0:
+            # Relative to the largest, which changes no weight: else its size would round them away.
+            top = torch.where(visible, z.detach(), -torch.inf).amax(-1, keepdim=True)
+            z = z - torch.where(top == -torch.inf, zero, top)
         tau = _mass_threshold(torch.where(visible, z, -torch.inf))
         tau = torch.where(bad.any(-1, keepdim=True), nan, tau)
         kept = visible & ~(z <= tau.detach())
@@ -112,6 +114,25 @@ def weights(args: InteractArguments, first: int = 0, last: int | None = None) ->
     else:
         raise NotImplementedError(f"the reference has no formula for {type(score).__name__}")
     return Pairs(torch.where(kept, weight, zero), kept, visible)
+
+
+def _statistics(
+    s: torch.Tensor, window: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and sqrt(variance + eps) `(..., 1)` of the scores in the window of each row."""
+    zero = s.new_zeros(())
+    count = window.sum(-1, keepdim=True).clamp(min=1)
+    unit = s.new_ones(())
+    if s.shape[-1] > 0:
+        # Sums and squares of large scores would overflow: they are taken in units of the largest.
+        largest = torch.where(window, s.detach().abs(), zero).amax(-1, keepdim=True)
+        unit = torch.where(largest > torch.finfo(s.dtype).max ** 0.4, largest, unit)
+    s = s / unit
+    mean = torch.where(window, s, zero).sum(-1, keepdim=True) / count
+    variance = torch.where(window, (s - mean) ** 2, zero).sum(-1, keepdim=True) / count
+    # What is added to a variance of zero must not vanish.
+    least = (eps / unit / unit).clamp(min=torch.finfo(s.dtype).tiny if eps > 0 else 0.0)
+    return unit * mean, unit * torch.sqrt(variance + least)
 
 
 def _mass_threshold(z: torch.Tensor) -> torch.Tensor:
@@ -226,11 +247,17 @@ def evolve_checked(
         positions: `(S,)`, the places of the tokens in their sequences; default 0 to S - 1.
     """
     interaction = _interact if interaction is None else interaction
-    x = widen(args.states)
+    x = given = widen(args.states)
     present = None
     if args.lengths is not None:
         token = torch.arange(x.shape[-2], device=x.device) if positions is None else positions
         present = (token < args.lengths[..., None])[..., None]
+
+    def of_tokens(tensor: torch.Tensor) -> torch.Tensor:
+        # Zero for padding: the zero gradient of what is not finite would be NaN.
+        return tensor if present is None else torch.where(present, tensor, 0.0)
+
+    x = of_tokens(x)
     pairs = InteractArguments(
         states=x,
         keys=None,
@@ -244,7 +271,7 @@ def evolve_checked(
 
     def of_step(value: float | torch.Tensor, step: int) -> float | torch.Tensor:
         if isinstance(value, torch.Tensor):
-            return value[min(step, len(value) - 1), ..., None]
+            return of_tokens(value[min(step, len(value) - 1), ..., None])
         return value
 
     strength = degree = x  # of the last step, and there is one
@@ -258,7 +285,9 @@ def evolve_checked(
             moved = move_radius(moved, strength, args.radius)
         if args.skip is not None:
             moved = blend(of_step(args.skip, step), x, moved)
-        x = moved if present is None else torch.where(present, moved, x)
+        x = of_tokens(moved)
+    if present is not None:
+        x = torch.where(present, x, given)
     dtype = args.result_dtype
     return Evolution(x.to(dtype), strength.to(dtype), degree)
 
@@ -311,6 +340,7 @@ def _csr_scores(args: InteractArguments, block_pairs: int = 1 << 20) -> torch.Te
         torch.cat([empty.long(), *columns]),
         torch.cat([empty, *entries]).to(args.result_dtype),
         size=(length, length),
+        device=args.states.device,
     )
 
 

@@ -1,147 +1,17 @@
 """Parameters and operations of a model, counted; and the counts of the two documents.
 
 A multiplication with an addition counts as two operations, as `torch.utils.flop_counter` has it.
-Importing this module teaches that counter the operators of `qflux_kernels`.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
-from typing import Any
-
 import numpy as np
 import torch
-from torch.utils.flop_counter import FlopCounterMode, flop_registry, register_flop_formula
-
-from qflux_kernels.schema import (
-    COMPILED,
-    EVOLVE,
-    EVOLVE_BACKWARD,
-    FAMILY_OPS,
-    INTERACT,
-    INTERACT_BACKWARD,
-    PROJECT_NORM,
-    PROJECT_NORM_BACKWARD,
-    THRESHOLD_BACKWARD,
-    TRITON,
-    Op,
-)
+from torch.utils.flop_counter import FlopCounterMode
 
 from ..inference.generate import evaluating
 from ..models.base import CausalLM
 from .tables import Table
-
-# Of a pair: the inner product, and what makes a weight of it (rescaling and comparison).
-SCORE_FLOPS = 2 * 2 + 3
-# Of a row of a threshold: mean and deviation from running moments.
-THRESHOLD_FLOPS = 20
-# Of a token's Heun step: two stages added, the radius rule, the skip.
-STEP_FLOPS = 25
-
-
-def visible_pairs(rows: int, keys: int, causal: bool) -> int:
-    """Pairs that may be seen; causal rows and keys have their ends aligned."""
-    if not causal:
-        return rows * keys
-    if keys < rows:  # the first rows see nothing
-        return keys * (keys + 1) // 2
-    return rows * (keys - rows) + rows * (rows + 1) // 2
-
-
-def interact_flops(batch: int, rows: int, keys: int, value_dim: int, causal: bool = True) -> int:
-    """Operations of `interact` if it meets every visible pair and keeps all of them.
-
-    A pair costs its score, and two operations for each column of its value and for the strength.
-    """
-    pairs = visible_pairs(rows, keys, causal)
-    return batch * (pairs * (SCORE_FLOPS + 2 * value_dim + 1) + rows * THRESHOLD_FLOPS)
-
-
-def _shape(value: Any) -> tuple[int, ...] | None:
-    return None if value is None else tuple(value)
-
-
-def _interact(given: Any) -> int:
-    states = tuple(given.states)
-    keys = _shape(given.keys) or states
-    values = _shape(given.values) or keys
-    return interact_flops(math.prod(states[:-2]), states[-2], keys[-2], values[-1], given.causal)
-
-
-def _interact_backward(given: Any) -> int:
-    # Two passes over the pairs, by rows and by keys; each computes the score again, the gradient
-    # of the weight (as wide as a value), and what it adds to a point.
-    states = tuple(given.states)
-    keys = _shape(given.keys) or states
-    values = _shape(given.values) or keys
-    pairs = visible_pairs(states[-2], keys[-2], given.causal) * math.prod(states[:-2])
-    by_rows = SCORE_FLOPS + 2 * values[-1] + 4
-    by_keys = by_rows + 2 * values[-1]
-    return pairs * (by_rows * given.need_rows + by_keys * given.need_keys)
-
-
-def _threshold_backward(given: Any) -> int:
-    return 2 * THRESHOLD_FLOPS * math.prod(tuple(given.states)[:-1])
-
-
-def _evolve(given: Any) -> int:
-    states = tuple(given.states)
-    batch, rows = math.prod(states[:-2]), states[-2]
-    stage = interact_flops(batch, rows, rows, 2, given.causal)
-    return given.steps * (2 * stage + batch * rows * STEP_FLOPS)
-
-
-def _evolve_backward(given: Any) -> int:
-    states = tuple(given.grad_states)
-    batch, rows = math.prod(states[:-2]), states[-2]
-    pairs = batch * visible_pairs(rows, rows, given.causal)
-    stage = pairs * (2 * (SCORE_FLOPS + 8) + 4)
-    return given.steps * (2 * stage + 2 * batch * rows * STEP_FLOPS)
-
-
-def _project_norm(given: Any) -> int:
-    (tokens, features), (width, _) = tuple(given.features), tuple(given.weight)
-    return tokens * (2 * width * (features + 1) + 3 * (features + 1) ** 2)
-
-
-def _project_norm_backward(given: Any) -> int:
-    return 2 * _project_norm(given)
-
-
-FORMULAS: dict[Op, Callable[[Any], int]] = {
-    INTERACT: _interact,
-    INTERACT_BACKWARD: _interact_backward,
-    THRESHOLD_BACKWARD: _threshold_backward,
-    EVOLVE: _evolve,
-    EVOLVE_BACKWARD: _evolve_backward,
-    PROJECT_NORM: _project_norm,
-    PROJECT_NORM_BACKWARD: _project_norm_backward,
-}
-
-
-def _formula(op: Op, rule: Callable[[Any], int]) -> Callable[..., int]:
-    """A rule of the counter: it gets shapes in the place of tensors."""
-
-    def count(*arguments: Any, out_shape: Any = None, **named: Any) -> int:
-        del out_shape
-        return rule(op.Arguments(*arguments, **named))
-
-    return count
-
-
-def register_formulas() -> None:
-    """Teach `torch.utils.flop_counter` the ops that this process has; again does nothing."""
-    for op, rule in FORMULAS.items():
-        for family in (COMPILED, TRITON):
-            if family != COMPILED and op not in FAMILY_OPS:
-                continue
-            target = getattr(torch.ops.qflux_kernels, family + op.name, None)
-            if target is not None and target not in flop_registry:
-                register_flop_formula(target)(_formula(op, rule))
-
-
-register_formulas()
 
 
 def parameter_counts(model: torch.nn.Module) -> Table:

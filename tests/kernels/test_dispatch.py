@@ -1,16 +1,20 @@
 """The operators as PyTorch sees them: dispatcher, compiler, transforms, autocast, memory."""
 
 import copy
+import io
 import pickle
 from pathlib import Path
 
 import pytest
 import torch
 from inputs import mean_of
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 import qflux_kernels
-from qflux_kernels import InverseGate, Radius, Sparsemax, Threshold, evolve, interact
+from qflux_kernels import InverseGate, Radius, Sparsemax, Threshold, backends, evolve, interact
 
 OPS = torch.ops.qflux_kernels
 PAIR = {
@@ -217,6 +221,176 @@ def test_compile_where_nothing_needs_a_gradient(device, function, mode):
     with mode():
         compiled = torch.compile(function, fullgraph=True, backend="aot_eager")(states)
         assert torch.equal(compiled, function(states))
+
+
+NUMBERS = {
+    "dt": lambda x, number: evolve(x, number).states,
+    "skip": lambda x, number: evolve(x, 0.1, skip=number).states,
+    "sigma": lambda x, number: interact(x, score=Threshold(number)).context,
+    "alpha": lambda x, number: interact(x, score=InverseGate(number)).context,
+    "min_gate": lambda x, number: interact(x, score=InverseGate(min_gate=number)).context,
+    "scale": lambda x, number: evolve(x, 0.1, score=Sparsemax(number)).states,
+}
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_no_recompilation_over_numbers(device, name):
+    """One graph for the first value, as everywhere in PyTorch, and one for all others."""
+    graphs = []
+
+    def count(graph, _inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(NUMBERS[name], fullgraph=True, backend=count)
+    states = torch.randn(12, 2, device=device)
+    for number in (0.1, 0.25, 0.5, 0.75, 1.5):
+        assert torch.equal(compiled(states, number), NUMBERS[name](states, number))
+    assert len(graphs) <= 2
+
+
+def dynamic_programs():
+    return {
+        "interact": lambda x: interact(x).context,
+        "values": lambda x: interact(x, values=x.repeat(1, 1, 2)).context,
+        "soft": lambda x: interact(x, score=Threshold(shrinkage="soft")).context,
+        "sparsemax": lambda x: interact(x, score=Sparsemax(x.new_ones(1))).context,
+        "evolve": lambda x: evolve(x, x[..., 0], steps=2).states,
+        "project_norm": lambda x: qflux_kernels.project_norm(x, x.new_ones(4, 2)),
+        "reference": lambda x: interact(x, backend="reference", score=Sparsemax()).context,
+        "scores": lambda x: qflux_kernels.scores(x),
+    }
+
+
+@pytest.mark.parametrize("name", dynamic_programs())
+def test_traced_programs_take_any_batch_and_length(device, name):
+    function = dynamic_programs()[name]
+
+    class Program(torch.nn.Module):
+        def forward(self, x):
+            return function(x)
+
+    given, other = torch.randn(4, 12, 2, device=device), torch.randn(7, 31, 2, device=device)
+    sizes = ({0: torch.export.Dim("batch"), 1: torch.export.Dim("length")},)
+    exported = torch.export.export(Program(), (given,), dynamic_shapes=sizes).module()
+    traced = make_fx(function, tracing_mode="symbolic")(given)
+    for program in (exported, traced):
+        torch.testing.assert_close(program(other), function(other))
+
+
+def test_exported_programs_that_return_results_are_saved():
+    class Program(torch.nn.Module):
+        def forward(self, x):
+            return interact(x), evolve(x, 0.1)
+
+    file, states = io.BytesIO(), torch.randn(4, 12, 2)
+    torch.export.save(torch.export.export(Program(), (states,)), file)
+    file.seek(0)
+    interaction, evolution = torch.export.load(file).module()(states)
+    assert type(interaction) is qflux_kernels.Interaction
+    assert torch.equal(interaction.context, interact(states).context)
+    assert torch.equal(evolution.states, evolve(states, 0.1).states)
+
+
+def test_tensors_of_a_device_that_is_not_here(monkeypatch):
+    """Traced for a GPU on a machine without one, as a cross-compiler does."""
+    monkeypatch.setattr(backends, "CUDA_ARCHITECTURES", ("sm_90",))
+    with FakeTensorMode():
+        states = torch.empty(3, 8, 2, device="cuda")
+        assert interact(states).context.device.type == "cuda"
+        assert evolve(states, 0.1, steps=2).states.shape == (3, 8, 2)
+
+
+def test_the_default_device_is_not_where_results_lie():
+    states = torch.randn(5, 2)
+    with torch.device("meta"):
+        cache, steps = qflux_kernels.InteractionCache(), qflux_kernels.EvolutionCache()
+        cache.append(states)
+        results = [
+            *interact(states),
+            *interact(states, backend="reference", score=Sparsemax()),
+            *evolve(states, 0.1, backend="reference"),
+            qflux_kernels.scores(states),
+            qflux_kernels.scores(states, layout="csr").to_dense(),
+            *cache.attend(states),
+            *steps.advance(states, 0.1),
+        ]
+    assert all(result.device.type == "cpu" for result in results)
+
+
+@pytest.mark.parametrize("rows", [0, 1, 8])
+def test_jacobians(rows):
+    states, weight = torch.randn(rows, 2), torch.randn(3, 2)
+    functions = [
+        lambda x: interact(x).context,
+        lambda x: interact(x, score=Threshold(shrinkage="soft")).context,
+        lambda x: interact(x, score=Sparsemax()).context,
+        lambda x: evolve(x, 0.1, steps=2).states,
+        lambda x: evolve(torch.ones_like(x), x[:, 0], score=InverseGate()).states,
+        lambda x: qflux_kernels.project_norm(x, weight),
+        lambda x: qflux_kernels.project_norm(torch.ones(5, 2), x) if rows else x,
+    ]
+    for function in functions:
+        found = torch.func.jacrev(function)(states)
+        out = function(states)
+        assert found.shape == (*out.shape, *states.shape)
+        for index in range(out.numel()):
+            (row,) = torch.autograd.grad(
+                function(leaf := states.clone().requires_grad_()).flatten()[index], leaf
+            )
+            torch.testing.assert_close(found.flatten(0, -3)[index], row)
+
+
+def test_saved_tensors_may_come_back_in_another_layout():
+    def turned(tensor):
+        return tensor.transpose(0, -1).contiguous().transpose(0, -1) if tensor.dim() else tensor
+
+    def gradient(unpack):
+        leaf = states.clone().requires_grad_()
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: t, unpack):
+            total = evolve(leaf, 0.1, steps=2).states.sum()
+            for score in (Threshold(shrinkage="soft"), Sparsemax(), InverseGate()):
+                total = total + interact(leaf, values=leaf + 1, score=score).context.sum()
+            total = total + qflux_kernels.project_norm(leaf, weight).square().sum()
+            total.backward()
+        return leaf.grad
+
+    states, weight = torch.randn(3, 8, 2), torch.randn(4, 2)
+    assert torch.equal(gradient(turned), gradient(lambda t: t))
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16, torch.uint32, torch.uint64])
+def test_lengths_of_any_integer(dtype):
+    states = torch.randn(2, 5, 2)
+    found = interact(states, lengths=torch.tensor([3, 5], dtype=dtype))
+    assert torch.equal(found.context, interact(states, lengths=torch.tensor([3, 5])).context)
+    with pytest.raises(ValueError, match="lengths"):
+        interact(states, lengths=torch.tensor([3, 6], dtype=dtype))
+
+
+def test_lengths_that_are_not_read_count_as_the_nearest():
+    states, lengths = torch.randn(3, 5, 2), torch.tensor([-2, 9, 3])
+    wanted = interact(states, lengths=lengths.clamp(0, 5))
+    for backend in ("auto", "reference"):
+        compiled = torch.compile(
+            lambda x, n, backend=backend: interact(x, lengths=n, backend=backend),
+            backend="eager", fullgraph=True,
+        )  # fmt: skip
+        torch.testing.assert_close(compiled(states, lengths), wanted)
+
+
+def test_operations_are_counted():
+    states = torch.randn(6, 2, requires_grad=True)
+    for run in (
+        lambda: interact(states).context,
+        lambda: evolve(states, 0.1).states,
+        lambda: qflux_kernels.project_norm(states, torch.ones(4, 2)),
+    ):
+        with FlopCounterMode(display=False) as counter:
+            out = run()
+            forward = counter.get_total_flops()
+            out.sum().backward()
+        assert 0 < forward < counter.get_total_flops()
 
 
 def test_compile_refuses_second_derivatives(device):
@@ -463,3 +637,26 @@ print(peak_after_step(200_000) - before)
 """
     )
     assert float(result.stdout) < 100
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak from /proc")
+def test_memory_of_many_short_sequences(run_python):
+    """A million of one token: their planes, padded to whole vectors, would take 640 MB at once."""
+    result = run_python(
+        """
+from pathlib import Path
+import torch
+from qflux_kernels import interact
+
+def peak():
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) / 1024
+
+states = torch.randn(1_000_000, 1, 2, requires_grad=True)
+interact(states[:9]).context.sum().backward()
+before = peak()
+interact(states).context.sum().backward()
+print(peak() - before)
+"""
+    )
+    assert float(result.stdout) < 120

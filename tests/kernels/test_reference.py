@@ -5,7 +5,8 @@ import math
 
 import pytest
 import torch
-from inputs import mean_of, with_reductions
+from assertions import assert_interaction_close, count_borderline
+from inputs import EXTREME_SCORES, mean_of, with_reductions
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from qflux_kernels import InverseGate, Radius, Sparsemax, Threshold, reference
@@ -385,6 +386,16 @@ def test_non_finite_states_reach_whom_they_can(score, value):
     assert not full.context.isfinite().any()
     padded = reference.interact(states, score=score, lengths=torch.tensor(4))
     assert padded.context.isfinite().all()
+
+
+@pytest.mark.parametrize("score", EXTREME_SCORES, ids=str)
+@pytest.mark.parametrize("size", [1e8, 3e9, 1e12, 1e18])
+def test_large_states_lose_no_row(score, size):
+    """In float32 the squares of such scores, or sums of them, are infinite."""
+    states = (torch.randn(2, 30, 2) * size).float()
+    narrow, wide = (reference.interact(s, score=score) for s in (states, states.double()))
+    assert_interaction_close(narrow, states, score=score)
+    assert (narrow.degree - wide.degree).abs().sum() <= count_borderline(states, score=score)
 
 
 @pytest.mark.parametrize("score", [Threshold(), InverseGate()], ids=str)
