@@ -10,6 +10,8 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from qflux_kernels.arguments import values_are_known
+
 from ..models.base import CausalLM
 from ..models.cache import ModelCache
 
@@ -118,8 +120,7 @@ def padding_of(mask: Tensor | None, new: int, past: int) -> Tensor | None:
         )
     mask = mask.bool()
     padding = (mask.cumsum(1) == 0).sum(1)
-    # Reading the mask would synchronise a GPU.
-    if mask.device.type == "cpu":
+    if values_are_known(mask):
         if not bool((padding + mask.sum(1) == mask.shape[1]).all()):
             raise ValueError("with a cache, attention_mask must have its zeros on the left")
         if bool((padding == mask.shape[1]).any()):

@@ -16,6 +16,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers.modeling_outputs import BaseModelOutput, CausalLMOutputWithPast
 from transformers.utils import logging
 
+from qflux_kernels.arguments import values_are_known
+
 from ..inference.generate import beyond_context
 from ..models.base import CausalLM
 from ..models.presets import config_from_json, make_model
@@ -392,8 +394,7 @@ def _checked(attention_mask: Tensor, input_ids: Tensor) -> Tensor:
             f"got {tuple(attention_mask.shape)}"
         )
     mask = mask.bool()
-    # Reading the mask would synchronise a GPU and break a traced graph.
-    if mask.device.type == "cpu" and not torch.compiler.is_compiling():
+    if values_are_known(mask):
         pieces = (mask[:, :-1] < mask[:, 1:]).sum(1) + mask[:, 0]
         if bool((pieces > 1).any()):
             raise ValueError(

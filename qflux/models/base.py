@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from qflux_kernels.arguments import values_are_known
 from qflux_kernels.checks import check_integer
 
 from ..inference.generate import generate
@@ -16,6 +17,7 @@ from ..parallel import current_split
 from ..text.windows import IGNORED_LABEL
 from .cache import ModelCache, checked_padding
 from .config import ModelConfig
+from .constants import fill_after_loading
 from .output import LanguageModelOutput, LayerRecord
 
 # Tokens of a prompt that are read at once.
@@ -46,6 +48,7 @@ class CausalLM(nn.Module, ABC):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
+        self.register_load_state_dict_post_hook(fill_after_loading)
 
     @abstractmethod
     def read(
@@ -272,13 +275,12 @@ def next_token_loss(
 
 
 def check_ids(name: str, ids: Tensor, vocab_size: int) -> None:
-    """Raise unless `ids` is `(B, S >= 1)`, integer and (checked on the CPU) in [0, V)."""
+    """Raise unless `ids` is `(B, S >= 1)`, integer and, where they can be read, in [0, V)."""
     if ids.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"{name} must be an int64 or int32 tensor, got dtype {ids.dtype}")
     if ids.dim() != 2 or ids.shape[1] < 1:
         raise ValueError(f"{name} must have shape (batch, length >= 1), got {tuple(ids.shape)}")
-    # Reading the ids would synchronise a GPU and break a traced graph.
-    if ids.device.type == "cpu" and ids.numel() and not torch.compiler.is_compiling():
+    if values_are_known(ids) and ids.numel():
         low, high = int(ids.min()), int(ids.max())
         if low < 0 or high >= vocab_size:
             raise ValueError(

@@ -9,13 +9,14 @@ from torch import Tensor, nn
 
 from ..parallel import current_split
 from .config import ModelConfig
+from .constants import at_least_float32, initial
 
 
 def rotate(states: Tensor, angle: Tensor) -> Tensor:
-    """Turn states `(..., S, 2)` by `angle` radians, `(..., S)` broadcasting."""
+    """Turn states `(..., S, 2)` by `angle` radians, `(..., S)` broadcasting, in their dtype."""
     cos, sin = angle.cos(), angle.sin()
     x, y = states.unbind(-1)
-    return torch.stack((x * cos - y * sin, x * sin + y * cos), -1)
+    return torch.stack((x * cos - y * sin, x * sin + y * cos), -1).to(states.dtype)
 
 
 def position_angles(frequency: Tensor, length: int) -> Tensor:
@@ -115,12 +116,18 @@ class PhaseRotation(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.log_frequency = nn.Parameter(torch.linspace(0.0, math.log(1e-3), config.num_cylinders))
+        count, slowest = config.num_cylinders, math.log(1e-3)
+        spread = torch.linspace(0.0, slowest, count, dtype=torch.float64, device="cpu")
+        self.log_frequency = nn.Parameter(initial(spread))
+
+    def frequency(self) -> Tensor:
+        """Radians a token, `(C,)`, in float32 or float64: a long way multiplies their errors."""
+        return at_least_float32(self.log_frequency).exp()
 
     def forward(self, length: int) -> Tensor:
         """The angles `(C, S)` of positions 0 to `length - 1`."""
-        return position_angles(self.log_frequency.exp(), length)
+        return position_angles(self.frequency(), length)
 
     def at(self, position: Tensor) -> Tensor:
         """The angles `(..., C, S)` of positions `(..., S)`."""
-        return angles_at(self.log_frequency.exp(), position)
+        return angles_at(self.frequency(), position)

@@ -22,6 +22,7 @@ from qflux_kernels.options import Score
 from ..parallel import current_split
 from .cache import LayerCache
 from .config import SCORES, QuantumFluxConfig, radius_of, score_options
+from .constants import WithConstants, initial
 from .embedding import flatten_states, rotate
 from .output import LayerRecord
 
@@ -36,7 +37,7 @@ def dynamic_skip(dt: Tensor, beta: float, center: float) -> Tensor:
     return torch.sigmoid(beta * (dt - center))
 
 
-class PairScore(nn.Module):
+class PairScore(WithConstants):
     """The pair score of a layer, with one selectivity for each cylinder.
 
     The selectivities are spread, but in an order that follows the golden ratio: broad and sharp
@@ -47,16 +48,24 @@ class PairScore(nn.Module):
 
     def __init__(self, config: QuantumFluxConfig, shrinkage: str = "hard") -> None:
         super().__init__()
-        count = config.num_cylinders
-        order = (torch.arange(count) * GOLDEN_RATIO % 1).argsort().argsort()
+        self.count = config.num_cylinders
         self.kind = SCORES[config.score]
         self.options = score_options(config, sigma=0.0, shrinkage=shrinkage, alpha=config.alpha)
         if self.kind is Sparsemax:
             ends = math.log(config.scale_min), math.log(config.scale_max)
-            self.log_scale = nn.Parameter(torch.linspace(*ends, count)[order])
+            self.log_scale = nn.Parameter(initial(self._spread(*ends)))
         else:
-            sigma = torch.linspace(config.sigma_min, config.sigma_max, count)
-            self.register_buffer("sigma", sigma[order], persistent=False)
+            self.sigma_ends = config.sigma_min, config.sigma_max
+            self.register_constants()
+
+    def _spread(self, low: float, high: float) -> Tensor:
+        """Numbers from `low` to `high` in the order of the golden ratio, `(C,)` float64."""
+        number = torch.arange(self.count, dtype=torch.float64, device="cpu")
+        order = (number * GOLDEN_RATIO % 1).argsort().argsort()
+        return torch.linspace(low, high, self.count, dtype=torch.float64, device="cpu")[order]
+
+    def constants(self) -> dict[str, Tensor]:
+        return {} if self.kind is Sparsemax else {"sigma": self._spread(*self.sigma_ends)}
 
     @property
     def averages(self) -> bool:

@@ -109,3 +109,5 @@ for _kind in SCORES.values():
         _unflatten_score,
         serialized_type_name=f"qflux_kernels.{_kind.__name__}",
     )
+for _tuple in (LayerRecord, LanguageModelOutput):
+    _pytree._register_namedtuple(_tuple, serialized_type_name=f"qflux.{_tuple.__name__}")

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from qflux_kernels import EvolutionCache, evolve, interact, project_norm
 from qflux_kernels.reference import move_radius
@@ -19,6 +20,7 @@ from ..parallel import current_split
 from .base import CausalLM, Reading
 from .cache import LayerCache, ModelCache
 from .config import SCORES, PublishedConfig, radius_of, score_options
+from .constants import WithConstants, initial
 from .embedding import (
     CylinderEmbedding,
     angles_at,
@@ -53,15 +55,15 @@ class TokenStates(nn.Module):
         if self.learned is not None:
             return
         tokens, cylinders = config.vocab_size, config.num_cylinders
-        rank = torch.arange(tokens)[:, None] / tokens
+        rank = torch.arange(tokens, dtype=torch.float64)[:, None] / tokens
         if config.embedding == "cardioid":
             turns = torch.arange(1, cylinders + 1)
             phase = 2 * math.pi * rank * turns + config.phase_shift
             radius = (1 + torch.sin(2 * math.pi * rank + config.phase_shift)) / 2
         else:
-            phase = 2 * math.pi * torch.rand(tokens, cylinders)
+            phase = 2 * math.pi * torch.rand(tokens, cylinders, dtype=torch.float32)
             radius = config.radius_min + (config.radius_max - config.radius_min) * (1 - rank)
-        table = torch.stack((radius * phase.cos(), radius * phase.sin()), -1)
+        table = initial(torch.stack((radius * phase.cos(), radius * phase.sin()), -1))
         if config.train_embedding:
             self.table = nn.Parameter(table)
         else:
@@ -75,7 +77,7 @@ class TokenStates(nn.Module):
 
 
 def phase_frequencies(config: PublishedConfig) -> Tensor:
-    """Radians a token by which each cylinder's phases turn with the position, `(C,)`.
+    """Radians a token by which each cylinder's phases turn with the position, `(C,)` float64.
 
     One cylinder turns once over `context_length`; several are spread geometrically from there up
     to one radian a token.
@@ -83,8 +85,8 @@ def phase_frequencies(config: PublishedConfig) -> Tensor:
     Source: the Flux document, section 1 ("Position encoded directly in quantum state angles").
     """
     slowest = 2 * math.pi / config.context_length
-    spread = torch.linspace(0.0, 1.0, config.num_cylinders) if config.num_cylinders > 1 else 0.0
-    return torch.as_tensor(slowest ** (1 - spread), dtype=torch.float32).reshape(-1)
+    spread = torch.linspace(0.0, 1.0, config.num_cylinders, dtype=torch.float64, device="cpu")
+    return slowest ** (1 - spread)
 
 
 class TimeStep(nn.Module):
@@ -292,6 +294,30 @@ class PublishedLayer(nn.Module):
         return move_radius(moved, strength, self.radius, bounds)
 
 
+def _is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether calling a module does what its kind and its parameters tell, and nothing else.
+
+    An adapter or a quantised layer in its place, hooks, a replaced `forward` and tensors that are
+    more than numbers, such as quantised or distributed ones, do more.
+    """
+    of_all = nn.modules.module
+    return (
+        type(module) is kind
+        and "forward" not in module.__dict__
+        and not (
+            module._forward_hooks
+            or module._forward_pre_hooks
+            or module._backward_hooks
+            or module._backward_pre_hooks
+            or of_all._global_forward_hooks
+            or of_all._global_forward_pre_hooks
+            or of_all._global_backward_hooks
+            or of_all._global_backward_pre_hooks
+        )
+        and not any(map(is_traceable_wrapper_subclass, module._parameters.values()))
+    )
+
+
 class Readout(nn.Module):
     """States projected to the hidden width, normalised if asked.
 
@@ -303,14 +329,16 @@ class Readout(nn.Module):
         super().__init__()
         self.projection = nn.Linear(2 * config.num_cylinders, config.hidden_dim)
         self.norm = nn.LayerNorm(config.hidden_dim) if config.readout_norm else None
+        # What differentiates twice, or traces to operations of PyTorch, asks for the reference.
+        self.fuses = config.backend != "reference"
 
     def forward(self, states: Tensor) -> Tensor:
         """States `(B, C, S, 2)` to `(B, S, H)`."""
         features = flatten_states(states)
         if self.norm is None:
             return self.projection(features)
-        # A layer that took the projection's place, an adapter say, does more than its weight tells.
-        if type(self.projection) is not nn.Linear:
+        plain = _is_plain(self.projection, nn.Linear) and _is_plain(self.norm, nn.LayerNorm)
+        if not (self.fuses and plain):
             return self.norm(self.projection(features))
         return project_norm(
             features,
@@ -322,7 +350,7 @@ class Readout(nn.Module):
         )
 
 
-class PublishedLM(CausalLM):
+class PublishedLM(CausalLM, WithConstants):
     """The causal language model of the two documents.
 
     Args:
@@ -332,18 +360,21 @@ class PublishedLM(CausalLM):
     """
 
     config: PublishedConfig
-    frequency: Tensor | None
+    frequency: Tensor
 
     def __init__(self, config: PublishedConfig) -> None:
         super().__init__(config)
         self.embedding = TokenStates(config)
-        frequency = phase_frequencies(config) if config.position == "phase" else None
-        self.register_buffer("frequency", frequency, persistent=False)
+        self.register_constants()
         self.layers = nn.ModuleList(PublishedLayer(config) for _ in range(config.num_layers))
         readouts = max(1, config.num_layers) if config.readout == "layers" else 1
         self.readouts = nn.ModuleList(Readout(config) for _ in range(readouts))
         self.head = nn.Linear(config.hidden_dim, config.vocab_size)
         nn.init.zeros_(self.head.bias)
+
+    def constants(self) -> dict[str, Tensor]:
+        turns = self.config.position == "phase"
+        return {"frequency": phase_frequencies(self.config)} if turns else {}
 
     @property
     def cacheable(self) -> bool:
@@ -373,7 +404,7 @@ class PublishedLM(CausalLM):
         """
         config = self.config
         states = self.embedding(input_ids)  # (B, C, S, 2)
-        if self.frequency is not None:
+        if config.position == "phase":
             if position is None:
                 angle = position_angles(self.frequency, input_ids.shape[-1])
             else:
