@@ -1,4 +1,4 @@
-# make demo | test | soak | sanitize | bench | gpu-check | docs | lint | format | clean
+# make demo | test | soak | fuzz | sanitize | bench | gpu-check | docs | lint | format | clean
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV ?= .venv
@@ -15,7 +15,7 @@ BIN := $(VENV)/bin
 SOURCES := pyproject.toml setup.py $(shell find csrc -type f)
 CXX_SOURCES := git ls-files | grep -E '\.(h|cpp|cu|cuh)$$'
 
-.PHONY: demo test soak sanitize bench gpu-check docs lint style types format clean
+.PHONY: demo test soak fuzz sanitize bench gpu-check docs lint style types format clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.built
@@ -30,12 +30,19 @@ KILLS ?= 200
 soak: $(VENV)/.tested
 	$(BIN)/python tests/soak.py --kills $(KILLS)
 
+# Random calls against plain PyTorch, from a case that is new each day; the tests have 400.
+FUZZ_SECONDS ?= 900
+FIRST_CASE ?= $(shell date +%Y%m%d)0000
+
+fuzz: $(VENV)/.tested
+	$(BIN)/python tests/fuzz.py --seconds $(FUZZ_SECONDS) --first $(FIRST_CASE)
+
 # The C++ of the loops and the emulated CUDA kernels, under the address and undefined-behaviour
 # sanitizers. Python itself has none, so their libraries are loaded first; its leaks are its own.
 SANITIZER := CXX="g++ -fsanitize=address,undefined -fno-sanitize-recover=undefined"
 SANITIZED_TESTS := tests/emulator tests/kernels/test_interact.py tests/kernels/test_evolve.py \
 	tests/kernels/test_project_norm.py tests/kernels/test_sweep.py \
-	tests/kernels/test_batch_strides.py
+	tests/kernels/test_tree.py tests/kernels/test_batch_strides.py tests/kernels/test_fuzz.py
 
 sanitize: $(VENV)/.tested
 	$(SANITIZER) QFLUX_CUDA=0 $(BIN)/python setup.py -q build --build-lib build/sanitized

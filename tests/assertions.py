@@ -138,6 +138,7 @@ def _pairs(problem: Problem, first: int, last: int) -> Pairs:
     poisoned = ~(rows_finite[:, :, None] & keys_finite[:, None, :])
     size = rows.norm(dim=-1)[:, :, None] * keys.norm(dim=-1)[:, None, :]
     unit = SCORE_ROUNDINGS * torch.finfo(problem.compute).eps / 2
+    least = torch.finfo(problem.compute).tiny * torch.finfo(problem.compute).eps
     coefficient, eps, delta = problem.coefficient, problem.score.eps, problem.delta
 
     if isinstance(problem.score, Threshold):
@@ -155,15 +156,22 @@ def _pairs(problem: Problem, first: int, last: int) -> Pairs:
             weight, rounding = s - tau, rounding + unit * tau.abs()
     elif isinstance(problem.score, Sparsemax):
         s, size = coefficient * (rows @ keys.mT), coefficient.abs() * size
-        tau = _mass_threshold(s.masked_fill(~visible, -torch.inf))
         poisoned = poisoned | (s.abs() > torch.finfo(problem.compute).max)
+        # Relative to the largest: where that is beyond 1e15, a weight is below its rounding.
+        top = torch.nn.functional.pad(s.masked_fill(~visible, -torch.inf), (0, 1), value=-torch.inf)
+        top = top.amax(-1, keepdim=True).nan_to_num(neginf=0.0)
+        s = s - top
+        tau = _mass_threshold(s.masked_fill(~visible, -torch.inf))
         poisoned = (poisoned & visible).any(-1, keepdim=True).expand_as(s)
         kept = s > tau
         borderline = (s - tau).abs() <= delta * (1 + size)
         # tau is a mean of kept pairs, and as large as they are.
         close = visible & (kept | borderline)
         largest = torch.nn.functional.pad(size * close, (0, 1)).amax(-1, keepdim=True)
-        weight, rounding = s - tau, unit * (size + largest + tau.abs())
+        weight, rounding = s - tau, unit * (size + largest + (top + tau).abs())
+        # They sum to one, which float64 reaches by many roundings.
+        total = (weight * (visible & kept)).sum(-1, keepdim=True)
+        weight = weight / torch.where(total > 0, total, 1.0)
     else:
         alpha, min_gate = coefficient, problem.min_gate
         turned = torch.stack((rows[..., 1], -rows[..., 0]), -1)
@@ -180,7 +188,8 @@ def _pairs(problem: Problem, first: int, last: int) -> Pairs:
 
         weight = gated(s)
         poisoned = poisoned | weight.isnan()
-        spread = unit * size
+        # A query of subnormal numbers has few digits.
+        spread = unit * size + 4 * least * (1 + keys.norm(dim=-1)[:, None, :])
         rounding = torch.maximum(
             (gated(s + spread) - weight).abs(), (gated(s - spread) - weight).abs()
         ).nan_to_num(nan=0.0)
