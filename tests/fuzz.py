@@ -176,9 +176,8 @@ def fuzz_interact(draw: Draw) -> None:
     rows = draw.size(300)
     causal, own = draw.chance(0.6), draw.chance(0.4)
     score = draw.score(batch, dtype)
-    # The weights of a soft threshold have the rounding of tau, which outliers make large, and those
-    # of a sparsemax that of products, which must not be coarser than a weight.
-    calm = score.kernel in ("soft_threshold", "sparsemax")
+    # The weights of a soft threshold have the rounding of tau, which outliers make large.
+    calm = score.kernel == "soft_threshold"
     keys = draw.size(300) if own else rows
     states = draw.points(*batch, rows, 2, calm=calm)
     given = {

@@ -342,3 +342,22 @@ def random_case(seed: int):
 def test_random_sweep(device, seed):
     states, keys, values, options = random_case(seed)
     check(device, states, keys, values, **options)
+
+
+@pytest.mark.parametrize("length", [40, 300])
+@pytest.mark.parametrize("exponent", [11, 14, 20])
+def test_products_coarser_than_a_weight_keep_the_largest_key(exponent, length):
+    """A bound or a threshold that is rounded up to the largest pair must not drop it."""
+    for seed in range(4):
+        torch.manual_seed(seed)
+        states = torch.randn(length, 2) * 2.0**exponent
+        found = interact(states, score=Sparsemax(1.0), algorithm="dense")
+        assert (found.degree > 0).all()
+        torch.testing.assert_close(found.strength, torch.ones(length), rtol=0.1, atol=0.0)
+        products = (states.double() @ states.double().mT).tril()
+        products = products.masked_fill(torch.ones_like(products).triu(1).bool(), -torch.inf)
+        first, second = products.topk(2).values.unbind(-1)
+        clear = (first - second) > 64 * torch.finfo(torch.float32).eps * first.abs() + 2
+        largest = states[products.argmax(-1)]
+        apart = (found.context - largest)[clear].norm(dim=-1)
+        assert (apart <= 0.1 * largest[clear].norm(dim=-1)).all()

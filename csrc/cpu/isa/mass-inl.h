@@ -95,7 +95,6 @@ class Solver {
       rest_[r] = V(T(0));
       active_[r] = lanes_between<T>(0, V::kWidth);
       count_[r] = V(T(-1));
-      from_[r] = size_[r] = V(T(0));
       free_[r] = V(T(2));
     });
     begin();
@@ -180,7 +179,7 @@ class Solver {
     each_vector([&](auto r) QFLUX_INLINE_LAMBDA {
       const V coarse = absolute(most[r]) * V(mass_tolerance<T>());
       const V least = most[r] - select(less(one, coarse), coarse, one);
-      tau_[r] = lower_[r] = from_[r] = select(less(none, most[r]), least, zero);
+      tau_[r] = lower_[r] = select(less(none, most[r]), least, zero);
     });
   }
 
@@ -262,10 +261,11 @@ class Solver {
   // A step of the lanes that are not done, from the excess at tau; returns whether one has moved. A
   // lane that is done stays as it is: how long others take must not show.
   QFLUX_NO_INLINE bool step(const Excess<T>& e) {
-    const V zero(T(0)), one(T(1)), two(T(2)), near(mass_tolerance<T>()), again = near * V(T(4));
+    const V zero(T(0)), one(T(1)), two(T(2)), infinite(static_cast<T>(__builtin_inf()));
+    const V near(mass_tolerance<T>()), again = near * V(T(4));
     const V bold_beyond(static_cast<T>(kBoldBeyond)), bold_from(static_cast<T>(kBoldFrom));
     const V bold_up_to(taken_ < kBoldPasses ? static_cast<T>(group_.common_end) / 2 : T(0));
-    uint32_t moved = 0;
+    uint32_t moved = 0, retreats = 0;
     V counts(T(0));
     left_ = far_ = 0;
     each_vector([&](auto r) QFLUX_INLINE_LAMBDA {
@@ -278,8 +278,9 @@ class Solver {
       const Mask<T> taken = both(active, some);
       moved |= lane_bits(active);
       const V newton = rest_[r] + excess / count;
-      lower_[r] =
-          select(both(taken, less(lower_[r], tau_[r] + newton)), tau_[r] + newton, lower_[r]);
+      // Rounding must not lift a bound to the largest pair.
+      const V bound = tau_[r] + newton - near / two * absolute(tau_[r]);
+      lower_[r] = select(both(taken, less(lower_[r], bound)), bound, lower_[r]);
       const V stride = mass_stride(e.mass[r], one) / count;
       const Mask<T> bold = both(both(not_less(count, bold_from), not_less(bold_up_to, count)),
                                 both(less(bold_beyond, off), less(lower_[r], tau_[r] + stride)));
@@ -287,19 +288,24 @@ class Solver {
       V next = tau_[r] + size;
       next = select(less(next, lower_[r]), lower_[r], next);
       V rest = size - (next - tau_[r]);
-      // A start above the solution may keep nothing, and a step to it may where rounding is
-      // coarser than a weight: then all of the step is the rest. The mass is zero, or NaN.
-      next = select(some, next, from_[r] + e.mass[r]);
-      rest = select(some, rest, size_[r]);
       // Newton's steps from below drop keys, or rounding is all that is left; others may do
-      // anything, but not for ever.
+      // anything, but not for ever. One that keeps nothing, which rounding coarser than a weight
+      // does, goes back to the bound once.
       const V was = taken_ < kFreePasses ? free_[r] : zero;
-      const V reasons = where(less(count, count_[r]), one) + where(less(one, was), one) +
-                        where(both(some, less(zero, was)), one);
-      const Mask<T> going = both(less(near, off), less(zero, reasons));
-      free_[r] = select(bold, two, where(less(excess, zero), one));
-      from_[r] = select(taken, select(bold, lower_[r], tau_[r]), from_[r]);
-      size_[r] = select(taken, select(bold, zero, size), size_[r]);
+      const Mask<T> none = not_less(zero, count);
+      const V reasons = where(both(some, less(count, count_[r])), one) +
+                        where(both(some, less(zero, was)), one) + where(none, one);
+      const Mask<T> free = less(zero, select(less(two, free_[r]), zero, reasons));
+      const Mask<T> going = both(less(near, off), free);
+      // The last step is one of rounding, which must not lead to the largest pair: all of it is the
+      // rest. Where nothing is kept the mass is zero, or NaN.
+      const V left_over = select(free, zero, one);
+      const Mask<T> last = both(both(some, less(zero, left_over)), less(off, infinite));
+      next = select(last, tau_[r], select(some, next, lower_[r] + e.mass[r]));
+      rest = select(last, size, where(some, rest));
+      retreats |= lane_bits(both(active, less(next, lower_[r])));
+      free_[r] = select(none, select(not_less(was, two), one, two + one),
+                        select(bold, two, where(less(excess, zero), one)));
       count_[r] = count;
       tau_[r] = select(active, next, tau_[r]);
       rest_[r] = select(active, rest, rest_[r]);
@@ -315,6 +321,11 @@ class Solver {
       store(lane, counts);
       for (T count : lane) sum += count;
       worth_listing_ = sum * kWorthListing < static_cast<T>(Group<T>::kOwners * group_.highest());
+    }
+    // The list is of the keys above the bounds.
+    if (retreats) {
+      group_.list = nullptr;
+      worth_listing_ = false;
     }
     ++taken_;
     return moved != 0;
@@ -333,10 +344,9 @@ class Solver {
   Mask<T> active_[kVectors];
   V x_[kVectors], y_[kVectors], tau_[kVectors], rest_[kVectors];
   V lower_[kVectors];  // bounds of the thresholds
-  // Of the last step: the pairs that were kept, whether it may have led above the threshold (from
-  // where the next leads below) or was bold (two), and to where and how far to go if nothing is
-  // kept there.
-  V count_[kVectors], free_[kVectors], from_[kVectors], size_[kVectors];
+  // Of the last step: the pairs that were kept, and whether it may have led above the threshold
+  // (one: then the next leads below; two: it was bold) or was back to the bound (three).
+  V count_[kVectors], free_[kVectors];
 };
 
 // A record of kColumns numbers, which is shorter than a vector.
