@@ -139,7 +139,7 @@ class TrainingOptions(OptimizerOptions):
             `metrics.jsonl`; None: none.
         sample_tokens: tokens that it adds to the prompt, >= 1.
         device: where to train, as PyTorch names it, such as cpu, cuda or cuda:1.
-        compile: run the steps through `torch.compile`; only with `learning` "backprop".
+        compile: run the steps through `torch.compile`; the delta rule itself stays as it is.
         parallel: how several processes, started by torchrun, share a model. "ddp": each has all of
             its weights. "fsdp": each has a shard of them. None: "ddp" where there are several.
         context_parallel: processes that share each sequence, >= 1.
@@ -259,8 +259,6 @@ class TrainingOptions(OptimizerOptions):
             raise ValueError("resume and overwrite contradict each other: give one of them")
         if self.resume_step is not None and not self.resume:
             raise ValueError(f"resume_step needs resume, got {self.resume_step!r} without it")
-        if self.compile and self.learning != "backprop":
-            raise ValueError(f"compile needs learning='backprop', got {self.learning!r}")
         if self.learning == "hybrid" and self.precision == "float16":
             raise ValueError(
                 "precision must be 'float32' or 'bfloat16' for learning='hybrid', "
