@@ -42,6 +42,10 @@ class ByteVocabulary:
         for piece in filter(None, pieces):
             yield torch.frombuffer(bytearray(piece.encode()), dtype=torch.uint8)
 
+    def lacking(self, text: str) -> list[int]:
+        """The places of characters without a token: none."""
+        return []
+
     def decode(self, ids: Iterable[int] | Tensor) -> str:
         """Text; bytes that are not UTF-8 become U+FFFD."""
         return bytes(_integers(ids)).decode(errors="replace")
@@ -109,6 +113,11 @@ class CharacterVocabulary:
                 )
             position += len(piece)
             yield ids
+
+    def lacking(self, text: str) -> list[int]:
+        """The places of characters without a token, in ascending order."""
+        known = set(self.characters)
+        return [place for place, character in enumerate(text) if character not in known]
 
     def decode(self, ids: Iterable[int] | Tensor) -> str:
         """The text of the ids."""
@@ -231,6 +240,30 @@ class BpeVocabulary:
         while batch := list(islice(cuts, _BATCH)):
             for encoding in fast(batch, add_special_tokens=False):
                 yield torch.tensor(encoding.ids, dtype=torch.int64)
+
+    def lacking(self, text: str) -> list[int]:
+        """The places of characters without a token, in ascending order.
+
+        Byte-level encodings have none. Others have those of their unknown token, such as all of a
+        word that they do not know; without such a token they leave characters out.
+        """
+        if self.unknown_id is not None:
+            found = self.tokenizer.encode(text, add_special_tokens=False)
+            spans = zip(found.ids, found.offsets, strict=True)
+            return [
+                place
+                for token, (start, stop) in spans
+                if token == self.unknown_id
+                for place in range(start, stop)
+            ]
+        # White space may have no token of its own where words are split at it.
+        left_out = {
+            character
+            for character in set(text)
+            if not character.isspace()
+            and not self.tokenizer.encode(character, add_special_tokens=False).ids
+        }
+        return [place for place, character in enumerate(text) if character in left_out]
 
     def decode(self, ids: Iterable[int] | Tensor) -> str:
         """The text of the ids; bytes that are not UTF-8 become U+FFFD."""

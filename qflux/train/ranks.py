@@ -9,7 +9,7 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -140,7 +140,7 @@ class Group(Ranks):
         self.stage, self.data_rank, _ = self.mesh.get_coordinate() or (0, 0, 0)
         if options.async_save:
             limit = timedelta(seconds=options.rank_timeout)
-            self.writers = dist.new_group(backend="gloo", timeout=limit)
+            self.writers = cast("dist.ProcessGroup", dist.new_group(backend="gloo", timeout=limit))
 
     def sequences(self, length: int) -> AbstractContextManager[object]:
         if self.context == 1:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from qflux import BpeVocabulary, ByteVocabulary, CharacterVocabulary, load_model
+from qflux.inference.text import fit_prompt
 from qflux.text.vocabulary import (
     check_vocabulary_size,
     cut_at_words,
@@ -116,6 +117,30 @@ def test_prompts_and_separators_are_in_the_vocabulary():
         assert vocabulary.default_prompt == expected
         assert vocabulary.decode(vocabulary.separator) == (expected if expected != "a" else "")
     assert ByteVocabulary().separator.tolist() == [10]
+
+
+def test_characters_without_a_token_are_found(library):
+    """Of byte-level encodings none; else those of the unknown token, or what is left out."""
+    assert BpeVocabulary.train("hello world\n", 256).lacking("hé\U0001f600\n") == []
+    assert ByteVocabulary().lacking("é") == [] and CharacterVocabulary("ab").lacking("xab-") == [
+        0,
+        3,
+    ]
+    letters = {"a": 0, "b": 1}
+    left_out = library.Tokenizer(library.models.BPE(letters, []))
+    marked = library.Tokenizer(library.models.BPE({**letters, "?": 2}, [], unk_token="?"))
+    words = library.Tokenizer(library.models.WordLevel({**letters, "?": 2}, unk_token="?"))
+    words.pre_tokenizer = library.pre_tokenizers.Whitespace()
+    for tokenizer, expected in ((left_out, [1, 3]), (marked, [1, 3]), (words, [0, 1, 2, 3, 4])):
+        vocabulary = BpeVocabulary(tokenizer)
+        assert vocabulary.lacking("axbyb") == expected
+        assert vocabulary.lacking("a") == []
+    assert BpeVocabulary(words).lacking("a xy b") == [2, 3]
+    text, told = fit_prompt("a xy b", BpeVocabulary(words), "replace")
+    assert (text, told) == ("a    b", "'x' at position 2, 'y' at position 3 replaced by ' '")
+    assert fit_prompt("axb", BpeVocabulary(left_out), "drop")[0] == "ab"
+    with pytest.raises(ValueError, match="contains 'x' at position 1, not among the 2 tokens"):
+        fit_prompt("axb", BpeVocabulary(left_out))
 
 
 def test_an_unknown_character_is_named_with_a_part_of_a_large_vocabulary():
