@@ -178,7 +178,8 @@ class BpeVocabulary:
     def train(cls, text: str | Iterable[str], size: int) -> BpeVocabulary:
         """Merge the most frequent pairs of `text` until there are `size` tokens, >= 256.
 
-        The text is one string or its pieces.
+        The text is one string or its pieces. Of one with more than `COUNTED` characters, blocks
+        that are evenly spread count, since every distinct word is kept in memory.
 
         Raises:
             ImportError: tokenizers is not installed; the message says how to install it.
@@ -194,7 +195,7 @@ class BpeVocabulary:
         )
         # Lines, because a piece never spans a line break and one long string is slow.
         pieces = [text] if isinstance(text, str) else text
-        tokenizer.train_from_iterator(_lines(pieces), trainer)
+        tokenizer.train_from_iterator(spread_lines(pieces, COUNTED), trainer)
         return cls(tokenizer)
 
     @classmethod
@@ -309,6 +310,8 @@ VOCABULARIES = (ByteVocabulary.kind, CharacterVocabulary.kind, BpeVocabulary.kin
 DEFAULT_BPE_SIZE = 4096
 
 
+# Characters whose words are counted at most.
+COUNTED = 2**25
 # Characters that a tokenizer is given at once, and how many such pieces run in parallel.
 _CUT = 2**16
 _BATCH = 32
@@ -344,6 +347,31 @@ _BEFORE_SPACE = re.compile(r"(?<=\S)(?=\s)")
 def join_pieces(pieces: Iterable[Tensor]) -> Tensor:
     """Token ids of pieces as one tensor, int64."""
     return torch.cat([torch.zeros(0, dtype=torch.int64), *(piece.long() for piece in pieces)])
+
+
+def spread_lines(pieces: Iterable[str], most: int, block: int = _CUT) -> Iterator[str]:
+    """The lines of a text with their ends; of a long one those of evenly spread blocks.
+
+    Args:
+        pieces: the text.
+        most: about so many characters at most, and at least half as many of a longer text.
+        block: characters of a block at least, >= 1.
+    """
+    kept: list[str] = []
+    now: list[str] = []
+    number, stride, size = 0, 1, 0
+    for line in _lines(pieces):
+        now.append(line)
+        size += len(line)
+        if size < block:
+            continue
+        if number % stride == 0:
+            kept.append("".join(now))
+            if sum(map(len, kept)) > most:
+                kept, stride = kept[::2], 2 * stride
+        number, now, size = number + 1, [], 0
+    for text in (*kept, "".join(now)):
+        yield from text.splitlines(keepends=True)
 
 
 def _lines(pieces: Iterable[str]) -> Iterator[str]:

@@ -1,5 +1,6 @@
 """Vocabularies that other programs saved, and what every vocabulary says of its tokens."""
 
+import itertools
 import json
 
 import pytest
@@ -7,10 +8,12 @@ import torch
 
 from qflux import BpeVocabulary, ByteVocabulary, CharacterVocabulary, load_model
 from qflux.inference.text import fit_prompt
+from qflux.text import vocabulary as vocabulary_module
 from qflux.text.vocabulary import (
     check_vocabulary_size,
     cut_at_words,
     make_vocabulary,
+    spread_lines,
     vocabulary_from_json,
 )
 
@@ -98,6 +101,25 @@ def test_pieces_are_merged_like_the_whole_text(library):
     assert (
         make_vocabulary("bpe", pieces, 280).to_json() == make_vocabulary("bpe", TEXT, 280).to_json()
     )
+
+
+def test_merges_of_a_long_text_are_learned_from_all_over_it(monkeypatch, library):
+    lines = [f"line {number}\n" for number in range(1000)]
+    text = "".join(lines)
+    assert list(spread_lines([text], len(text) + 20, 20)) == lines
+    found = list(spread_lines([text[at : at + 7] for at in range(0, len(text), 7)], 2000, 20))
+    assert found == list(spread_lines([text], 2000, 20))
+    numbers = [lines.index(line) for line in found]
+    assert 1000 <= sum(map(len, found)) <= 2100 and numbers == sorted(numbers)
+    gaps = [after - before for before, after in itertools.pairwise(numbers)]
+    assert numbers[0] == 0 and numbers[-1] == 999 and max(gaps) == 22
+    monkeypatch.setattr(vocabulary_module, "COUNTED", 2 * 2**16)
+    words = "one two three four five six seven\n" * 4000 + "eight nine ten eleven\n" * 4000
+    part = "".join(spread_lines([words], 2 * 2**16))
+    assert len(part) < 0.8 * len(words)
+    expected = BpeVocabulary.train(words, 280).to_json()
+    monkeypatch.undo()
+    assert BpeVocabulary.train(part, 280).to_json() == expected
 
 
 @pytest.mark.parametrize("kind", ["byte", "char", "bpe"])
