@@ -106,7 +106,7 @@ def of_a_model(mesh: DeviceMesh, device: torch.device) -> str:
 def work(rank: int, device: str, port: int, folder: Path, expected: list[float], out) -> None:
     """All checks of one process; the first puts a line for each."""
     torch.set_num_threads(1)
-    os.environ |= {"LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ.update(LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     own = torch.device(device, rank) if device == "cuda" else torch.device(device)
     if device == "cuda":
         torch.cuda.set_device(own)

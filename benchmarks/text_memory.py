@@ -4,10 +4,10 @@
     python benchmarks/text_memory.py --megabytes 200 --vocabulary bpe --new-words
 
 Lines of the text that comes with the package are repeated in random order until the text is large
-enough; with `--new-words` half of the text is words that never came before, far more of them than
-a natural text has. A process of its own trains a small network for a few steps, from the file to the comparison
-with n-gram counts at the end; its largest resident set is what is printed, pages of the mapped
-tokens included, beside that of a process that has only imported the program.
+enough; with `--new-words` half of the text is words that never came before, far more of them than a
+natural text has. A process of its own trains a small network for a few steps, from the file to the
+comparison with n-gram counts at the end; its largest resident set is what is printed, pages of the
+mapped tokens included, beside that of a process that has only imported the program.
 """
 
 from __future__ import annotations
