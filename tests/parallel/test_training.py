@@ -140,6 +140,8 @@ def run_stops_for_a_signal_to_any_process(mesh):
 
 def run_states_are_written_beside_the_next_steps(mesh):
     """One after another, and each as the weights were when it began."""
+    if mesh.size() > 2:
+        return  # two show it
     folder, batch, save = folder_of(f"{mesh.size()} async"), TrainingWindows.batch, (
         state_dict_saver.save
     )  # fmt: skip
@@ -172,6 +174,8 @@ def run_states_are_written_beside_the_next_steps(mesh):
 
 def run_a_state_that_cannot_be_written_ends_all(mesh):
     """On the full disk of one process; the state before it stays, here that of one process."""
+    if mesh.size() > 2:
+        return  # two show it
     folder, last = copied(f"{mesh.size()} full", "one"), mesh.get_local_rank() == mesh.size() - 1
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     for number, asynchronous in enumerate((False, True)):
