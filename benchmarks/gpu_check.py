@@ -125,6 +125,27 @@ def sanitizer_steps(options: argparse.Namespace) -> list[Step]:
     ]
 
 
+def gpus() -> int:
+    """How many GPUs this machine shows, without asking a driver that may hang."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return len([name for name in visible.split(",") if name.strip() not in ("", "-1")])
+    return len(list(Path("/dev").glob("nvidia[0-9]*")))
+
+
+def parallel_step(options: argparse.Namespace) -> Step:
+    """Two processes with NCCL between them; on a CPU with gloo."""
+    on_gpu, there = options.device == "cuda", gpus()
+    lacking = on_gpu and there < 2
+    return Step(
+        "two processes",
+        [] if lacking else script("gpu_parallel", "--device", options.device),
+        timeout=120.0,
+        least=40.0 if on_gpu else ON_A_CPU,
+        not_here=f"NCCL needs two GPUs, and this machine has {there}" if lacking else "",
+    )
+
+
 def plan(options: argparse.Namespace, work: Path) -> list[Step]:
     """All steps, the most important first."""
     on_gpu = options.device == "cuda"
@@ -150,6 +171,7 @@ def plan(options: argparse.Namespace, work: Path) -> list[Step]:
         ),
         *timing_steps(options, work),
         *test_steps(options),
+        parallel_step(options),
         *sanitizer_steps(options),
     ]
     if options.quick:

@@ -1,22 +1,27 @@
 """What a step costs each of the processes that share sequences, and what more of them would need.
 
     python benchmarks/parallel.py --ranks 1 2 4 --tokens 4096 --csv benchmarks/results/parallel.csv
+    python benchmarks/parallel.py --wall --tokens 512 2048 8192
     python benchmarks/parallel.py --plan
 
 The first line trains on random tokens with `qflux.parallel.context_parallel` in processes on this
 machine and writes a row for each number of them: processor seconds of a process and step, what its
 memory grows by, and the bytes that cross the loopback interface, beside the bytes that `traffic`
-says. `--plan` prints the table of docs/scaling.md for the machine that its constants describe.
+says. `--wall` compares the time of a step with what its pairs, its bytes and its calls should take,
+by the pairs of one process and by bytes and calls that are timed alone. `--plan` prints the table
+of docs/scaling.md for the machine that its constants describe.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import os
 import resource
 import socket
 import statistics
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,12 +31,24 @@ import torch.multiprocessing as mp
 from common import commit, machine_name
 
 from qflux import make_config, make_model
-from qflux.parallel import context_parallel, shard
+from qflux.parallel import collectives, context_parallel, shard
+from qflux.parallel.interaction import GROUP_BYTES, GROUPS
 
 COLUMNS = [
     "ranks", "tokens", "cpu_seconds", "memory_mb", "loopback_mb", "model_mb", "machine", "torch",
     "commit",
 ]  # fmt: skip
+
+
+WALL_COLUMNS = [
+    "ranks", "tokens", "wall_seconds", "predicted_seconds", "pairs_seconds", "bytes_seconds",
+    "calls_seconds", "calls", "counted_calls", "call_microseconds", "gb_per_second", "machine",
+    "torch", "commit",
+]  # fmt: skip
+# What the profiler calls collectives and exchanges.
+WAITS = ("c10d::_allgather_base_", "c10d::_reduce_scatter_base_", "c10d::alltoall_base_")
+# What gloo moves for a byte of `traffic`: it sums for everyone in the place of reduce-scatter.
+GLOO = 4 / 3
 
 
 @dataclass(frozen=True)
@@ -64,6 +81,13 @@ def traffic(network: Network, tokens: int, ranks: int) -> float:
 def pairs(network: Network, tokens: int, ranks: int) -> float:
     """Causal pairs of a rank in the forward of one sequence."""
     return network.layers * network.cylinders * tokens * (tokens + 1) / 2 / ranks
+
+
+def calls(network: Network, tokens: int) -> int:
+    """Collectives and exchanges of a step that a rank waits for."""
+    size = network.cylinders * (2 + network.value_dim) * tokens * network.number
+    groups = max(1, min(GROUPS, network.cylinders, size // GROUP_BYTES))
+    return network.layers * (3 * groups + 2 * network.convolutions)
 
 
 def loopback() -> int:
@@ -108,6 +132,73 @@ def work(rank: int, ranks: int, port: int, tokens: int, steps: int, out) -> None
     dist.destroy_process_group()
 
 
+def fastest(function: Callable[[], object], times: int) -> float:
+    """The least seconds of a call, of so many."""
+    seconds = []
+    for _ in range(times):
+        dist.barrier()
+        begin = time.perf_counter()
+        function()
+        seconds.append(time.perf_counter() - begin)
+    return min(seconds)
+
+
+def time_walls(rank: int, ranks: int, port: int, lengths: list[int], steps: int, out) -> None:
+    """For each length the least wall time of a step and its calls; a call and a byte alone."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=ranks)
+    mesh = dist.init_device_mesh("cpu", (ranks,))
+    group = mesh.get_group()
+    small, large = torch.zeros(16), torch.zeros(2**20)
+    call = fastest(lambda: collectives.start_gathering(small, group).wait(), 200)
+    rest = fastest(lambda: collectives.start_gathering(large, group).wait(), 20) - call
+    a_byte = rest / (large.nbytes * (ranks - 1)) if ranks > 1 else 0.0
+    for tokens in lengths:
+        torch.manual_seed(0)
+        model, ids = make_model(network_config(tokens)), torch.randint(256, (1, tokens))
+
+        def step(model=model, ids=ids, tokens=tokens) -> None:
+            with context_parallel(mesh, tokens):
+                part = shard(ids, mesh)
+                model(part, labels=part).loss.backward()
+            model.zero_grad()
+
+        step()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as seen:
+            step()
+        counted = sum(event.count for event in seen.key_averages() if event.key in WAITS)
+        out.put((tokens, counted, fastest(step, steps), call, a_byte))
+    dist.destroy_process_group()
+
+
+def compare_walls(ranks: list[int], lengths: list[int], steps: int) -> list[dict[str, object]]:
+    """Rows of measured and predicted wall times; of one process they are what is predicted from."""
+    alone: dict[int, float] = {}
+    rows, cores = [], os.cpu_count() or 1
+    for count in sorted({1, *ranks}):
+        found: dict[int, tuple[float, ...]] = {}
+        for tokens, *numbers in spawned(time_walls, count, lengths, steps):
+            # The slowest process is the one that the others wait for.
+            found[tokens] = tuple(map(max, found.get(tokens, numbers), numbers))
+        for tokens, (counted, wall, call, a_byte) in found.items():
+            alone.setdefault(tokens, wall)
+            network = described(tokens)
+            pairs_seconds = alone[tokens] / count * max(1.0, count / cores)
+            bytes_seconds = GLOO * traffic(network, tokens, count) * a_byte
+            waits = calls(network, tokens) * (count > 1)
+            rows.append({
+                "ranks": count, "tokens": tokens, "wall_seconds": round(wall, 4),
+                "predicted_seconds": round(pairs_seconds + bytes_seconds + waits * call, 4),
+                "pairs_seconds": round(pairs_seconds, 4),
+                "bytes_seconds": round(bytes_seconds, 4),
+                "calls_seconds": round(waits * call, 4), "calls": waits,
+                "counted_calls": int(counted), "call_microseconds": round(call * 1e6, 1),
+                "gb_per_second": round(1e-9 / a_byte, 3) if a_byte else "",
+                "machine": machine_name(), "torch": torch.__version__, "commit": commit(),
+            })  # fmt: skip
+    return rows
+
+
 def network_config(tokens: int):
     """The network that is measured."""
     return make_config(
@@ -124,14 +215,21 @@ def described(tokens: int) -> Network:
     )  # fmt: skip
 
 
-def measure(ranks: int, tokens: int, steps: int) -> dict[str, object]:
-    """The row of so many processes; of seconds and memory the largest over them."""
+def spawned(function: Callable[..., None], ranks: int, *given: object) -> list[tuple]:
+    """What so many processes put out."""
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port = found.getsockname()[1]
-    out = mp.get_context("spawn").SimpleQueue()
-    mp.spawn(work, (ranks, port, tokens, steps, out), nprocs=ranks)
-    seconds, memory, received = zip(*(out.get() for _ in range(ranks)), strict=True)
+    out, results = mp.get_context("spawn").SimpleQueue(), []
+    mp.spawn(function, (ranks, port, *given, out), nprocs=ranks)
+    while not out.empty():
+        results.append(out.get())
+    return results
+
+
+def measure(ranks: int, tokens: int, steps: int) -> dict[str, object]:
+    """The row of so many processes; of seconds and memory the largest over them."""
+    seconds, memory, received = zip(*spawned(work, ranks, tokens, steps), strict=True)
     return {
         "ranks": ranks,
         "tokens": tokens,
@@ -179,7 +277,8 @@ def main() -> None:
     """Measure, or plan."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4])
-    parser.add_argument("--tokens", type=int, default=4096)
+    parser.add_argument("--tokens", type=int, nargs="+", default=[4096])
+    parser.add_argument("--wall", action="store_true")
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--csv", type=Path)
     parser.add_argument("--plan", action="store_true")
@@ -188,12 +287,21 @@ def main() -> None:
         for row in plan():
             print("| " + " | ".join(row) + " |")
         return
-    rows = [measure(ranks, arguments.tokens, arguments.steps) for ranks in arguments.ranks]
+    if arguments.wall:
+        columns = WALL_COLUMNS
+        rows = compare_walls(arguments.ranks, arguments.tokens, arguments.steps)
+    else:
+        columns = COLUMNS
+        rows = [
+            measure(ranks, tokens, arguments.steps)
+            for tokens in arguments.tokens
+            for ranks in arguments.ranks
+        ]
     for row in rows:
         print(row, flush=True)
     if arguments.csv is not None:
         with open(arguments.csv, "w", newline="", encoding="utf-8") as stream:
-            writer = csv.DictWriter(stream, COLUMNS)
+            writer = csv.DictWriter(stream, columns)
             writer.writeheader()
             writer.writerows(rows)
 

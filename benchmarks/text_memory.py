@@ -1,11 +1,13 @@
 """Peak memory of `qflux train` on a text of any size.
 
     python benchmarks/text_memory.py --megabytes 40 1000 --vocabulary char byte bpe
+    python benchmarks/text_memory.py --megabytes 200 --vocabulary bpe --new-words
 
 Lines of the text that comes with the package are repeated in random order until the text is large
-enough. A process of its own trains a small network for a few steps, from the file to the comparison
-with n-gram counts at the end; its largest resident set is what is printed, pages of the mapped
-tokens included, beside that of a process that has only imported the program.
+enough; with `--new-words` half of the text is words that never came before, far more of them than a
+natural text has. A process of its own trains a small network for a few steps, from the file to the
+comparison with n-gram counts at the end; its largest resident set is what is printed, pages of the
+mapped tokens included, beside that of a process that has only imported the program.
 """
 
 from __future__ import annotations
@@ -27,14 +29,18 @@ NETWORK = [
 ]  # fmt: skip
 
 
-def write_text(path: Path, megabytes: int) -> None:
-    """Write lines in random order until there are so many million bytes."""
+def write_text(path: Path, megabytes: int, new_words: bool = False) -> None:
+    """Write lines in random order until there are so many million bytes, and new words as well."""
     lines, chosen = load_text().text.splitlines(keepends=True), random.Random(0)
     with open(path, "w", encoding="utf-8") as stream:
         size = 0
         while size < megabytes * 10**6:
-            some = "".join(chosen.choices(lines, k=20000))
-            size += stream.write(some)
+            some = chosen.choices(lines, k=20000)
+            if new_words:
+                for _ in range(4000):
+                    words = (f"{chosen.getrandbits(64):x}" for _ in range(12))
+                    some.append(" ".join(words) + "\n")
+            size += stream.write("".join(some))
 
 
 def measure(arguments: list[str]) -> tuple[float, float]:
@@ -57,6 +63,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--megabytes", type=int, nargs="+", default=[40])
     parser.add_argument("--vocabulary", nargs="+", default=["char", "byte", "bpe"])
+    parser.add_argument("--new-words", action="store_true")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as root:
         data, small = Path(root) / "text.txt", Path(root) / "small.txt"
@@ -64,7 +71,7 @@ def main() -> None:
         _, least = measure(["train", f"--data={small}", f"--output-dir={root}/small", *NETWORK])
         print(f"1 MB: {least:.0f} MB", flush=True)
         for megabytes in arguments.megabytes:
-            write_text(data, megabytes)
+            write_text(data, megabytes, arguments.new_words)
             for kind in arguments.vocabulary:
                 folder = Path(root) / f"{kind}-{megabytes}"
                 command = ["train", f"--data={data}", f"--output-dir={folder}", *NETWORK]

@@ -220,6 +220,8 @@ def _heat(mark: Heat, panel: Panel) -> list[dict[str, Any]]:
     }  # fmt: skip
     if mark.diverging:
         trace |= {"colorscale": DIVERGING, "zmid": 0}
+    if mark.most is not None:
+        trace |= {"zmin": -mark.most if mark.diverging else 0.0, "zmax": mark.most}
     made.append({name: value for name, value in trace.items() if value is not None})
     return made
 

@@ -65,7 +65,8 @@ class Heat:
     """A matrix `(R, K)` of colours, row 0 at the top; NaN is left blank.
 
     grey: `(R, K)` bool, cells that are shown grey: a pair that could be kept and was not.
-    diverging: colours around 0. rows, columns: labels. scale: what the numbers are.
+    diverging: colours around 0. rows, columns: labels. scale: what the numbers are. most: where
+    the colours end, though larger numbers may be there; None: at the largest.
     """
 
     values: Array
@@ -74,6 +75,7 @@ class Heat:
     scale: str
     diverging: bool = False
     grey: Array | None = None
+    most: float | None = None
 
 
 @dataclass(frozen=True, eq=False)

@@ -148,9 +148,12 @@ def _weights(table: LayerTable, cylinder: int, labels: Sequence[str]) -> tuple[H
     part = weight[np.ix_(at, at)]
     visible = at[None, :] <= at[:, None]
     names = pick(labels, at)
+    sizes = np.sort(np.abs(part[np.isfinite(part)]))
+    # The first rows have few keys and so large weights, beside which all others look the same.
+    most = sizes[int(0.99 * (len(sizes) - 1))] if len(sizes) else 0.0
     heat = Heat(
         part, names, names, "weight", diverging=bool((part < 0).any()),
-        grey=visible & ~np.isfinite(part),
+        grey=visible & ~np.isfinite(part), most=float(most) if most > 0 else None,
     )  # fmt: skip
     return heat, len(at), len(weight)
 
@@ -167,7 +170,8 @@ def attention(tables: Sequence[LayerTable], labels: Sequence[str], cylinder: int
         "attention",
         f"Who hears whom on cylinder {cylinder}",
         "Rows are tokens that hear, columns tokens that are heard. Coloured pairs are kept and "
-        "have the weight of the scale, grey pairs are dropped, blank ones lie in the future."
+        "have the weight of the scale (the largest hundredth are of its end), grey pairs are "
+        "dropped, blank ones lie in the future."
         f"{_sample(shown, total)}{_sample(len(layers), len(tables), 'layers')}",
         tuple(panels),
         ("weights.safetensors", "rows.csv"),

@@ -159,6 +159,8 @@ def _limits(mark: Heat) -> tuple[float, float]:
     finite = mark.values[np.isfinite(mark.values)]
     if not len(finite):
         return 0.0, 1.0
+    if mark.most is not None:
+        return -mark.most if mark.diverging else 0.0, mark.most
     if mark.diverging:
         reach = float(np.abs(finite).max()) or 1.0
         return -reach, reach

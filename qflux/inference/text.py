@@ -27,7 +27,7 @@ def fit_prompt(
 
     Args:
         prompt: text.
-        vocabulary: the model's. Only one of characters can lack some.
+        vocabulary: the model's. One of bytes lacks none, and so does a byte-level encoding.
         unknown: what becomes of characters that it lacks: "refuse", "replace" by a space (a line
             break or its first character, if it lacks that too), or "drop".
         name: what messages call the text.
@@ -42,23 +42,24 @@ def fit_prompt(
     except UnicodeEncodeError as error:
         raise ValueError(f"{name} is not valid UTF-8 at position {error.start}") from None
     told = ""
-    if isinstance(vocabulary, CharacterVocabulary):
-        known = set(vocabulary.characters)
-        lacking = {c: i for i, c in reversed(list(enumerate(prompt))) if c not in known}
-        if lacking:
-            first = sorted(lacking.items(), key=lambda item: item[1])
-            named = ", ".join(f"{c!r} at position {i}" for c, i in first[:_NAMED])
-            if len(first) > _NAMED:
-                named += f" and {len(first) - _NAMED} more"
-            if unknown == "refuse":
-                raise ValueError(
-                    f"{name} contains {named}, not among the {vocabulary.size} characters of the "
-                    "vocabulary; --unknown replace or --unknown drop goes on without"
-                )
-            instead = next((c for c in " \n" if c in known), vocabulary.characters[0])
-            instead = "" if unknown == "drop" else instead
-            prompt = "".join(c if c in known else instead for c in prompt)
-            told = f"{named} dropped" if unknown == "drop" else f"{named} replaced by {instead!r}"
+    if lacking := vocabulary.lacking(prompt):
+        first: dict[str, int] = {}
+        for place in lacking:
+            first.setdefault(prompt[place], place)
+        named = ", ".join(f"{c!r} at position {i}" for c, i in list(first.items())[:_NAMED])
+        if len(first) > _NAMED:
+            named += f" and {len(first) - _NAMED} more"
+        if unknown == "refuse":
+            kind = "characters" if isinstance(vocabulary, CharacterVocabulary) else "tokens"
+            raise ValueError(
+                f"{name} contains {named}, not among the {vocabulary.size} {kind} of the "
+                "vocabulary; --unknown replace or --unknown drop goes on without"
+            )
+        known = (c for c in (" ", "\n", vocabulary.default_prompt) if not vocabulary.lacking(c))
+        instead = "" if unknown == "drop" else next(known, "")
+        without = set(lacking)
+        prompt = "".join(instead if i in without else c for i, c in enumerate(prompt))
+        told = f"{named} dropped" if unknown == "drop" else f"{named} replaced by {instead!r}"
     if not len(vocabulary.encode(prompt)):
         raise ValueError(
             f"{name} must have length >= 1 in tokens, got {prompt!r}"

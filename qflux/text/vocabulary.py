@@ -42,6 +42,10 @@ class ByteVocabulary:
         for piece in filter(None, pieces):
             yield torch.frombuffer(bytearray(piece.encode()), dtype=torch.uint8)
 
+    def lacking(self, text: str) -> list[int]:
+        """The places of characters without a token: none."""
+        return []
+
     def decode(self, ids: Iterable[int] | Tensor) -> str:
         """Text; bytes that are not UTF-8 become U+FFFD."""
         return bytes(_integers(ids)).decode(errors="replace")
@@ -110,6 +114,11 @@ class CharacterVocabulary:
             position += len(piece)
             yield ids
 
+    def lacking(self, text: str) -> list[int]:
+        """The places of characters without a token, in ascending order."""
+        known = set(self.characters)
+        return [place for place, character in enumerate(text) if character not in known]
+
     def decode(self, ids: Iterable[int] | Tensor) -> str:
         """The text of the ids."""
         return "".join(self.characters[i] for i in _integers(ids))
@@ -169,7 +178,8 @@ class BpeVocabulary:
     def train(cls, text: str | Iterable[str], size: int) -> BpeVocabulary:
         """Merge the most frequent pairs of `text` until there are `size` tokens, >= 256.
 
-        The text is one string or its pieces.
+        The text is one string or its pieces. Of one with more than `COUNTED` characters, blocks
+        that are evenly spread count, since every distinct word is kept in memory.
 
         Raises:
             ImportError: tokenizers is not installed; the message says how to install it.
@@ -185,7 +195,7 @@ class BpeVocabulary:
         )
         # Lines, because a piece never spans a line break and one long string is slow.
         pieces = [text] if isinstance(text, str) else text
-        tokenizer.train_from_iterator(_lines(pieces), trainer)
+        tokenizer.train_from_iterator(spread_lines(pieces, COUNTED), trainer)
         return cls(tokenizer)
 
     @classmethod
@@ -232,6 +242,30 @@ class BpeVocabulary:
             for encoding in fast(batch, add_special_tokens=False):
                 yield torch.tensor(encoding.ids, dtype=torch.int64)
 
+    def lacking(self, text: str) -> list[int]:
+        """The places of characters without a token, in ascending order.
+
+        Byte-level encodings have none. Others have those of their unknown token, such as all of a
+        word that they do not know; without such a token they leave characters out.
+        """
+        if self.unknown_id is not None:
+            found = self.tokenizer.encode(text, add_special_tokens=False)
+            spans = zip(found.ids, found.offsets, strict=True)
+            return [
+                place
+                for token, (start, stop) in spans
+                if token == self.unknown_id
+                for place in range(start, stop)
+            ]
+        # White space may have no token of its own where words are split at it.
+        left_out = {
+            character
+            for character in set(text)
+            if not character.isspace()
+            and not self.tokenizer.encode(character, add_special_tokens=False).ids
+        }
+        return [place for place, character in enumerate(text) if character in left_out]
+
     def decode(self, ids: Iterable[int] | Tensor) -> str:
         """The text of the ids; bytes that are not UTF-8 become U+FFFD."""
         return self.tokenizer.decode(_integers(ids), skip_special_tokens=False)
@@ -276,6 +310,8 @@ VOCABULARIES = (ByteVocabulary.kind, CharacterVocabulary.kind, BpeVocabulary.kin
 DEFAULT_BPE_SIZE = 4096
 
 
+# Characters whose words are counted at most.
+COUNTED = 2**25
 # Characters that a tokenizer is given at once, and how many such pieces run in parallel.
 _CUT = 2**16
 _BATCH = 32
@@ -311,6 +347,31 @@ _BEFORE_SPACE = re.compile(r"(?<=\S)(?=\s)")
 def join_pieces(pieces: Iterable[Tensor]) -> Tensor:
     """Token ids of pieces as one tensor, int64."""
     return torch.cat([torch.zeros(0, dtype=torch.int64), *(piece.long() for piece in pieces)])
+
+
+def spread_lines(pieces: Iterable[str], most: int, block: int = _CUT) -> Iterator[str]:
+    """The lines of a text with their ends; of a long one those of evenly spread blocks.
+
+    Args:
+        pieces: the text.
+        most: about so many characters at most, and at least half as many of a longer text.
+        block: characters of a block at least, >= 1.
+    """
+    kept: list[str] = []
+    now: list[str] = []
+    number, stride, size = 0, 1, 0
+    for line in _lines(pieces):
+        now.append(line)
+        size += len(line)
+        if size < block:
+            continue
+        if number % stride == 0:
+            kept.append("".join(now))
+            if sum(map(len, kept)) > most:
+                kept, stride = kept[::2], 2 * stride
+        number, now, size = number + 1, [], 0
+    for text in (*kept, "".join(now)):
+        yield from text.splitlines(keepends=True)
 
 
 def _lines(pieces: Iterable[str]) -> Iterator[str]:

@@ -313,8 +313,12 @@ class _Run:
     def _listen(self) -> None:
         """Learn of signals that came to other processes, and of the time there."""
         if self.ranks.size > 1:
-            number, self.heard = self.ranks.largest(self.stopper.signal or 0, self.seconds())
+            number, self.heard, failed = self.ranks.largest(
+                self.stopper.signal or 0, self.seconds(), self.states.failed
+            )
             self.stopper.signal = int(number) or None
+            if failed:
+                self.states.finish(self.ranks)
 
     def progress(self) -> float:
         """How much of the run is behind, in [0, 1]."""
@@ -368,7 +372,11 @@ class _Run:
                 if self.ranks.first:
                     self._prepare_folder()
             self.display.header(self.header())
-            with self.stopper.listening(), self.display.running(self.progress()):
+            with (
+                self.stopper.listening(),
+                self.display.running(self.progress()),
+                self.states.finishing(self.ranks),
+            ):
                 self.model.train()
                 if self.pending is not None:
                     self._close_interval(self.pending, evaluate_now=True)
@@ -567,6 +575,7 @@ class _Run:
         """
         if self.saved_step != self.step:
             self._save()
+        self.states.finish(self.ranks)
         assert self.stopper.signal is not None
         raise TrainingInterrupted(
             f"stopped by {self.stopper.name} and saved at step {self.step:,}; go on with: "
@@ -593,7 +602,8 @@ class _Run:
         }
         divided = self.ranks.size > 1
         if divided:
-            tensors = tensors_of(self.model, self.train_step.optimizer)
+            on_cpu = self.ranks.writers is None
+            tensors = tensors_of(self.model, self.train_step.optimizer, on_cpu)
             state["scaler"] = self.train_step.scaler.state_dict()
             state["random_states"] = self.ranks.gathered(state["random_state"])
         else:
@@ -633,6 +643,7 @@ class _Run:
                                          f"rate {rate:.3g}; {self._remedy()}")  # fmt: skip
 
     def _remedy(self) -> str:
+        self.states.finish(self.ranks)
         advice = "a lower learning_rate or max_gradient_norm usually helps"
         if self.saved_step is None:
             return f"{advice}; no state was saved before"
@@ -649,6 +660,8 @@ class _Run:
         for name in ("context_parallel", "pipeline_parallel"):
             if getattr(options, name) > 1:
                 given.append(f" --{name.replace('_', '-')} {getattr(options, name)}")
+        if options.async_save:
+            given.append(" --async-save")
         return resume_command(self.folder, self.ranks.size, "".join(given))
 
     def rehearse(self) -> str:

@@ -49,7 +49,7 @@ MAY_CHANGE = (
 # What is said of a call and is no part of the run.
 OF_THE_CALL = (
     "output_dir", "progress", "resume", "resume_step", "overwrite", "dry_run",
-    "parallel", "context_parallel", "pipeline_parallel", "rank_timeout",
+    "parallel", "context_parallel", "pipeline_parallel", "rank_timeout", "async_save",
 )  # fmt: skip
 
 
@@ -139,7 +139,7 @@ class TrainingOptions(OptimizerOptions):
             `metrics.jsonl`; None: none.
         sample_tokens: tokens that it adds to the prompt, >= 1.
         device: where to train, as PyTorch names it, such as cpu, cuda or cuda:1.
-        compile: run the steps through `torch.compile`; only with `learning` "backprop".
+        compile: run the steps through `torch.compile`; the delta rule itself stays as it is.
         parallel: how several processes, started by torchrun, share a model. "ddp": each has all of
             its weights. "fsdp": each has a shard of them. None: "ddp" where there are several.
         context_parallel: processes that share each sequence, >= 1.
@@ -147,6 +147,8 @@ class TrainingOptions(OptimizerOptions):
             what runs at the same time in different layers. The product of both divides the number
             of processes, and the others get windows of their own, in equal numbers.
         rank_timeout: seconds after which a process that does not answer is given up, > 0.
+        async_save: several processes write a training state beside the next steps, from a copy in
+            memory; the state after it, and the end of the run, wait for it.
         trackers: services that get the metrics too: "tensorboard", "wandb".
         log_figures: the trackers also get pictures of the cylinders at every evaluation; needs
             `trackers` and matplotlib.
@@ -198,6 +200,7 @@ class TrainingOptions(OptimizerOptions):
     context_parallel: int = 1
     pipeline_parallel: int = 1
     rank_timeout: float = 600.0
+    async_save: bool = False
     trackers: tuple[TrackerName, ...] = ()
     log_figures: bool = False
     init_from: str | Path | None = None
@@ -245,7 +248,7 @@ class TrainingOptions(OptimizerOptions):
             check_choice("trackers", name, TRACKERS)
         for name in (
             "gradient_checkpointing", "compile", "log_figures", "progress", "resume", "overwrite",
-            "dry_run",
+            "dry_run", "async_save",
         ):  # fmt: skip
             check_flag(name, getattr(self, name))
         if self.sample_prompt == "":
@@ -256,8 +259,6 @@ class TrainingOptions(OptimizerOptions):
             raise ValueError("resume and overwrite contradict each other: give one of them")
         if self.resume_step is not None and not self.resume:
             raise ValueError(f"resume_step needs resume, got {self.resume_step!r} without it")
-        if self.compile and self.learning != "backprop":
-            raise ValueError(f"compile needs learning='backprop', got {self.learning!r}")
         if self.learning == "hybrid" and self.precision == "float16":
             raise ValueError(
                 "precision must be 'float32' or 'bfloat16' for learning='hybrid', "

@@ -9,7 +9,7 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -40,7 +40,8 @@ class Ranks:
 
     rank, size: this process and how many there are. data: the processes that get batches of their
     own, and `data_rank` is which of them this one is. context: those that share each sequence.
-    pipeline: those that share the layers, and `stage` is the part that this one has.
+    pipeline: those that share the layers, and `stage` is the part that this one has. writers: all
+    of them once more, for what they tell one another beside training; None: nothing.
     """
 
     rank, size = 0, 1
@@ -48,6 +49,7 @@ class Ranks:
     context = 1
     pipeline, stage = 1, 0
     replicas: DeviceMesh | None = None
+    writers: dist.ProcessGroup | None = None
 
     def describe(self, options: TrainingOptions) -> str:
         """How the processes divide the work, in words."""
@@ -136,6 +138,9 @@ class Group(Ranks):
             device.type, (shape[0], shape[1] * shape[2]), mesh_dim_names=("stage", "replicas")
         )["replicas"]
         self.stage, self.data_rank, _ = self.mesh.get_coordinate() or (0, 0, 0)
+        if options.async_save:
+            limit = timedelta(seconds=options.rank_timeout)
+            self.writers = cast("dist.ProcessGroup", dist.new_group(backend="gloo", timeout=limit))
 
     def sequences(self, length: int) -> AbstractContextManager[object]:
         if self.context == 1:
@@ -268,7 +273,7 @@ def check_windows(config: ModelConfig, options: TrainingOptions) -> None:
 
 def same_division(options: TrainingOptions) -> None:
     """Raise in all processes unless they would divide the work in the same way."""
-    names = ("parallel", "context_parallel", "pipeline_parallel", "batch_size")
+    names = ("parallel", "context_parallel", "pipeline_parallel", "batch_size", "async_save")
     found: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(found, [getattr(options, name) for name in names])
     for rank, theirs in enumerate(found):
@@ -296,11 +301,12 @@ def joined(options: TrainingOptions, device: torch.device) -> Iterator[Ranks]:
     """
     size = int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
     divided = options.context_parallel * options.pipeline_parallel > 1 or options.parallel
+    divided = divided or options.async_save
     if size == 1 and not dist.is_initialized():
         if divided:
             raise ValueError(
-                "parallel, context_parallel and pipeline_parallel need several processes: "
-                "torchrun --nproc-per-node N -m qflux train ..."
+                "parallel, context_parallel, pipeline_parallel and async_save need several "
+                "processes: torchrun --nproc-per-node N -m qflux train ..."
             )
         yield Ranks()
         return

@@ -9,8 +9,11 @@ from __future__ import annotations
 import os
 import shutil
 import warnings
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -25,51 +28,101 @@ RUN_PART = "run.pt"
 SHARDS = "shards"
 
 
-def tensors_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+def tensors_of(
+    model: nn.Module, optimizer: torch.optim.Optimizer, on_cpu: bool = True
+) -> dict[str, Any]:
     """Weights and the state of their optimiser, by the names of the parameters."""
     # Here and below, since one process does without what takes half a second to import.
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
 
-    options = StateDictOptions(cpu_offload=True)
+    options = StateDictOptions(cpu_offload=on_cpu)
     weights, moments = get_state_dict(model, optimizer, options=options)
     return {"model": weights, "optimizer": moments}
 
 
-def write_shards(path: Path, tensors: dict[str, Any], plain: dict[str, Any], ranks: Ranks) -> None:
+def write_shards(
+    path: Path,
+    tensors: dict[str, Any],
+    plain: dict[str, Any],
+    ranks: Ranks,
+    complete: Callable[[], None],
+) -> Future[None] | None:
     """Write a state: whatever happens meanwhile, the folder at `path` is not there or whole.
+
+    If the processes have a group for it, `ranks.writers`, the tensors are copied and a thread
+    writes the copies.
 
     Args:
         path: where it will be.
         tensors: as `tensors_of` gives them, a part of them in each process.
         plain: the rest, that of the first process counts.
         ranks: all processes, each of which has to call this.
+        complete: what the first process does when the state is there.
+
+    Returns:
+        where a thread writes, its end, which has the `OSError` if one could not write; else None.
 
     Raises:
         OSError: a process cannot write its part; in all of them.
     """
-    from torch.distributed.checkpoint.api import CheckpointException
-    from torch.distributed.checkpoint.state_dict_saver import save
+    from torch.distributed.checkpoint.state_dict_saver import async_save, save
 
     temporary = path.with_name(f".{path.name}.tmp")
     with ranks.together():
         if ranks.first and temporary.exists():
             shutil.rmtree(temporary)
+
+    def finish() -> None:
+        if ranks.first:
+            _make_whole(temporary, path, plain)
+            complete()
+
+    if ranks.writers is None:
+        with _named(path):
+            save(tensors, checkpoint_id=temporary)
+        with ranks.together():
+            finish()
+        return None
+    written: Future[None] = Future()
+
+    def follow(saving: Future[Any]) -> None:
+        try:
+            with _named(path):
+                saving.result()
+            finish()
+        except BaseException as error:
+            written.set_exception(error)
+        else:
+            written.set_result(None)
+
+    saving = async_save(tensors, checkpoint_id=temporary, process_group=ranks.writers)
+    cast("Future[Any]", saving).add_done_callback(follow)
+    return written
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """What a process could not write of a state is an error that names process and state."""
+    from torch.distributed.checkpoint.api import CheckpointException
+
     try:
-        save(tensors, checkpoint_id=temporary)
+        yield
     except CheckpointException as error:
         rank, (cause, _) = next(iter(error.failures.items()))
         raise OSError(
             f"{str(path)!r} cannot be written: rank {rank}: {type(cause).__name__}: {cause}"
         ) from None
-    with ranks.together():
-        if ranks.first:
-            with open(temporary / RUN_PART, "wb") as stream:
-                torch.save(plain, stream)
-                stream.flush()
-                os.fsync(stream.fileno())
-            if path.exists():
-                shutil.rmtree(path)
-            os.replace(temporary, path)
+
+
+def _make_whole(temporary: Path, path: Path, plain: dict[str, Any]) -> None:
+    """Add to the tensors in a folder what is no tensor, and give it its name."""
+    with open(temporary / RUN_PART, "wb") as stream:
+        torch.save(plain, stream)
+        stream.flush()
+        os.fsync(stream.fileno())
+    if path.exists():
+        shutil.rmtree(path)
+    os.replace(temporary, path)
 
 
 def read_plain(path: Path) -> dict[str, Any]:

@@ -7,6 +7,9 @@ import os
 import re
 import shutil
 import zipfile
+from collections.abc import Iterator
+from concurrent.futures import Future, wait
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +45,7 @@ class States:
     def __init__(self, folder: Path, keep: int = 1) -> None:
         self.folder, self.keep = folder, keep
         self._latest: int | None = None
+        self._writing: Future[None] | None = None
 
     def kept(self) -> dict[int, Path]:
         """The states before the latest, by step in ascending order."""
@@ -70,20 +74,56 @@ class States:
             _delete(path)
 
     def save_shards(self, tensors: dict[str, Any], plain: dict[str, Any], ranks: Ranks) -> None:
-        """Write a state of which every process has a part; it becomes the latest."""
-        path = self.folder / STATE_FILE
-        if ranks.first and path.is_file():
-            if self._latest is not None and self.keep > 1:
-                os.replace(path, self.folder / f"training_state-{self._latest}.pt")
-            else:
-                path.unlink()
-        step = plain["step"]
-        write_shards(self.folder / f"training_state-{step}", tensors, plain, ranks)
-        self._latest = step
-        if ranks.first:
+        """Write a state of which every process has a part; it becomes the latest.
+
+        Beside training, if the processes have a group for that; one at a time.
+
+        Raises:
+            OSError: this state or the one before it could not be written; in all processes.
+        """
+        self.finish(ranks)
+        before, self._latest = self._latest, plain["step"]
+
+        def complete() -> None:
+            whole = self.folder / STATE_FILE
+            if whole.is_file() and before is not None and self.keep > 1:
+                os.replace(whole, self.folder / f"training_state-{before}.pt")
+            whole.unlink(missing_ok=True)
             older = list(self.kept().values())
             for path in older[: max(0, len(older) - self.keep)]:
                 _delete(path)
+
+        path = self.folder / f"training_state-{plain['step']}"
+        self._writing = write_shards(path, tensors, plain, ranks, complete)
+
+    @property
+    def failed(self) -> bool:
+        """Whether the state that is being written will not be there."""
+        writing = self._writing
+        return writing is not None and writing.done() and writing.exception() is not None
+
+    def finish(self, ranks: Ranks) -> None:
+        """Wait for the state that is being written, if there is one.
+
+        Raises:
+            OSError: it could not be written; in all processes, each of which has to call this.
+        """
+        if self._writing is not None:
+            writing, self._writing = self._writing, None
+            with ranks.together():
+                writing.result()
+
+    @contextmanager
+    def finishing(self, ranks: Ranks) -> Iterator[None]:
+        """After this no state is being written, however it ends."""
+        try:
+            yield
+        except BaseException:
+            # Other processes may be gone: what can be awaited is this one's part.
+            if self._writing is not None:
+                wait([self._writing])
+            raise
+        self.finish(ranks)
 
     def load(self, step: int | None = None) -> dict[str, Any]:
         """Read the latest state, or that of `step`, on the CPU.
@@ -97,6 +137,9 @@ class States:
             state = _read(kept[step], kept)
         elif latest.is_file():
             state = _read(latest, kept)
+            # Several processes were killed before they took away what theirs replaces.
+            if step is None and state["step"] < max(kept, default=0):
+                state = _read(kept[max(kept)], kept)
         elif kept and step is None:
             state = _read(list(kept.values())[-1], kept)
         else:

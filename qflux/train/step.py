@@ -53,6 +53,9 @@ class TrainStep:
     ) -> None:
         self.model, self.options = model, options
         self.replica = Replica(model, options, Ranks()) if replica is None else replica
+        # Where the delta rule learns, steps run the model up to what its output layer reads.
+        delta = options.compile and options.learning != "backprop"
+        self.features: Any = torch.compile(model.features) if delta else model.features
         own_rule = model.head.parameters() if options.learning == "hybrid" else ()
         self.optimizer = make_optimizer(model, options, exclude=own_rule)
         self.moved = [p for group in self.optimizer.param_groups for p in group["params"]]
@@ -90,7 +93,7 @@ class TrainStep:
         loss = torch.zeros((), device=batch.device)
         for part in batch.chunk(options.accumulation):
             with torch.set_grad_enabled(hybrid), self.autocast():
-                features = model.features(part)[:, :-1].flatten(0, 1)
+                features = self.features(part)[:, :-1].flatten(0, 1)
             inputs = features.detach().float()
             weight = len(part) / len(batch)
             moment = moment + weight * largest_moment(inputs)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
@@ -13,10 +14,6 @@ sync_api = pytest.importorskip(
     "playwright.sync_api", reason="pip install playwright drives a browser"
 )
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-pytestmark = pytest.mark.skipif(
-    CHROMIUM is None,
-    reason="no chromium here: apt-get install chromium, as root; or any package of that name",
-)
 # A page of another width for each theme; WebGL is computed, since there may be no GPU.
 OPTIONS = ["--no-sandbox", "--use-angle=swiftshader", "--enable-unsafe-swiftshader"]
 SIZES = {"light": (1280, 900), "dark": (390, 844)}
@@ -27,7 +24,12 @@ HARMLESS = re.compile("willReadFrequently|GPU stall due to ReadPixels")
 @pytest.fixture(scope="module")
 def browser():
     with sync_api.sync_playwright() as playwright:
-        opened = playwright.chromium.launch(executable_path=CHROMIUM, args=OPTIONS)
+        program = CHROMIUM or playwright.chromium.executable_path
+        if not Path(program).exists():
+            pytest.skip(
+                "no chromium here: apt-get install chromium, or playwright install chromium"
+            )
+        opened = playwright.chromium.launch(executable_path=program, args=OPTIONS)
         yield opened
         opened.close()
 
@@ -105,6 +107,18 @@ def test_sliders_choose_layer_and_cylinder(page, weights):
         page.locator(f"#{name}").press(key)
         assert place(page)[name] == value
         assert_shows(page, weights)
+
+
+def test_colours_are_for_all_weights_but_the_largest(page, weights):
+    """One weight of a first row, where few keys share it, would make all others look the same."""
+    at = place(page)
+    sizes = weights[f"layer{at['layer']}"][at["cylinder"]]
+    sizes = sizes[sizes.isfinite()].abs().sort().values
+    least, most = page.evaluate(
+        "(({zmin, zmax}) => [zmin, zmax])(document.getElementById('heat').data[1])"
+    )
+    assert most == pytest.approx(sizes[int(0.99 * (len(sizes) - 1))].item(), rel=1e-6)
+    assert least in (0, -most) and most < sizes[-1]
 
 
 def test_keys_move_through_the_text(page, weights):

@@ -101,6 +101,21 @@ def test_heat_maps_tell_kept_dropped_and_future(done):
     assert sampled.panels[0].marks[0].rows[-1] == "199" and "48 of 200 tokens" in sampled.caption
 
 
+def test_colours_end_where_a_hundredth_of_the_weights_begin(done):
+    """In both ways of drawing; a first row that hears itself alone has a weight of 1."""
+    for sign in (1, -1):
+        weight = np.where(np.tri(40), sign * 0.1, np.nan)[None].astype(np.float32)
+        weight[0, 0, 0] = 1
+        picture = pictures.attention([dataclasses.replace(done[0], weight=weight)], LABELS)
+        heat = picture.panels[0].marks[0]
+        assert heat.most == pytest.approx(0.1)
+        low = 0 if sign > 0 else -heat.most
+        _, cells = interactive.draw(picture)[0].to_dict()["data"]
+        assert (cells["zmin"], cells["zmax"]) == (low, heat.most)
+        drawn = static.draw(picture)
+        assert drawn.axes[0].images[1].get_clim() == (low, heat.most)
+
+
 def test_thresholds_lie_between_kept_and_dropped(done):
     table = done[1]
     kept, dropped, line = pictures.thresholds(done, LABELS, 1, 2).panels[0].marks

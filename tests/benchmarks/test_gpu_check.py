@@ -115,8 +115,14 @@ def test_without_a_gpu(tmp_path):
     assert "| each operator once | LEFT OUT |" in (tmp_path / "report.md").read_text()
 
 
-def test_the_programs_understand_the_plan(tmp_path):
-    """The words that only a run on a GPU gives them."""
+def test_the_programs_understand_the_plan(tmp_path, monkeypatch):
+    """The words that only a run on two GPUs gives them; with one, what needs two is left out."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
+    steps = gpu_check.plan(gpu_check.parse(["--out", str(tmp_path)]), tmp_path)
+    [lacking] = [step for step in steps if not step.command]
+    assert lacking.name == "two processes"
+    assert lacking.not_here == "NCCL needs two GPUs, and this machine has 1"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,3")
     steps = gpu_check.plan(gpu_check.parse(["--out", str(tmp_path)]), tmp_path)
     assert all(step.command for step in steps)
     understood = 0
@@ -127,7 +133,7 @@ def test_the_programs_understand_the_plan(tmp_path):
                 module = importlib.import_module(Path(word).stem)
                 assert module.parse(words[place + 1 :]).device == "cuda"
                 understood += 1
-    assert understood == 10
+    assert understood == 11
     # The steps leave one another their least, and that fits into the default minutes.
     assert sum(step.least for step in steps) < 0.6 * 60 * 9
     assert all(step.least < step.timeout for step in steps)

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from qflux import make_model
+
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 NOTEBOOKS = sorted((EXAMPLES / "notebooks").glob("*.ipynb"))
 
@@ -75,6 +77,52 @@ def test_forecasts_have_an_honest_baseline(example):
     for name in ("flux", "gru"):
         assert found[name][0] == pytest.approx(found["last day"][0], rel=0.05)
         assert 3_000 < found[name][1] < 8_000
+
+
+def test_a_configuration_of_torchtitan(example, tmp_path):
+    """It parses, and the model is made, sharded and initialised as the trainer does it."""
+    pytest.importorskip("torchtitan", reason="pip install torchtitan for its trainer")
+    import torch.distributed as dist
+    from torchtitan.config import ConfigManager
+
+    module = example("torchtitan_config")
+    given = ["--module", "torchtitan_config", "--config", "small", "--training.seq-len", "32"]
+    config = ConfigManager().parse_args([*given, "--training.steps", "7"])
+    assert config.training.steps == 7
+    made = config.model_spec.model
+    made.num_layers, made.hidden_dim, made.vocab_size, made.num_cylinders = 2, 16, 11, 2
+    made.update_from_config(config=config)
+    with torch.device("meta"):
+        model = made.build()
+    model.verify_module_protocol()
+    store = dist.FileStore(str(tmp_path / "store"))
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        mesh = dist.init_device_mesh("cpu", (1,), mesh_dim_names=("fsdp",))
+
+        class Dimensions:
+            dp_replicate_enabled = False
+
+            def get_mesh(self, names):
+                return mesh[tuple(names)]
+
+        model = config.model_spec.parallelize_fn(model, parallel_dims=Dimensions())
+        model.to_empty(device="cpu")
+        with torch.no_grad():
+            model.init_weights(buffer_device=None)
+        ids = torch.randint(11, (2, 32))
+        logits = model(ids)
+        torch.manual_seed(module.SEED)
+        torch.testing.assert_close(logits, make_model(made.network())(ids).logits)
+        config.loss.build(compile_config=config.compile)(logits, ids, 64)[0].backward()
+        assert all(parameter.grad is not None for parameter in model.parameters())
+        parameters, operations = made.get_nparams_and_flops(model, 32)
+        assert operations > 6 * parameters
+    finally:
+        dist.destroy_process_group()
+    config.parallelism.context_parallel_degree = 2
+    with pytest.raises(ValueError, match="context_parallel_degree must be 1 here, got 2"):
+        made.update_from_config(config=config)
 
 
 def test_pixels_have_two_phases(example):

@@ -1,5 +1,6 @@
 """Training of Hugging Face models: Trainer, several processes, LoRA."""
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -14,18 +15,17 @@ from qflux import make_config, make_model
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = {"num_layers": 2, "hidden_dim": 16, "context_length": 24}
 
-# Sixteen rows with unlike numbers of labels, in their order, for two steps of eight rows each.
+# Sixteen rows with unlike numbers of labels, in their order, for two steps of eight rows each; each
+# case is a driver with its options.
 PROGRAM = """
 import json, os, sys
 import torch
-from transformers import Trainer, TrainingArguments
-from qflux import make_config, make_model
-from qflux.hf import from_model
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+import qflux.hf
 
-folder, preset, batch, steps, checkpointing = sys.argv[1:]
+folder, cases = sys.argv[1], json.loads(sys.argv[2])
+first, size = os.environ.get("RANK", "0") == "0", int(os.environ.get("WORLD_SIZE", "1"))
 torch.manual_seed(0)
-model = from_model(make_model(make_config(
-    preset, 7, num_layers=2, hidden_dim=16, context_length=24)))
 rows = []
 for number in range(16):
     ids = torch.randint(7, (12,))
@@ -33,20 +33,58 @@ for number in range(16):
     labels[4 + number % 7 :] = -100
     rows.append({"input_ids": ids, "labels": labels})
 
+def load():
+    return AutoModelForCausalLM.from_pretrained(os.path.join(folder, "model")).train()
+
 class InOrder(Trainer):
     def _get_train_sampler(self, *args):
         return torch.utils.data.SequentialSampler(rows)
 
-trainer = InOrder(model=model, train_dataset=rows, args=TrainingArguments(
-    folder, per_device_train_batch_size=int(batch), gradient_accumulation_steps=int(steps),
-    gradient_checkpointing=checkpointing == "1", max_steps=2, learning_rate=1e-2, logging_steps=1,
-    report_to=[], save_strategy="no", use_cpu=True, disable_tqdm=True, max_grad_norm=1.0,
-    lr_scheduler_type="constant"))
-trainer.train()
-if os.environ.get("RANK", "0") == "0":
-    seen = [[line["loss"], line["grad_norm"]] for line in trainer.state.log_history[:2]]
-    with open(os.path.join(folder, "seen.json"), "w") as stream:
-        json.dump(seen, stream)
+def with_trainer(batch, steps, checkpointing=False):
+    trainer = InOrder(model=load(), train_dataset=rows, args=TrainingArguments(
+        folder, per_device_train_batch_size=batch, gradient_accumulation_steps=steps,
+        gradient_checkpointing=checkpointing, max_steps=2, learning_rate=1e-2, logging_steps=1,
+        report_to=[], save_strategy="no", use_cpu=True, disable_tqdm=True, max_grad_norm=1.0,
+        lr_scheduler_type="constant"))
+    trainer.train()
+    return [[line["loss"], line["grad_norm"]] for line in trainer.state.log_history[:2]]
+
+def with_lightning(batch):
+    import lightning
+
+    class Module(lightning.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.model, self.losses, self.norms = load(), [], []
+
+        def training_step(self, rows):
+            # Gradients become the mean over the processes: each divides by its part of all labels.
+            labels = self.all_gather((rows["labels"][:, 1:] != -100).sum()).sum()
+            loss = self.model(**rows, num_items_in_batch=labels / size).loss
+            self.losses.append(self.all_gather(loss.detach()).mean().item())
+            return loss
+
+        def on_before_optimizer_step(self, optimizer):
+            norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters()])
+            self.norms.append(norm.item())
+
+        def configure_optimizers(self):
+            return torch.optim.AdamW(self.parameters(), 1e-2, weight_decay=0.0)
+
+    module, rank = Module(), int(os.environ.get("RANK", "0"))
+    own = torch.utils.data.DistributedSampler(rows, size, rank, shuffle=False)
+    lightning.Trainer(
+        accelerator="cpu", strategy="ddp", devices=size, max_steps=2, gradient_clip_val=1.0,
+        logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, default_root_dir=folder, use_distributed_sampler=False,
+    ).fit(module, torch.utils.data.DataLoader(rows, batch_size=batch, sampler=own))
+    return list(zip(module.losses, module.norms))
+
+for name, (driver, options) in cases.items():
+    seen = globals()["with_" + driver](**options)
+    if first:
+        with open(os.path.join(folder, name + ".json"), "w") as stream:
+            json.dump(seen, stream)
 """
 
 
@@ -55,35 +93,63 @@ def packages():
     pytest.importorskip("transformers", reason="qflux.hf is for it")
 
 
-def trained(folder, batch, steps, processes=1, preset="lm", checkpointing=False):
-    """Loss and gradient norm of two steps of 8 rows, from a process of its own."""
-    pytest.importorskip("accelerate", reason="transformers' Trainer needs it")
-    folder.mkdir()
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """A folder with a model of seven tokens, and a program that trains it."""
+    from qflux.hf import from_model
+
+    folder = tmp_path_factory.mktemp("trained")
+    torch.manual_seed(0)
+    from_model(make_model(make_config("lm", 7, **SMALL))).save_pretrained(folder / "model")
     (folder / "program.py").write_text(PROGRAM)
+    return folder
+
+
+def trained(folder, processes, cases):
+    """Loss and gradient norm of two steps of 8 rows, for each case, from processes of their own."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    arguments = [folder, preset, batch, steps, int(checkpointing)]
     result = subprocess.run(
-        [sys.executable, *(launcher if processes > 1 else []), folder / "program.py",
-         *map(str, arguments)],
+        [sys.executable, *(launcher if processes > 1 else []), folder / "program.py", folder,
+         json.dumps(cases)],
         env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr[-3000:]
-    return torch.tensor(json.loads((folder / "seen.json").read_text()))
+    return {name: torch.tensor(json.loads((folder / f"{name}.json").read_text())) for name in cases}
 
 
-def test_the_loss_does_not_depend_on_accumulation_or_processes(tmp_path):
-    whole = trained(tmp_path / "whole", 8, 1)
-    assert (whole[:, 0] < 3).all()  # about ln 7: no multiple of it
-    for name, options in {
-        "accumulated": {"batch": 1, "steps": 8},
-        "processes": {"batch": 4, "steps": 1, "processes": 2},
-        "both": {"batch": 2, "steps": 2, "processes": 2, "checkpointing": True},
-    }.items():
-        torch.testing.assert_close(
-            trained(tmp_path / name, **options), whole, rtol=1e-3, atol=1e-4, msg=name
-        )
+@pytest.fixture(scope="module")
+def whole(exported):
+    """What one process sees of batches in one piece; in pieces it is the same."""
+    pytest.importorskip("accelerate", reason="transformers' Trainer needs it")
+    cases = {
+        "whole": ("trainer", {"batch": 8, "steps": 1}),
+        "accumulated": ("trainer", {"batch": 1, "steps": 8}),
+    }
+    seen = trained(exported, 1, cases)
+    assert (seen["whole"][:, 0] < 3).all()  # about ln 7: no multiple of it
+    torch.testing.assert_close(seen["accumulated"], seen["whole"], rtol=1e-3, atol=1e-4)
+    return seen["whole"]
+
+
+@pytest.fixture(scope="module")
+def divided(exported, whole):
+    """What two processes see, all drivers in one start of them, which is what takes time."""
+    cases = {
+        "Trainer": ("trainer", {"batch": 4, "steps": 1}),
+        "accumulated": ("trainer", {"batch": 2, "steps": 2, "checkpointing": True}),
+    }
+    if importlib.util.find_spec("lightning"):
+        cases["Lightning"] = "lightning", {"batch": 4}
+    return trained(exported, 2, cases)
+
+
+@pytest.mark.parametrize("name", ["Trainer", "accumulated", "Lightning"])
+def test_the_loss_does_not_depend_on_accumulation_or_processes(divided, whole, name):
+    if name == "Lightning":
+        pytest.importorskip("lightning", reason="pip install lightning for its Trainer")
+    torch.testing.assert_close(divided[name], whole, rtol=1e-3, atol=1e-4)
 
 
 def linear_layers(model):
@@ -128,8 +194,9 @@ def test_lora_trains_every_linear_layer(tmp_path, preset):
     torch.testing.assert_close(again(input_ids=ids).logits, expected)
 
 
-def test_trl_fine_tunes_an_exported_model(tmp_path):
-    """Rows of ids: a model has no label for the end-of-text token, which TRL adds to texts."""
+@pytest.mark.parametrize("kind", ["rows", "texts"])
+def test_trl_fine_tunes_an_exported_model(tmp_path, kind):
+    """Texts end in a token that the model has: it has no label for the end-of-text token."""
     pytest.importorskip("peft", reason="low-rank adapters")
     trl = pytest.importorskip("trl", reason="supervised fine-tuning")
     datasets = pytest.importorskip("datasets", reason="trl reads its rows")
@@ -139,7 +206,7 @@ def test_trl_fine_tunes_an_exported_model(tmp_path):
     from qflux import CharacterVocabulary, save_model
     from qflux.hf import export
 
-    text = "To be, or not to be"
+    text, end = "To be,\nor not to be", "\n"
     vocabulary = CharacterVocabulary(text)
     save_model(
         tmp_path / "run", make_model(make_config("lm", vocabulary.size, **SMALL)), vocabulary
@@ -147,17 +214,18 @@ def test_trl_fine_tunes_an_exported_model(tmp_path):
     export(tmp_path / "run", tmp_path / "hf")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "hf")
-    ids = tokenizer(text, return_tensors="pt").input_ids
+    ids = tokenizer(text if kind == "rows" else text + end, return_tensors="pt").input_ids
     expected = model(ids, labels=ids).loss.item()
+    rows = {"input_ids": ids.tolist()} if kind == "rows" else {"text": [text]}
     trainer = trl.SFTTrainer(
         model=model,
         processing_class=tokenizer,
-        train_dataset=datasets.Dataset.from_dict({"input_ids": ids.tolist() * 8}),
+        train_dataset=datasets.Dataset.from_dict({name: row * 8 for name, row in rows.items()}),
         peft_config=LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear"),
         args=trl.SFTConfig(
             str(tmp_path / "out"), max_steps=2, per_device_train_batch_size=2, max_length=24,
             gradient_accumulation_steps=2, logging_steps=1, report_to=[], use_cpu=True, bf16=False,
-            save_strategy="no", disable_tqdm=True,
+            save_strategy="no", disable_tqdm=True, eos_token=None if kind == "rows" else end,
         ),
     )  # fmt: skip
     trainer.train()

@@ -25,17 +25,14 @@ from qflux.text.windows import TrainingWindows
 
 where, step = sys.argv[1], int(sys.argv[2])
 original_batch, original_save = TrainingWindows.batch, dcp.save
-at = 0
 
 def batch(self, now, *rows):
-    global at
-    at = now
     if where == "step" and now == step:
         end()
     return original_batch(self, now, *rows)
 
 def save(*arguments, **options):
-    if where == "saving" and at + 1 == step:
+    if where == "saving" and f"-{step}." in str(options["checkpoint_id"]):
         end()
     return original_save(*arguments, **options)
 
@@ -76,13 +73,18 @@ def expected(tmp_path_factory):
     return losses(folder)
 
 
-@pytest.mark.parametrize("where, step, kept", [("step", 6, 4), ("saving", 8, 4)])
-def test_a_killed_process_ends_all_and_a_resume_goes_on(tmp_path, expected, where, step, kept):
+@pytest.mark.parametrize(
+    "where, step, kept, given",
+    [("step", 6, 4, []), ("saving", 8, 4, []), ("saving", 8, 4, ["--async-save"])],
+)
+def test_a_killed_process_ends_all_and_a_resume_goes_on(
+    tmp_path, expected, where, step, kept, given
+):
     """On another number of processes, from the state before, to the same curve."""
     (tmp_path / "text.txt").write_text(TEXT)
     (tmp_path / "program.py").write_text(PROGRAM)
     program = [tmp_path / "program.py", where, step]
-    result = start(tmp_path, program, *NETWORK, *OPTIONS, "--rank-timeout", "60")
+    result = start(tmp_path, program, *NETWORK, *OPTIONS, "--rank-timeout", "60", *given)
     assert result.returncode != 0
     said = [line for line in result.stderr.splitlines() if line.startswith("qflux train (rank")]
     assert len(said) == 1 and "has lost another of the 2 processes" in said[0], result.stderr

@@ -7,25 +7,31 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import shutil
 import signal
+import threading
+import time
 from pathlib import Path
 
 import pytest
 import ranks
 import torch
+from torch.distributed.checkpoint import state_dict_saver
 
 from qflux import QuantumFluxConfig, TextSplit, TrainingOptions, load_model, train
 from qflux.text.vocabulary import CharacterVocabulary
 from qflux.text.windows import TrainingWindows
 from qflux.train.signals import TrainingInterrupted
+from qflux.train.states import States
 
 PATTERN = TextSplit({"a": "abcdefgh hgfedcba " * 40}, {"b": "abcdefgh " * 9})
 VOCABULARY = CharacterVocabulary(PATTERN.text)
 CONFIG = QuantumFluxConfig(
     VOCABULARY.size, num_layers=4, num_cylinders=2, hidden_dim=16, context_length=24
 )
-SMALL = {"batch_size": 8, "log_interval": 1, "eval_interval": 2, "precision": "float64"}
+SMALL = {"batch_size": 8, "log_interval": 1, "eval_interval": 2, "precision": "float64",
+         "rank_timeout": 40}  # fmt: skip
 STEPS = 4
 KEYS = ("step", "train_loss", "val_loss", "learning_rate", "gradient_norm", "window_length")
 
@@ -53,9 +59,9 @@ def close(found, expected):
 DIVISIONS = {
     2: {
         "ddp": {},
-        "fsdp": {"parallel": "fsdp", "accumulation": 2},
+        "fsdp": {"parallel": "fsdp", "accumulation": 2, "async_save": True},
         "context": {"context_parallel": 2},
-        "pipeline": {"pipeline_parallel": 2, "accumulation": 4},
+        "pipeline": {"pipeline_parallel": 2, "accumulation": 4, "async_save": True},
     },
     4: {
         "ddp": {"accumulation": 2},
@@ -132,6 +138,60 @@ def run_stops_for_a_signal_to_any_process(mesh):
     close(curve(folder), curve(folder_of("one")))
 
 
+def run_states_are_written_beside_the_next_steps(mesh):
+    """One after another, and each as the weights were when it began."""
+    if mesh.size() > 2:
+        return  # two show it
+    folder, batch, save = folder_of(f"{mesh.size()} async"), TrainingWindows.batch, (
+        state_dict_saver.save
+    )  # fmt: skip
+    second, seen = threading.Event(), []
+
+    def batch_of(self, step, *rows):
+        if step == 1:
+            second.set()
+        return batch(self, step, *rows)
+
+    def slow_save(*arguments, **options):
+        seen.append("begin")
+        assert second.wait(60), "training waited for the state"
+        time.sleep(0.2)  # in which the second step moves the weights
+        save(*arguments, **options)
+        seen.append("end")
+
+    TrainingWindows.batch, state_dict_saver.save = batch_of, slow_save
+    given = {"eval_interval": None, "save_interval": 1, "keep_states": STEPS, "async_save": True}
+    try:
+        run(folder, **given)
+    finally:
+        TrainingWindows.batch, state_dict_saver.save = batch, save
+    assert seen == ["begin", "end"] * STEPS
+    expected = curve(folder)
+    run(folder, resume=True, resume_step=1, **given | {"async_save": False})
+    torch.distributed.barrier()
+    close(curve(folder), expected)
+
+
+def run_a_state_that_cannot_be_written_ends_all(mesh):
+    """On the full disk of one process; the state before it stays, here that of one process."""
+    if mesh.size() > 2:
+        return  # two show it
+    folder, last = copied(f"{mesh.size()} full", "one"), mesh.get_local_rank() == mesh.size() - 1
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for number, asynchronous in enumerate((False, True)):
+        if last:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (64, limits[1]))
+        try:
+            again = {} if number else {"resume_step": 2}
+            text = f"training_state-3' cannot be written: rank {mesh.size() - 1}: .*File too large"
+            raises(OSError, text, folder=folder, resume=True, keep_states=1, save_interval=1,
+                   parallel="fsdp", async_save=asynchronous, **again)  # fmt: skip
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        torch.distributed.barrier()
+        assert States(folder).load()["step"] == 2
+
+
 def raises(kind, text, **options):
     folder = options.pop("folder", folder_of("refused"))
     with pytest.raises(kind, match=text):
@@ -153,6 +213,7 @@ def run_is_refused_by_all(mesh):
     raises(
         ValueError, "same context_parallel: rank 0 has 1", context_parallel=1 + rank // (size - 1)
     )
+    raises(ValueError, "same async_save: rank 0 has True", async_save=rank == 0)
     mine = "holds a run already" if rank == 0 else "rank 0: output_dir"
     raises((ValueError, FileExistsError), mine, folder=folder_of("one"))
     others = TextSplit({"a": "abcdefgh" * (40 + rank)}, {"b": "abcdefgh " * 9})

@@ -1,15 +1,19 @@
 """Vocabularies that other programs saved, and what every vocabulary says of its tokens."""
 
+import itertools
 import json
 
 import pytest
 import torch
 
 from qflux import BpeVocabulary, ByteVocabulary, CharacterVocabulary, load_model
+from qflux.inference.text import fit_prompt
+from qflux.text import vocabulary as vocabulary_module
 from qflux.text.vocabulary import (
     check_vocabulary_size,
     cut_at_words,
     make_vocabulary,
+    spread_lines,
     vocabulary_from_json,
 )
 
@@ -99,6 +103,25 @@ def test_pieces_are_merged_like_the_whole_text(library):
     )
 
 
+def test_merges_of_a_long_text_are_learned_from_all_over_it(monkeypatch, library):
+    lines = [f"line {number}\n" for number in range(1000)]
+    text = "".join(lines)
+    assert list(spread_lines([text], len(text) + 20, 20)) == lines
+    found = list(spread_lines([text[at : at + 7] for at in range(0, len(text), 7)], 2000, 20))
+    assert found == list(spread_lines([text], 2000, 20))
+    numbers = [lines.index(line) for line in found]
+    assert 1000 <= sum(map(len, found)) <= 2100 and numbers == sorted(numbers)
+    gaps = [after - before for before, after in itertools.pairwise(numbers)]
+    assert numbers[0] == 0 and numbers[-1] == 999 and max(gaps) == 22
+    monkeypatch.setattr(vocabulary_module, "COUNTED", 2 * 2**16)
+    words = "one two three four five six seven\n" * 4000 + "eight nine ten eleven\n" * 4000
+    part = "".join(spread_lines([words], 2 * 2**16))
+    assert len(part) < 0.8 * len(words)
+    expected = BpeVocabulary.train(words, 280).to_json()
+    monkeypatch.undo()
+    assert BpeVocabulary.train(part, 280).to_json() == expected
+
+
 @pytest.mark.parametrize("kind", ["byte", "char", "bpe"])
 def test_bytes_of_tokens_add_up_to_the_text(kind):
     if kind == "bpe":
@@ -116,6 +139,30 @@ def test_prompts_and_separators_are_in_the_vocabulary():
         assert vocabulary.default_prompt == expected
         assert vocabulary.decode(vocabulary.separator) == (expected if expected != "a" else "")
     assert ByteVocabulary().separator.tolist() == [10]
+
+
+def test_characters_without_a_token_are_found(library):
+    """Of byte-level encodings none; else those of the unknown token, or what is left out."""
+    assert BpeVocabulary.train("hello world\n", 256).lacking("hé\U0001f600\n") == []
+    assert ByteVocabulary().lacking("é") == [] and CharacterVocabulary("ab").lacking("xab-") == [
+        0,
+        3,
+    ]
+    letters = {"a": 0, "b": 1}
+    left_out = library.Tokenizer(library.models.BPE(letters, []))
+    marked = library.Tokenizer(library.models.BPE({**letters, "?": 2}, [], unk_token="?"))
+    words = library.Tokenizer(library.models.WordLevel({**letters, "?": 2}, unk_token="?"))
+    words.pre_tokenizer = library.pre_tokenizers.Whitespace()
+    for tokenizer, expected in ((left_out, [1, 3]), (marked, [1, 3]), (words, [0, 1, 2, 3, 4])):
+        vocabulary = BpeVocabulary(tokenizer)
+        assert vocabulary.lacking("axbyb") == expected
+        assert vocabulary.lacking("a") == []
+    assert BpeVocabulary(words).lacking("a xy b") == [2, 3]
+    text, told = fit_prompt("a xy b", BpeVocabulary(words), "replace")
+    assert (text, told) == ("a    b", "'x' at position 2, 'y' at position 3 replaced by ' '")
+    assert fit_prompt("axb", BpeVocabulary(left_out), "drop")[0] == "ab"
+    with pytest.raises(ValueError, match="contains 'x' at position 1, not among the 2 tokens"):
+        fit_prompt("axb", BpeVocabulary(left_out))
 
 
 def test_an_unknown_character_is_named_with_a_part_of_a_large_vocabulary():

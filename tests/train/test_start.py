@@ -199,9 +199,24 @@ def test_a_compiler_that_fails_is_one_line(tmp_path, call, monkeypatch):
     assert status == 2 and "no compiler" in last and "leave out compile" in last
 
 
-def test_compiling_needs_backpropagation():
-    with pytest.raises(ValueError, match="compile needs learning='backprop', got 'hebbian'"):
-        TrainingOptions("", compile=True, learning="hebbian")
+def test_steps_with_the_delta_rule_are_compiled(tmp_path, monkeypatch):
+    """Up to what the output layer reads; traced whole, and with the losses of the steps as such."""
+    plain = run(tmp_path / "plain", learning="hybrid", max_steps=2)
+    compile, compiled = torch.compile, []
+
+    def traced(function):
+        compiled.append(getattr(function, "__name__", None))
+        return compile(function, backend="aot_eager", fullgraph=True)
+
+    monkeypatch.setattr(step_module.torch, "compile", traced)
+    result = run(tmp_path / "compiled", learning="hybrid", max_steps=2, compile=True)
+    assert compiled.count("features") == 1
+    monkeypatch.setattr(step_module.torch, "compile", lambda function: compiled.append)
+    with pytest.raises(TypeError):
+        run(tmp_path / "alone", learning="hebbian", compile=True)
+    assert isinstance(compiled[-1], torch.Tensor), "hebbian steps run what was compiled"
+    assert result.validation_loss == pytest.approx(plain.validation_loss, rel=1e-5)
+    torch._dynamo.reset()
 
 
 def test_a_dry_run_shows_and_writes_nothing(tmp_path, call):

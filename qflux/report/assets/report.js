@@ -40,11 +40,19 @@
     return made;
   };
 
+  // The dark end of the scale would not be seen on dark paper.
+  const scale = () => isDark() ? [[0, "#3f77b8"], [0.5, "#a5a39a"], [1, "#fde737"]] : "Cividis";
+  // In what the program wrote, the name has become the list of its colours.
+  const isCividis = (colors) => Array.isArray(colors) && colors[0][1] === "#00224e";
+  const coloured = (part) => isCividis(part.colorscale) ? { ...part, colorscale: scale() } : part;
+  const themedData = (data) => data.map((trace) =>
+    trace.marker ? { ...trace, marker: coloured(trace.marker) } : coloured(trace));
+
   const drawn = new Map();
   const draw = (place) => {
     const { data, layout } = figures[place.dataset.picture][Number(place.dataset.panel)];
     drawn.set(place, layout);
-    Plotly.react(place, data, themed(layout), CONFIG).then(() => { place.dataset.drawn = "yes"; });
+    Plotly.react(place, themedData(data), themed(layout), CONFIG).then(() => { place.dataset.drawn = "yes"; });
   };
   const places = [...document.querySelectorAll(".plot[data-picture]")];
   // Only what comes into view is drawn: three-dimensional views are few, and phones are slow.
@@ -193,18 +201,22 @@
     y1: state.token + 0.5, line: { color: BOUND, width: 2 },
   }];
   const drawHeat = () => {
-    const values = [], mask = [];
+    const values = [], mask = [], sizes = [];
     let negative = false;
     for (let row = 0; row < count; row++) {
       const line = new Array(count).fill(null), grey = new Array(count).fill(null);
       for (let key = 0; key <= row; key++) {
         const weight = weightOf(row, key);
         if (Number.isNaN(weight)) grey[key] = 0;
-        else { line[key] = weight; negative = negative || weight < 0; }
+        else { line[key] = weight; sizes.push(Math.abs(weight)); negative = negative || weight < 0; }
       }
       values.push(line);
       mask.push(grey);
     }
+    // The first rows have few keys and so large weights, beside which all others would look the same.
+    sizes.sort((a, b) => a - b);
+    const top = sizes[sizes.length - 1] || 1, most = sizes[Math.floor(0.99 * (sizes.length - 1))] || top;
+    const bar = { thickness: 10, ...(most < top ? { title: { text: `largest<br>${top.toPrecision(2)}`, font: { size: 11 } } } : {}) };
     const shade = "rgba(140,140,140,0.45)";
     const every = Math.ceil(count / 24), at = labels.map((_, i) => i).filter((i) => i % every === 0);
     const ticks = { tickmode: "array", tickvals: at, ticktext: at.map((i) => escape(labels[i])), tickfont: { size: 10 },
@@ -216,8 +228,8 @@
     layout.shapes = rowMark();
     return Plotly.react("heat", [
       { type: "heatmap", z: mask, colorscale: [[0, shade], [1, shade]], showscale: false, hoverinfo: "skip" },
-      { type: "heatmap", z: values, hoverongaps: false, colorscale: negative ? "PuOr" : "Cividis",
-        ...(negative ? { zmid: 0 } : { zmin: 0 }), colorbar: { thickness: 10 },
+      { type: "heatmap", z: values, hoverongaps: false, colorscale: negative ? "PuOr" : scale(),
+        zmin: negative ? -most : 0, zmax: most, colorbar: bar,
         hovertemplate: "row %{y}, column %{x}<br>%{z:.4g}<extra></extra>" },
     ], themed(layout), CONFIG);
   };
