@@ -40,6 +40,7 @@ from .errors import plain_errors
 from .evaluation import evaluate
 from .figures import check_figures, cylinder_figures
 from .folder import check_vacant, clear, forget_trackers, sole_writer
+from .graph import check_recordable
 from .metrics import METRICS_FILE, Interval, append_line, drop_lines_after, peak_memory
 from .optimizer import make_optimizer
 from .options import DEFAULT_EPOCHS, TrainingOptions
@@ -121,6 +122,8 @@ def train(
     """
     folder = check_path("output_dir", options.output_dir)
     device = usable_device(own_device(options.device))
+    if options.cuda_graph:
+        check_recordable(device)
     if options.resume and not folder.is_dir():
         raise FileNotFoundError(f"nothing to resume: there is no folder {str(folder)!r}")
     with ExitStack() as stack:

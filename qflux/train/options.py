@@ -41,6 +41,7 @@ MAY_CHANGE = (
     "log_figures",
     "device",
     "compile",
+    "cuda_graph",
     "accumulation",
     "gradient_checkpointing",
     "learning_rate",
@@ -140,6 +141,9 @@ class TrainingOptions(OptimizerOptions):
         sample_tokens: tokens that it adds to the prompt, >= 1.
         device: where to train, as PyTorch names it, such as cpu, cuda or cuda:1.
         compile: run the steps through `torch.compile`; the delta rule itself stays as it is.
+        cuda_graph: replay a step as one CUDA graph, recorded for each length of windows, instead of
+            launching its kernels one by one; steps that write a line run as they are. On one GPU,
+            with `learning` "backprop", no "float16" and no `max_seconds`.
         parallel: how several processes, started by torchrun, share a model. "ddp": each has all of
             its weights. "fsdp": each has a shard of them. None: "ddp" where there are several.
         context_parallel: processes that share each sequence, >= 1.
@@ -196,6 +200,7 @@ class TrainingOptions(OptimizerOptions):
     sample_tokens: int = 100
     device: str = "cpu"
     compile: bool = False
+    cuda_graph: bool = False
     parallel: Parallel | None = None
     context_parallel: int = 1
     pipeline_parallel: int = 1
@@ -247,8 +252,8 @@ class TrainingOptions(OptimizerOptions):
         for name in self.trackers:
             check_choice("trackers", name, TRACKERS)
         for name in (
-            "gradient_checkpointing", "compile", "log_figures", "progress", "resume", "overwrite",
-            "dry_run", "async_save",
+            "gradient_checkpointing", "compile", "cuda_graph", "log_figures", "progress", "resume",
+            "overwrite", "dry_run", "async_save",
         ):  # fmt: skip
             check_flag(name, getattr(self, name))
         if self.sample_prompt == "":
@@ -259,6 +264,18 @@ class TrainingOptions(OptimizerOptions):
             raise ValueError("resume and overwrite contradict each other: give one of them")
         if self.resume_step is not None and not self.resume:
             raise ValueError(f"resume_step needs resume, got {self.resume_step!r} without it")
+        if self.cuda_graph and self.learning != "backprop":
+            raise ValueError(f"cuda_graph needs learning='backprop', got {self.learning!r}")
+        if self.cuda_graph and self.precision == "float16":
+            raise ValueError(
+                "cuda_graph needs precision='float32' or 'bfloat16', whose gradients are not "
+                "scaled, got 'float16'"
+            )
+        if self.cuda_graph and self.max_seconds is not None:
+            raise ValueError(
+                "cuda_graph needs epochs or max_steps instead of max_seconds, with which every "
+                f"step may be the last and is measured, got max_seconds={self.max_seconds!r}"
+            )
         if self.learning == "hybrid" and self.precision == "float16":
             raise ValueError(
                 "precision must be 'float32' or 'bfloat16' for learning='hybrid', "

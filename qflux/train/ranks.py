@@ -255,6 +255,8 @@ def check_ranks(options: TrainingOptions, size: int) -> None:
             "precision must not be 'float16' for parallel='fsdp' or pipeline_parallel, whose "
             "gradients are not scaled: give 'bfloat16' or 'float32'"
         )
+    if options.cuda_graph:
+        raise ValueError(f"cuda_graph is for one process, got {size}")
     if options.compile and context * pipeline > 1:
         raise ValueError("compile goes with neither context_parallel nor pipeline_parallel")
 

@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..models.base import CausalLM
 from ..models.output import LayerRecord
+from .graph import CudaRecorder, GraphedStep
 from .hebbian import apply_update, delta_rule, largest_moment
 from .optimizer import make_autocast, make_optimizer, make_scaler
 from .options import TrainingOptions
@@ -61,6 +62,12 @@ class TrainStep:
         self.moved = [p for group in self.optimizer.param_groups for p in group["params"]]
         self.autocast = make_autocast(device, options.precision)
         self.scaler = make_scaler(device, options.precision)
+        self.graphed: GraphedStep | None = None
+        if options.cuda_graph:
+            self.graphed = GraphedStep(
+                lambda batch: self._backpropagate(batch, False)[:2], CudaRecorder(device)
+            )
+        self._settle_optimizer(device)
 
     def __call__(
         self, batch: Tensor, progress: float, *, return_layers: bool = False
@@ -74,16 +81,22 @@ class TrainStep:
         """
         options = self.options
         rate = learning_rate_at(progress, options.learning_rate, options.warmup)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        if options.learning == "backprop":
-            return self._backpropagate(batch, rate, return_layers)
-        return self._hebbian(batch, rate, progress)
+        self._set_rate(rate)
+        if options.learning != "backprop":
+            return self._hebbian(batch, rate, progress)
+        # The growth of the radii is a number that a graph would keep.
+        if self.graphed is None or return_layers or progress < options.radius_warmup:
+            loss, norm, layers = self._backpropagate(batch, return_layers)
+            return StepResult(loss, norm, rate, layers)
+        loss, norm = self.graphed(batch)
+        return StepResult(loss, norm, rate, ())
 
-    def _backpropagate(self, batch: Tensor, rate: float, return_layers: bool) -> StepResult:
+    def _backpropagate(
+        self, batch: Tensor, return_layers: bool
+    ) -> tuple[Tensor, Tensor, tuple[LayerRecord, ...]]:
         self.optimizer.zero_grad()
         loss, layers = self.replica.backward(batch, self.autocast, self.scaler, return_layers)
-        return StepResult(loss, self._move(), rate, layers)
+        return loss, self._move(), layers
 
     def _hebbian(self, batch: Tensor, rate: float, progress: float) -> StepResult:
         options, model = self.options, self.model
@@ -127,8 +140,31 @@ class TrainStep:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """The inverse of `state_dict`."""
+        device = self.moved[0].device
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
+        self._settle_optimizer(device)
+
+    def _set_rate(self, rate: float) -> None:
+        for group in self.optimizer.param_groups:
+            if self.graphed is None:
+                group["lr"] = rate
+            else:
+                group["lr"].fill_(rate)
+
+    def _settle_optimizer(self, device: torch.device) -> None:
+        """Rates and counts of steps where graphs read them, or where the optimiser is fastest.
+
+        Both are part of a state, which may come from a run of the other kind.
+        """
+        on_gpu = self.graphed is not None and device.type == "cuda"
+        for group in self.optimizer.param_groups:
+            rate = float(group["lr"])
+            group["lr"] = rate if self.graphed is None else torch.tensor(rate, device=device)
+            group["capturable"] = on_gpu
+            for parameter in group["params"]:
+                if (own := self.optimizer.state.get(parameter)) and "step" in own:
+                    own["step"] = own["step"].to(parameter.device if on_gpu else "cpu")
 
 
 def checkpoint_layers(model: CausalLM) -> None:
