@@ -7,6 +7,7 @@ import importlib.util
 import os
 import platform
 import sys
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -135,18 +136,58 @@ def choose_backend(backend: str, device: torch.device) -> str:
         )
     if backend == "auto" and device.type not in ("cpu", "cuda", "meta"):
         return "reference"
-    compiled = LOAD_ERROR is None and (device.type != "cuda" or bool(CUDA_ARCHITECTURES))
-    if not compiled and backend == "auto" and device.type == "cuda" and TRITON_ERROR is None:
+    missing = LOAD_ERROR
+    if missing is None and device.type == "cuda":
+        missing = _missing_on_gpu(device.index)
+    if missing is None:
+        return "compiled"
+    if backend == "auto" and device.type == "cuda" and TRITON_ERROR is None:
         return "triton"
-    if LOAD_ERROR is not None:
-        raise BackendUnavailableError(LOAD_ERROR)
-    if not compiled:
-        raise BackendUnavailableError(
+    raise BackendUnavailableError(missing)
+
+
+def serves(architectures: Sequence[str], major: int, minor: int) -> bool:
+    """Whether code for these architectures runs on a GPU of that compute capability.
+
+    Machine code (sm_90) runs on its major version from its minor version on, and what is compiled
+    when it is loaded (compute_90) on every later one; with a letter (sm_90a) on that version alone.
+    """
+
+    def runs(architecture: str) -> bool:
+        kind, _, number = architecture.rpartition("_")
+        own = divmod(int(number.rstrip("af")), 10)
+        if not number.isdigit():
+            return own == (major, minor)
+        return own <= (major, minor) and (kind == "compute" or own[0] == major)
+
+    return any(map(runs, architectures))
+
+
+@torch.compiler.assume_constant_result
+def _missing_on_gpu(index: int | None) -> str | None:
+    """Why the object has nothing for a GPU; None if it has. Without a GPU, for tensors of one."""
+    if not CUDA_ARCHITECTURES:
+        return (
             "this build of qflux_kernels has no CUDA code: rebuild it where nvcc is found, "
             "'pip install qflux[triton]' for kernels that need no compiler, "
             "or pass backend='reference'"
         )
-    return "compiled"
+    if torch.version.hip is not None:
+        return (
+            "the compiled kernels of qflux_kernels are for CUDA, and this torch is for ROCm: "
+            "'pip install qflux[triton]', or pass backend='reference'"
+        )
+    if not torch.cuda.is_available():
+        return None
+    major, minor = torch.cuda.get_device_capability(index)
+    if serves(CUDA_ARCHITECTURES, major, minor):
+        return None
+    return (
+        f"this build of qflux_kernels has CUDA code for {', '.join(CUDA_ARCHITECTURES)}, which "
+        f"does not run on a GPU of compute capability {major}.{minor}: rebuild it with "
+        f"TORCH_CUDA_ARCH_LIST={major}.{minor}, 'pip install qflux[triton]', or pass "
+        "backend='reference'"
+    )
 
 
 def check_algorithm(algorithm: str, score: Score, backend: str, device: torch.device) -> None:

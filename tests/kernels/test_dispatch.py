@@ -660,3 +660,47 @@ print(peak() - before)
 """
     )
     assert float(result.stdout) < 120
+
+
+@pytest.mark.parametrize(
+    "architectures, capability, wanted",
+    [
+        (("sm_80", "sm_90", "compute_100"), (9, 0), True),
+        (("sm_80", "sm_90", "compute_100"), (8, 6), True),
+        (("sm_80", "sm_90", "compute_100"), (12, 0), True),
+        (("sm_80", "sm_90", "compute_100"), (7, 5), False),
+        (("sm_90",), (8, 0), False),
+        (("sm_86",), (8, 0), False),
+        (("sm_90",), (10, 0), False),
+        (("sm_90a",), (9, 0), True),
+        (("sm_100a",), (10, 3), False),
+        (("compute_80",), (7, 5), False),
+    ],
+)
+def test_compiled_code_serves_the_gpus_it_runs_on(monkeypatch, architectures, capability, wanted):
+    """Where it does not, "auto" takes Triton, and asking for it names both."""
+    monkeypatch.setattr(backends, "CUDA_ARCHITECTURES", architectures)
+    monkeypatch.setattr(backends, "LOAD_ERROR", None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
+    gpu = torch.device("cuda", 1)
+    monkeypatch.setattr(backends, "TRITON_ERROR", None)
+    assert backends.choose_backend("auto", gpu) == ("compiled" if wanted else "triton")
+    if wanted:
+        assert backends.choose_backend("cuda", gpu) == "compiled"
+        return
+    monkeypatch.setattr(backends, "TRITON_ERROR", "no Triton")
+    for backend in ("auto", "cuda"):
+        with pytest.raises(backends.BackendUnavailableError) as raised:
+            backends.choose_backend(backend, gpu)
+        named = (*architectures, "{}.{}".format(*capability), "TORCH_CUDA_ARCH_LIST")
+        assert all(name in str(raised.value) for name in named)
+
+
+def test_compiled_code_does_not_serve_another_makers_gpus(monkeypatch):
+    monkeypatch.setattr(backends, "CUDA_ARCHITECTURES", ("sm_90",))
+    monkeypatch.setattr(torch.version, "hip", "6.2")
+    monkeypatch.setattr(backends, "TRITON_ERROR", None)
+    assert backends.choose_backend("auto", torch.device("cuda")) == "triton"
+    with pytest.raises(backends.BackendUnavailableError, match="ROCm"):
+        backends.choose_backend("cuda", torch.device("cuda"))
