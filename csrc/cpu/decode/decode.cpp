@@ -17,9 +17,12 @@ constexpr int64_t kRows = 8;
 // on.
 constexpr int64_t kWindow = 256, kWideWindow = 2048;
 constexpr int kWindowSteps = 4;
+// How far a threshold may be from that among some keys, for one of them that is kept: relative to
+// its distance from the largest pair.
+constexpr double kBand = 1;
 // A walk costs about as many pairs as the root of the keys times this; a search, so many walks.
 constexpr double kWalk = 64;
-constexpr int64_t kSearch = 6;
+constexpr int64_t kSearch = 3;
 // Bound on the rounding of a bias, relative to it and to the threshold.
 template <class T>
 constexpr double kBiasUnit = sizeof(T) == 4 ? 0x1p-20 : 0x1p-48;
@@ -62,6 +65,14 @@ class SequenceRows {
           trees_.push_back(index_view<T>(memory + run.first / index.chunk * unit, count,
                                          params.keys.value_dim));
       }
+      int64_t places = 0;
+      for (const IndexView<T>& tree : trees_) places += tree.nodes + tree.size[0];
+      places_ = room<int32_t>(places);
+      int32_t* at = places_.get();
+      for (const IndexView<T>& tree : trees_) {
+        cuts_.push_back({at, at + tree.nodes});
+        at += tree.nodes + tree.size[0];
+      }
     }
   }
 
@@ -87,8 +98,11 @@ class SequenceRows {
                                  &sums, context.data());
         else if (has_mass(p_.score))
           search(q, seen, &sums, context.data());
-        else
-          gather(threshold_query(q, tau), seen, &sums, context.data());
+        else {
+          const Query<T> query = threshold_query(q, tau);
+          cut(query);
+          gather(query, seen, &sums, context.data());
+        }
       }
       write(row, seen, sums, context.data());
     }
@@ -125,39 +139,75 @@ class SequenceRows {
     return {q.x, q.y, T(0), tau, tau, rest, tau, tau};
   }
 
-  // Of all keys that a row sees.
+  // Where the boundary of a row cuts the trees.
+  T cut(const Query<T>& query) {
+    T top = -std::numeric_limits<T>::infinity();
+    for (size_t n = 0; n < trees_.size(); ++n) loops_.decode.cut(trees_[n], query, &cuts_[n], &top);
+    return top;
+  }
+  // What a row gathers of the keys that it sees, with the trees cut for it.
   void gather(const Query<T>& query, int64_t seen, Mass<T>* sums, double* context) const {
-    for (const IndexView<T>& tree : trees_) loops_.decode.index_context(tree, query, sums, context);
+    for (size_t n = 0; n < trees_.size(); ++n)
+      loops_.decode.cut_context(trees_[n], cuts_[n], query, sums, context);
     loops_.decode.run_context(tail(covered_), start_ + seen - covered_, query, sums, context);
   }
-  void mass(const Query<T>& query, int64_t seen, Mass<T>* sums) const {
-    for (const IndexView<T>& tree : trees_) loops_.decode.index_mass(tree, query, sums);
-    loops_.decode.run_mass(tail(covered_), start_ + seen - covered_, query, sums);
-  }
 
-  void search(Point<T> q, int64_t seen, Mass<T>* sums, double* context) const {
+  // A row whose weights sum to one. The trees are cut once by a band that is likely to have the
+  // threshold, and what is in the band is left for the search.
+  void search(Point<T> q, int64_t seen, Mass<T>* sums, double* context) {
     ThresholdSearch<T> search;
-    start_search(q, seen, search);
-    const T lowest = -std::numeric_limits<T>::infinity();
-    for (bool whole = false;;) {
-      *sums = {0, 0, lowest};
-      const Query<T> query = mass_query(q, search.tau, search.rest);
-      if (whole) {
-        std::fill(context, context + params_.keys.value_dim, 0.0);
-        gather(query, seen, sums, context);
-      } else {
-        mass(query, seen, sums);
+    double width = start_search(q, seen, search);
+    PairBand<T> band{};
+    for (bool there = false;;) {
+      if (!there || search.tau < band.low || search.tau > band.high) {
+        find_band(q, seen, search.tau, width, &band);
+        width = std::max<double>(std::abs(double(band.above.top) - search.tau) / 4, width);
+        there = true;
       }
-      const bool found = search.update(*sums);
-      if (found && whole) break;
-      whole = found || search.near();
+      if (!search.update(mass_at(q, search, band))) continue;
+      *sums = {0, 0, band.above.top};
+      std::fill(context, context + params_.keys.value_dim, 0.0);
+      if (search.tau < band.low || search.tau > band.high) continue;
+      gather(mass_query(q, search.tau, search.rest), seen, sums, context);
+      if (search.update(*sums)) break;
     }
     sums->excess = 1;
   }
 
+  void find_band(Point<T> q, int64_t seen, T tau, double width, PairBand<T>* band) {
+    Query<T> query = mass_query(q, tau, T(0));
+    query.low = band->low = static_cast<T>(tau - width);
+    query.high = band->high = static_cast<T>(tau + width);
+    band->count = 0;
+    band->above = {0, 0, cut(query)};
+    int64_t room_for = start_ + seen - covered_ + kPadding;
+    for (const Cut<T>& cut : cuts_) room_for += cut.leaf_count * kLeaf;
+    if (room_for > products_size_) {
+      products_size_ = 2 * room_for;
+      products_ = room<T>(products_size_);
+    }
+    band->products = products_.get();
+    for (size_t n = 0; n < trees_.size(); ++n)
+      loops_.decode.cut_band(trees_[n], cuts_[n], q, band);
+    loops_.decode.run_band(tail(covered_), start_ + seen - covered_, q, band);
+  }
+
+  // The mass above a threshold that lies in the band.
+  Mass<T> mass_at(Point<T> q, const ThresholdSearch<T>& at, const PairBand<T>& band) const {
+    Mass<T> sums = band.above;
+    const double tau = double(at.tau) + at.rest;
+    sums.excess += sums.count * (double(band.high) - tau);
+    for (const Cut<T>& cut : cuts_) {
+      sums.excess += weighed(cut.sums, q.x, q.y, tau);
+      sums.count += cut.sums[0];
+    }
+    loops_.decode.band_mass(band, mass_query(q, at.tau, at.rest), &sums);
+    return sums;
+  }
+
   // Where a search starts: the threshold among the last keys that the row sees, as if all were like
-  // these; among few, and then once among more.
-  void start_search(Point<T> q, int64_t seen, ThresholdSearch<T>& search) const {
+  // these; among few, and then once among more. Returns how far off that may be.
+  double start_search(Point<T> q, int64_t seen, ThresholdSearch<T>& search) const {
     const T highest = std::numeric_limits<T>::infinity();
     T tau = highest, rest = 0;
     Mass<T> sums{0, 0, -highest};
@@ -193,6 +243,9 @@ class SequenceRows {
     const double lower = search.lower();
     search = ThresholdSearch<T>();
     search.start(lower, guess);
+    // By the keys that it was found from.
+    const double share = std::min(1.0, kBand / std::sqrt(sums.count + 1));
+    return share * std::abs(double(sums.top) - search.tau);
   }
 
   void write(int64_t row, int64_t seen, const Mass<T>& sums, const double* context) const {
@@ -212,6 +265,10 @@ class SequenceRows {
   const Visibility visible_;  // of the tokens from start_ on
   const int64_t covered_;     // tokens in front of this one are in trees, or padding
   std::vector<IndexView<T>> trees_;
+  std::vector<Cut<T>> cuts_;
+  std::unique_ptr<int32_t[]> places_;
+  std::unique_ptr<T[]> products_;
+  int64_t products_size_ = 0;
 };
 
 }  // namespace

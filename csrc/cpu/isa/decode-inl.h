@@ -17,8 +17,8 @@ using tree::total_count;
 
 // Vectors of keys whose sums are taken in T from zero.
 constexpr int64_t kTile = 128;
-// Leaves or nodes of an index that are listed before they are met.
-constexpr int kListed = 64;
+// Leaves whose sums are taken in T from zero.
+constexpr int64_t kListed = 64;
 // Columns that are summed together.
 constexpr int kColumns = 4;
 
@@ -153,7 +153,7 @@ class Kept {
   using V = Vector<T>;
 
  public:
-  explicit Kept(const Query<T>& query)
+  QFLUX_INLINE explicit Kept(const Query<T>& query)
       : x_(query.x),
         y_(query.y),
         bias_(query.bias),
@@ -170,7 +170,7 @@ class Kept {
     count(kept, counter_);
     return w;
   }
-  void take(Mass<T>* out) {
+  QFLUX_INLINE void take(Mass<T>* out) {
     out->excess += total(sum_);
     out->count += total_count<T>(counter_);
     sum_ = V(T(0));
@@ -202,7 +202,7 @@ QFLUX_INLINE void each_part(int64_t count, const Body& body) {
 }
 
 template <class T>
-void add_top(Vector<T> top, Mass<T>* out) {
+QFLUX_INLINE void add_top(Vector<T> top, Mass<T>* out) {
   T lane[Vector<T>::kWidth];
   store(lane, top);
   for (int l = 0; l < Vector<T>::kWidth; ++l) out->top = lane[l] > out->top ? lane[l] : out->top;
@@ -331,68 +331,37 @@ QFLUX_INLINE void prefetch(const T* from, int64_t count) {
     __builtin_prefetch(from + n);
 }
 
-// A list that is handed over when it is full.
-struct List {
-  int32_t place[kListed];
-  int count = 0;
-
-  template <class Flush>
-  QFLUX_INLINE void push(int32_t at, const Flush& flush) {
-    place[count++] = at;
-    if (count == kListed) clear(flush);
-  }
-  template <class Flush>
-  QFLUX_INLINE void clear(const Flush& flush) {
-    if (count) flush(place, count);
-    count = 0;
-  }
-};
-
 template <class T>
-void index_mass(const IndexView<T>& index, const Query<T>& query, Mass<T>* out) {
-  using V = Vector<T>;
+void cut(const IndexView<T>& index, const Query<T>& query, Cut<T>* out, T* top) {
   typedef double Four __attribute__((vector_size(32)));
-  Kept<T> kept(query);
-  V top(out->top);
+  static_assert(kColumnMoments < 4, "a node's sums of ones are loaded together");
   Four inner{};
-  List leaves;
-  const auto flush = [&](const int32_t* list, int count) QFLUX_INLINE_LAMBDA {
-    for (int n = 0; n < count; ++n) {
-      const T* const keys = index.leaf(list[n]);
-      for (int64_t k = 0; k < kLeaf; k += V::kWidth) {
-        const V p = kept.product(load(keys + k), load(keys + kLeaf + k));
-        top = larger(p, top);
-        kept.add(p);
-      }
-    }
-    kept.take(out);
-  };
-  out->top = walk(
-      index, query, out->top,
+  int32_t *nodes = out->nodes, *leaves = out->leaves;
+  *top = walk(
+      index, query, *top,
       [&](int32_t node) QFLUX_INLINE_LAMBDA {
         Four part;
         std::memcpy(&part, index.moments + node * index.width, sizeof(part));
         inner += part;
+        *nodes++ = node;
       },
       [&](int32_t leaf) QFLUX_INLINE_LAMBDA {
         prefetch(index.leaf(leaf), 2 * kLeaf);
-        leaves.push(leaf, flush);
+        *leaves++ = leaf;
       });
-  leaves.clear(flush);
-  const double sums[kColumnMoments] = {inner[0], inner[1], inner[2]};
-  out->excess += weighed(sums, query.x, query.y, query.offset());
-  out->count += sums[0];
-  add_top(top, out);
+  out->node_count = nodes - out->nodes;
+  out->leaf_count = leaves - out->leaves;
+  for (int m = 0; m < kColumnMoments; ++m) out->sums[m] = inner[m];
 }
 
 template <class T, int kCount>
-void leaf_columns(const IndexView<T>& index, const int32_t* leaves, int count,
+void leaf_columns(const IndexView<T>& index, const int32_t* leaves, int64_t count,
                   const Query<T>& query, int64_t column, Mass<T>* out, double* context) {
   using V = Vector<T>;
   Kept<T> kept(query);
   V sums[kCount];
   for (int c = 0; c < kCount; ++c) sums[c] = V(T(0));
-  for (int n = 0; n < count; ++n) {
+  for (int64_t n = 0; n < count; ++n) {
     const T* const keys = index.leaf(leaves[n]);
     const T* const values = keys + (2 + column) * kLeaf;
     for (int64_t k = 0; k < kLeaf; k += V::kWidth) {
@@ -407,40 +376,26 @@ void leaf_columns(const IndexView<T>& index, const int32_t* leaves, int count,
 }
 
 template <class T>
-void index_context(const IndexView<T>& index, const Query<T>& query, Mass<T>* out,
-                   double* context) {
+void cut_context(const IndexView<T>& index, const Cut<T>& cut, const Query<T>& query, Mass<T>* out,
+                 double* context) {
   using D = Vector<double>;
   constexpr int64_t kFew = 64;
-  double few[kFew] = {};
+  double few[kFew];
   const Array<double> many(index.width > kFew ? index.width : 0);
   double* const moments = index.width > kFew ? many.get() : few;
-  List leaves, nodes;
-  const auto meet = [&](const int32_t* list, int count) {
+  for (int64_t m = 0; m < index.width; m += D::kWidth) {
+    D sum(0.0);
+    for (int64_t n = 0; n < cut.node_count; ++n)
+      sum = sum + load(index.moments + cut.nodes[n] * index.width + m);
+    store(moments + m, sum);
+  }
+  for (int64_t n = 0; n < cut.leaf_count; n += kListed) {
+    const int64_t count = lesser(kListed, cut.leaf_count - n);
     each_columns(index.value_dim, [&](auto columns, int64_t c) QFLUX_INLINE_LAMBDA {
-      leaf_columns<T, decltype(columns)::kValue>(index, list, count, query, c,
+      leaf_columns<T, decltype(columns)::kValue>(index, cut.leaves + n, count, query, c,
                                                  c == 0 ? out : nullptr, context + c);
     });
-  };
-  const auto add = [&](const int32_t* list, int count) QFLUX_INLINE_LAMBDA {
-    for (int64_t m = 0; m < index.width; m += D::kWidth) {
-      D sum = load(moments + m);
-      for (int n = 0; n < count; ++n)
-        sum = sum + load(index.moments + list[n] * index.width + m);
-      store(moments + m, sum);
-    }
-  };
-  walk(
-      index, query, query.high,
-      [&](int32_t node) QFLUX_INLINE_LAMBDA {
-        prefetch(index.moments + node * index.width, index.width);
-        nodes.push(node, add);
-      },
-      [&](int32_t leaf) QFLUX_INLINE_LAMBDA {
-        prefetch(index.leaf(leaf), lesser(2 + index.value_dim, 8) * kLeaf);
-        leaves.push(leaf, meet);
-      });
-  nodes.clear(add);
-  leaves.clear(meet);
+  }
   const double offset = query.offset();
   out->excess += weighed(moments, query.x, query.y, offset);
   out->count += moments[0];
@@ -448,9 +403,112 @@ void index_context(const IndexView<T>& index, const Query<T>& query, Mass<T>* ou
     context[c] += weighed(moments + (c + 1) * kColumnMoments, query.x, query.y, offset);
 }
 
+// The lanes of a mask, one behind the other; a whole vector is written. Returns their number.
 template <class T>
-constexpr DecodeLoops<T> kLoops = {build_leaves<T>, build_nodes<T>, index_mass<T>,
-                                   index_context<T>, run_mass<T>, run_context<T>, run_gate<T>};
+QFLUX_INLINE int64_t store_lanes(Mask<T> mask, Vector<T> v, T* to) {
+  const uint32_t bits = lane_bits(mask);
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4)
+    _mm512_storeu_ps(to, _mm512_maskz_compress_ps(static_cast<__mmask16>(bits), (__m512)v.raw));
+  else
+    _mm512_storeu_pd(to, _mm512_maskz_compress_pd(static_cast<__mmask8>(bits), (__m512d)v.raw));
+  return __builtin_popcount(bits);
+#else
+  if (!bits) return 0;
+  T lane[Vector<T>::kWidth];
+  store(lane, v);
+  int64_t count = 0;
+  for (int l = 0; l < Vector<T>::kWidth; ++l) {
+    to[count] = lane[l];
+    count += (bits >> l) & 1;
+  }
+  return count;
+#endif
+}
+
+// Pairs on their way into a band.
+template <class T>
+class Sorted {
+  using V = Vector<T>;
+
+ public:
+  QFLUX_INLINE Sorted(Point<T> query, PairBand<T>* band)
+      : x_(query.x),
+        y_(query.y),
+        low_(band->low),
+        high_(band->high),
+        top_(band->above.top),
+        band_(band),
+        to_(band->products + band->count) {}
+
+  QFLUX_INLINE void add(V kx, V ky) {
+    const V p = inner_product(x_, y_, kx, ky, V(T(0)));
+    const Mask<T> above = less(high_, p);
+    top_ = larger(p, top_);
+    sum_ = sum_ + where(above, p - high_);
+    count(above, counter_);
+    to_ += store_lanes(both(less(low_, p), not_less(high_, p)), p, to_);
+  }
+  QFLUX_INLINE void take() {
+    band_->above.excess += total(sum_);
+    band_->above.count += total_count<T>(counter_);
+    sum_ = V(T(0));
+    counter_ = typename V::Bits{};
+  }
+  QFLUX_INLINE ~Sorted() {
+    take();
+    add_top(top_, &band_->above);
+    band_->count = to_ - band_->products;
+    store(to_, V(T(NAN)));
+  }
+
+ private:
+  const V x_, y_, low_, high_;
+  V top_, sum_ = V(T(0));
+  typename V::Bits counter_ = typename V::Bits{};
+  PairBand<T>* const band_;
+  T* to_;
+};
+
+template <class T>
+void cut_band(const IndexView<T>& index, const Cut<T>& cut, Point<T> query, PairBand<T>* band) {
+  Sorted<T> sorted(query, band);
+  for (int64_t n = 0; n < cut.leaf_count; ++n) {
+    const T* const keys = index.leaf(cut.leaves[n]);
+    for (int64_t k = 0; k < kLeaf; k += Vector<T>::kWidth)
+      sorted.add(load(keys + k), load(keys + kLeaf + k));
+    if (n % kListed == kListed - 1) sorted.take();
+  }
+}
+
+template <class T>
+void run_band(const KeyPlanes<T>& keys, int64_t count, Point<T> query, PairBand<T>* band) {
+  using V = Vector<T>;
+  Sorted<T> sorted(query, band);
+  each_part<T>(count, [&](int64_t begin, int64_t whole, int64_t rest) QFLUX_INLINE_LAMBDA {
+    const T *x = keys.x + begin, *y = keys.y + begin;
+    for (int64_t n = 0; n < whole; ++n, x += V::kWidth, y += V::kWidth)
+      sorted.add(load(x), load(y));
+    if (rest) sorted.add(load_some(x, rest, T(NAN)), load_some(y, rest, T(NAN)));
+    sorted.take();
+  });
+}
+
+template <class T>
+void band_mass(const PairBand<T>& band, const Query<T>& query, Mass<T>* out) {
+  Kept<T> kept(query);
+  constexpr int64_t kPart = kTile * Vector<T>::kWidth;
+  for (int64_t begin = 0; begin < band.count; begin += kPart) {
+    const int64_t end = lesser(begin + kPart, band.count);
+    for (int64_t n = begin; n < end; n += Vector<T>::kWidth) kept.add(load(band.products + n));
+    kept.take(out);
+  }
+}
+
+template <class T>
+constexpr DecodeLoops<T> kLoops = {build_leaves<T>, build_nodes<T>, cut<T>,       cut_context<T>,
+                                   run_context<T>,  cut_band<T>,    run_band<T>,  band_mass<T>,
+                                   run_mass<T>,     run_gate<T>};
 
 }  // namespace decode
 }  // namespace

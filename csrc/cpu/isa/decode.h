@@ -41,6 +41,25 @@ struct Query {
   double offset() const { return double(shift) + double(rest) - double(bias); }
 };
 
+// What a walk of an index leaves: nodes that a row keeps whole, and leaves that its boundary
+// crosses; room for all of them.
+template <class T>
+struct Cut {
+  int32_t *nodes, *leaves;
+  int64_t node_count = 0, leaf_count = 0;
+  double sums[kColumnMoments] = {};  // of the nodes: of 1, x, y
+};
+
+// The pairs of a row met one by one, sorted by two numbers between which its threshold is sought:
+// of those above `high` only sums of 1 and of p - high, of the others above `low` their p.
+template <class T>
+struct PairBand {
+  T low, high;
+  T* products;  // with room for a vector more
+  int64_t count = 0;
+  Mass<T> above;
+};
+
 template <class T>
 struct DecodeLoops {
   // Boxes and moments of leaves first .. last - 1, and of all other nodes of a height. Without
@@ -49,14 +68,22 @@ struct DecodeLoops {
                        bool exact_points);
   void (*build_nodes)(const IndexView<T>&, int height, bool exact_points);
 
-  // What a row keeps of an index, or of `count` keys in planes: both add to their results. The
-  // first leave out the context.
-  void (*index_mass)(const IndexView<T>&, const Query<T>&, Mass<T>*);
-  void (*index_context)(const IndexView<T>&, const Query<T>&, Mass<T>*, double* context);
-  void (*run_mass)(const KeyPlanes<T>&, int64_t count, const Query<T>&, Mass<T>*);
+  // A walk for a row; the largest q . k of the nodes that it keeps whole joins `top`.
+  void (*cut)(const IndexView<T>&, const Query<T>&, Cut<T>*, T* top);
+  // What a row keeps of the nodes and leaves of a cut, or of `count` keys in planes: both add to
+  // their results.
+  void (*cut_context)(const IndexView<T>&, const Cut<T>&, const Query<T>&, Mass<T>*,
+                      double* context);
   void (*run_context)(const KeyPlanes<T>&, int64_t count, const Query<T>&, Mass<T>*,
                       double* context);
-  // The same of a row of the inverse gate.
+  // The pairs of leaves of a cut, or of keys in planes, that join a band of q . k; and the mass of
+  // its products.
+  void (*cut_band)(const IndexView<T>&, const Cut<T>&, Point<T> query, PairBand<T>*);
+  void (*run_band)(const KeyPlanes<T>&, int64_t count, Point<T> query, PairBand<T>*);
+  void (*band_mass)(const PairBand<T>&, const Query<T>&, Mass<T>*);
+  // The mass alone.
+  void (*run_mass)(const KeyPlanes<T>&, int64_t count, const Query<T>&, Mass<T>*);
+  // Context and mass of a row of the inverse gate.
   void (*run_gate)(const KeyPlanes<T>&, int64_t count, Point<T> query, T eps, T min_gate, Mass<T>*,
                    double* context);
 };
