@@ -139,7 +139,7 @@ class Past:
     ) -> Interaction | None:
         """What states of the last positions gather; None where `interact` has to say it."""
         rows = states.shape[-2]
-        if self._wild is not None or torch.compiler.is_compiling():
+        if self._wild is not None or not states.numel() or torch.compiler.is_compiling():
             return None
         indexed = 0
         if self._indexes:
