@@ -148,10 +148,9 @@ void cache_moments(Tensor moments, Tensor keys, OptionalTensor starts, int64_t b
   cache.include(batch);
   batch.settle();
   const cpu::CachedMoments records = moments_of(moments, batch);
-  STD_TORCH_CHECK(
-      (base + cache.tokens()) / cpu::kMomentsTile + 2 <= records.stride && first >= 0,
-      "qflux_kernels: moments have room for ", records.stride, " records, too few for ",
-      base + cache.tokens(), " tokens");
+  STD_TORCH_CHECK((base + cache.tokens()) / cpu::kMomentsTile + 2 <= records.stride && first >= 0,
+                  "qflux_kernels: moments have room for ", records.stride, " records, too few for ",
+                  base + cache.tokens(), " tokens");
   with_dtype(keys, [&](auto zero) {
     using T = decltype(zero);
     cpu::extend_moments(cache.cached<T>(batch), first, records);
@@ -185,10 +184,10 @@ void cache_index(Tensor index, Tensor keys, OptionalTensor values, OptionalTenso
 }
 
 std::tuple<Tensor, Tensor, Tensor, bool> cache_attend(
-    Tensor states, Tensor keys, OptionalTensor values, OptionalTensor index,
-    OptionalTensor moments, OptionalTensor starts, int64_t base, int64_t chunk, int64_t indexed,
-    OptionalTensor coefficient, double coefficient_value, OptionalTensor min_gate,
-    double min_gate_value, int64_t score, double eps, bool mean) {
+    Tensor states, Tensor keys, OptionalTensor values, OptionalTensor index, OptionalTensor moments,
+    OptionalTensor starts, int64_t base, int64_t chunk, int64_t indexed, OptionalTensor coefficient,
+    double coefficient_value, OptionalTensor min_gate, double min_gate_value, int64_t score,
+    double eps, bool mean) {
   PairArguments pair{states};
   pair.keys = keys;
   pair.values = values;
@@ -212,8 +211,7 @@ std::tuple<Tensor, Tensor, Tensor, bool> cache_attend(
 
   const int64_t rows = pair.rows(), tokens = cache.tokens();
   const bool statistics = is_thresholded(pair.kind()) && !has_mass(pair.kind());
-  STD_TORCH_CHECK(rows <= tokens, "qflux_kernels: there are ", rows, " rows for ", tokens,
-                  " keys");
+  STD_TORCH_CHECK(rows <= tokens, "qflux_kernels: there are ", rows, " rows for ", tokens, " keys");
   STD_TORCH_CHECK(bool(moments) == statistics,
                   "qflux_kernels: moments come with a score that has statistics");
   STD_TORCH_CHECK(indexed >= 0 && indexed <= base + tokens - rows + 1 && (!indexed || index),

@@ -42,6 +42,33 @@ T below(T number) {
   return std::nextafter(number, -std::numeric_limits<T>::infinity());
 }
 
+// Memory that a thread keeps from row to row: new pages for every row would cost more than the row.
+template <class T>
+class Kept {
+ public:
+  T* get(int64_t count) {
+    if (count > size_) {
+      size_ = count + count / 2;
+      memory_ = room<T>(size_);
+    }
+    return memory_.get();
+  }
+
+ private:
+  std::unique_ptr<T[]> memory_;
+  int64_t size_ = 0;
+};
+template <class T>
+struct Scratch {
+  Kept<int32_t> places;
+  Kept<T> reaches, products;
+};
+template <class T>
+Scratch<T>& scratch() {
+  thread_local Scratch<T> mine;
+  return mine;
+}
+
 // Rows of one sequence.
 template <class T>
 class SequenceRows {
@@ -62,16 +89,21 @@ class SequenceRows {
       for (const Range& run : runs_of(index.tokens, index.chunk)) {
         const int64_t count = run.last - std::max(run.first, start_);
         if (count > 0)
-          trees_.push_back(index_view<T>(memory + run.first / index.chunk * unit, count,
-                                         params.keys.value_dim));
+          trees_.push_back(
+              index_view<T>(memory + run.first / index.chunk * unit, count, params.keys.value_dim));
       }
-      int64_t places = 0;
-      for (const IndexView<T>& tree : trees_) places += tree.nodes + tree.size[0];
-      places_ = room<int32_t>(places);
-      int32_t* at = places_.get();
+      int64_t nodes = 0, leaves = 0;
       for (const IndexView<T>& tree : trees_) {
-        cuts_.push_back({at, at + tree.nodes});
-        at += tree.nodes + tree.size[0];
+        nodes += tree.nodes;
+        leaves += tree.size[0];
+      }
+      int32_t* at = scratch_.places.get(2 * nodes + leaves + 1);
+      T* reach = scratch_.reaches.get(2 * leaves);
+      for (const IndexView<T>& tree : trees_) {
+        const int64_t size = tree.size[0];
+        cuts_.push_back({at, at + tree.nodes, reach, reach + size, at + tree.nodes + size});
+        at += 2 * tree.nodes + size;
+        reach += 2 * size;
       }
     }
   }
@@ -132,8 +164,8 @@ class SequenceRows {
     const double boundary = double(tau) - kBias, room = kBiasUnit<T> * (1 + std::abs(double(tau)));
     const T shift = p_.score == ScoreKind::kSoftThreshold ? tau : T(0);
     // A pair at the threshold is kept.
-    return {q.x, q.y, static_cast<T>(kBias), below(tau), shift, T(0),
-            static_cast<T>(boundary - room), static_cast<T>(boundary + room)};
+    return {q.x,   q.y,  static_cast<T>(kBias),           below(tau),
+            shift, T(0), static_cast<T>(boundary - room), static_cast<T>(boundary + room)};
   }
   static Query<T> mass_query(Point<T> q, T tau, T rest) {
     return {q.x, q.y, T(0), tau, tau, rest, tau, tau};
@@ -161,13 +193,13 @@ class SequenceRows {
     for (bool there = false;;) {
       if (!there || search.tau < band.low || search.tau > band.high) {
         find_band(q, seen, search.tau, width, &band);
-        width = std::max<double>(std::abs(double(band.above.top) - search.tau) / 4, width);
+        width = std::max(std::abs(double(band.above.top) - search.tau) / 4, width);
         there = true;
       }
       if (!search.update(mass_at(q, search, band))) continue;
+      if (search.tau < band.low || search.tau > band.high) continue;
       *sums = {0, 0, band.above.top};
       std::fill(context, context + params_.keys.value_dim, 0.0);
-      if (search.tau < band.low || search.tau > band.high) continue;
       gather(mass_query(q, search.tau, search.rest), seen, sums, context);
       if (search.update(*sums)) break;
     }
@@ -182,13 +214,8 @@ class SequenceRows {
     band->above = {0, 0, cut(query)};
     int64_t room_for = start_ + seen - covered_ + kPadding;
     for (const Cut<T>& cut : cuts_) room_for += cut.leaf_count * kLeaf;
-    if (room_for > products_size_) {
-      products_size_ = 2 * room_for;
-      products_ = room<T>(products_size_);
-    }
-    band->products = products_.get();
-    for (size_t n = 0; n < trees_.size(); ++n)
-      loops_.decode.cut_band(trees_[n], cuts_[n], q, band);
+    band->products = scratch_.products.get(room_for);
+    for (size_t n = 0; n < trees_.size(); ++n) loops_.decode.cut_band(trees_[n], cuts_[n], q, band);
     loops_.decode.run_band(tail(covered_), start_ + seen - covered_, q, band);
   }
 
@@ -266,9 +293,7 @@ class SequenceRows {
   const int64_t covered_;     // tokens in front of this one are in trees, or padding
   std::vector<IndexView<T>> trees_;
   std::vector<Cut<T>> cuts_;
-  std::unique_ptr<int32_t[]> places_;
-  std::unique_ptr<T[]> products_;
-  int64_t products_size_ = 0;
+  Scratch<T>& scratch_ = scratch<T>();
 };
 
 }  // namespace
@@ -290,8 +315,8 @@ void extend_moments(const CachedKeys<T>& keys, int64_t first, const CachedMoment
     const int64_t last = (keys.end - start) / kMomentsTile;
     for (int64_t tile = std::max<int64_t>(first - start, 0) / kMomentsTile; tile < last; ++tile) {
       const KeyPlanes<T> planes = planes_of(keys, b, start + tile * kMomentsTile);
-      Moments sums = loops<T>().statistics.moments(planes.x, planes.y, 0, kMomentsTile,
-                                                   moments.first_key(n));
+      Moments sums =
+          loops<T>().statistics.moments(planes.x, planes.y, 0, kMomentsTile, moments.first_key(n));
       sums.add(before[tile]);
       before[tile + 1] = sums;
     }
@@ -339,9 +364,9 @@ bool attend(const CachedRows<T>& params) {
   return refused == 0;
 }
 
-#define QFLUX_INSTANTIATE(T)                                                            \
-  template void extend_moments(const CachedKeys<T>&, int64_t, const CachedMoments&);    \
-  template void extend_index(const CachedKeys<T>&, const CachedIndex&, bool);           \
+#define QFLUX_INSTANTIATE(T)                                                         \
+  template void extend_moments(const CachedKeys<T>&, int64_t, const CachedMoments&); \
+  template void extend_index(const CachedKeys<T>&, const CachedIndex&, bool);        \
   template bool attend(const CachedRows<T>&)
 
 QFLUX_INSTANTIATE(float);

@@ -10,11 +10,11 @@ namespace qflux::cpu {
 // which nobody sees. Planes are found by `component`, tokens follow one another.
 template <class T>
 struct CachedKeys {
-  int64_t outer, inner;       // outer x inner sequences
-  int64_t base, end;          // tokens of the views: base .. end - 1
-  int64_t value_dim;          // 2 without values
-  View<const T> points;       // [batch][tokens][2]
-  View<const T> values;       // [batch][tokens][value_dim]; null: the keys
+  int64_t outer, inner;  // outer x inner sequences
+  int64_t base, end;     // tokens of the views: base .. end - 1
+  int64_t value_dim;     // 2 without values
+  View<const T> points;  // [batch][tokens][2]
+  View<const T> values;  // [batch][tokens][value_dim]; null: the keys
   PerSequence<int64_t> start;
 
   int64_t batch() const { return outer * inner; }

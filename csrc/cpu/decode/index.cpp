@@ -92,7 +92,7 @@ template IndexView<float> index_view(uint8_t*, int64_t, int64_t);
 template IndexView<double> index_view(uint8_t*, int64_t, int64_t);
 template void build_index(const Loops<float>&, const IndexView<float>&, const KeyPlanes<float>&,
                           int64_t, bool);
-template void build_index(const Loops<double>&, const IndexView<double>&,
-                          const KeyPlanes<double>&, int64_t, bool);
+template void build_index(const Loops<double>&, const IndexView<double>&, const KeyPlanes<double>&,
+                          int64_t, bool);
 
 }  // namespace qflux::cpu

@@ -91,60 +91,77 @@ void build_nodes(const IndexView<T>& index, int height, bool exact_points) {
   }
 }
 
-// Calls inside(node) for every node that the row keeps whole, but not all of its parent, and
-// crossed(leaf) for every leaf that its boundary crosses. Returns the largest q . k that a node
-// inside may have, at least `top`.
-template <class T, class Inside, class Crossed>
-QFLUX_INLINE T walk(const IndexView<T>& index, const Query<T>& query, T top, const Inside& inside,
-                    const Crossed& crossed) {
+template <class T>
+QFLUX_INLINE void prefetch(const T* from, int64_t count) {
+  for (int64_t n = 0; n < count; n += 64 / static_cast<int64_t>(sizeof(T)))
+    __builtin_prefetch(from + n);
+}
+
+// Height after height, so that what is fetched meanwhile is there when its height comes.
+template <class T>
+void cut(const IndexView<T>& index, const Query<T>& query, Cut<T>* out, T* top) {
   using V = Vector<T>;
-  struct Block {
-    int32_t height, begin, count;
-  };
   const V qx(query.x), qy(query.y), low(query.low), high(query.high);
-  V most(top);
-  Block stack[kIndexHeights * kIndexFan];
-  int size = 0;
-  stack[size++] = {index.height, index.first[index.height], index.size[index.height]};
-  while (size > 0) {
-    const Block at = stack[--size];
-    uint32_t above = 0, below = 0;
-    for (int r = 0; r < kIndexFan; r += V::kWidth) {
-      const T* const from = index.box(at.begin) + r;
-      const Box<V> wide{load(from),
-                        load(from + kIndexFan),
-                        load(from + 2 * kIndexFan),
-                        load(from + 3 * kIndexFan),
-                        load(from + 4 * kIndexFan),
-                        load(from + 5 * kIndexFan)};
-      const Reach<V> span = reach(wide, qx, qy);
-      const uint32_t valid = (at.count >= kIndexFan ? 0xffffu : (1u << at.count) - 1u) >> r;
-      const uint32_t whole = lane_bits(less(high, span.low)) & valid;
-      most = select(mask_of<T>(whole), larger(span.high, most), most);
-      above |= whole << r;
-      below |= lane_bits(less(span.high, low)) << r;
+  V most(*top);
+  T lows[kIndexFan], highs[kIndexFan];
+  int64_t nodes = 0, leaves = 0, begin = 0, end = 1;
+  // Of the blocks of children to look at, the place of each among those of its height.
+  int32_t* const blocks = out->blocks;
+  blocks[0] = 0;
+  for (int height = index.height; height >= 0; --height) {
+    int64_t next = end;
+    for (int64_t block = begin; block < end; ++block) {
+      const int32_t place = blocks[block] * kIndexFan, node = index.first[height] + place;
+      const int32_t count = index.size[height] - place;
+      const uint32_t all = count >= kIndexFan ? 0xffffu : (1u << count) - 1u;
+      uint32_t above = 0, below = 0;
+      for (int r = 0; r < kIndexFan; r += V::kWidth) {
+        const T* const from = index.box(node) + r;
+        const Box<V> wide{load(from),
+                          load(from + kIndexFan),
+                          load(from + 2 * kIndexFan),
+                          load(from + 3 * kIndexFan),
+                          load(from + 4 * kIndexFan),
+                          load(from + 5 * kIndexFan)};
+        const Reach<V> span = reach(wide, qx, qy);
+        const uint32_t whole = lane_bits(less(high, span.low)) & (all >> r);
+        most = select(mask_of<T>(whole), larger(span.high, most), most);
+        above |= whole << r;
+        below |= lane_bits(less(span.high, low)) << r;
+        store(lows + r, span.low);
+        store(highs + r, span.high);
+      }
+      for (uint32_t left = above; left; left &= left - 1) {
+        const int32_t at = node + __builtin_ctz(left);
+        prefetch(index.moments + at * index.width, index.width);
+        out->nodes[nodes++] = at;
+      }
+      for (uint32_t left = all & ~(above | below); left; left &= left - 1) {
+        const int l = __builtin_ctz(left);
+        if (height == 0) {
+          prefetch(index.leaf(place + l), 2 * kLeaf);
+          out->leaves[leaves] = place + l;
+          out->low[leaves] = lows[l];
+          out->high[leaves++] = highs[l];
+        } else {
+          prefetch(index.box(index.first[height - 1] + (place + l) * kIndexFan), 6 * kIndexFan);
+          blocks[next++] = place + l;
+        }
+      }
     }
-    const uint32_t all = at.count >= kIndexFan ? 0xffffu : (1u << at.count) - 1u;
-    for (uint32_t left = above; left; left &= left - 1)
-      inside(at.begin + __builtin_ctz(left));
-    const uint32_t rest = all & ~(above | below);
-    if (at.height == 0) {
-      for (uint32_t left = rest; left; left &= left - 1)
-        crossed(at.begin + __builtin_ctz(left));
-      continue;
-    }
-    const int32_t below_first = index.first[at.height - 1], below_size = index.size[at.height - 1];
-    for (uint32_t left = rest; left; left &= left - 1) {
-      const int32_t child =
-          (at.begin + __builtin_ctz(left) - index.first[at.height]) * kIndexFan;
-      const int32_t count = below_size - child < kIndexFan ? below_size - child : kIndexFan;
-      stack[size++] = {at.height - 1, below_first + child, count};
-    }
+    begin = end;
+    end = next;
   }
+  out->node_count = nodes;
+  out->leaf_count = leaves;
+  double sums[kColumnMoments] = {};
+  for (int64_t n = 0; n < nodes; ++n)
+    for (int m = 0; m < kColumnMoments; ++m)
+      sums[m] += index.moments[out->nodes[n] * index.width + m];
+  for (int m = 0; m < kColumnMoments; ++m) out->sums[m] = sums[m];
   T lane[V::kWidth];
   store(lane, most);
-  for (int l = 0; l < V::kWidth; ++l) top = lane[l] > top ? lane[l] : top;
-  return top;
+  for (int l = 0; l < V::kWidth; ++l) *top = lane[l] > *top ? lane[l] : *top;
 }
 
 // What a row keeps of vectors of keys.
@@ -245,8 +262,7 @@ void run_columns(const KeyPlanes<T>& keys, int64_t count, const Query<T>& query,
         sums[c] = multiply_add(w, load(v + c * keys.stride), sums[c]);
     }
     if (rest) {
-      const V w =
-          kept.add(kept.product(load_some(x, rest, T(NAN)), load_some(y, rest, T(NAN))));
+      const V w = kept.add(kept.product(load_some(x, rest, T(NAN)), load_some(y, rest, T(NAN))));
       for (int c = 0; c < kCount; ++c)
         sums[c] = multiply_add(w, load_some(v + c * keys.stride, rest, T(0)), sums[c]);
     }
@@ -325,35 +341,6 @@ void run_gate(const KeyPlanes<T>& keys, int64_t count, Point<T> query, T eps, T 
   });
 }
 
-template <class T>
-QFLUX_INLINE void prefetch(const T* from, int64_t count) {
-  for (int64_t n = 0; n < count; n += 64 / static_cast<int64_t>(sizeof(T)))
-    __builtin_prefetch(from + n);
-}
-
-template <class T>
-void cut(const IndexView<T>& index, const Query<T>& query, Cut<T>* out, T* top) {
-  typedef double Four __attribute__((vector_size(32)));
-  static_assert(kColumnMoments < 4, "a node's sums of ones are loaded together");
-  Four inner{};
-  int32_t *nodes = out->nodes, *leaves = out->leaves;
-  *top = walk(
-      index, query, *top,
-      [&](int32_t node) QFLUX_INLINE_LAMBDA {
-        Four part;
-        std::memcpy(&part, index.moments + node * index.width, sizeof(part));
-        inner += part;
-        *nodes++ = node;
-      },
-      [&](int32_t leaf) QFLUX_INLINE_LAMBDA {
-        prefetch(index.leaf(leaf), 2 * kLeaf);
-        *leaves++ = leaf;
-      });
-  out->node_count = nodes - out->nodes;
-  out->leaf_count = leaves - out->leaves;
-  for (int m = 0; m < kColumnMoments; ++m) out->sums[m] = inner[m];
-}
-
 template <class T, int kCount>
 void leaf_columns(const IndexView<T>& index, const int32_t* leaves, int64_t count,
                   const Query<T>& query, int64_t column, Mass<T>* out, double* context) {
@@ -383,16 +370,32 @@ void cut_context(const IndexView<T>& index, const Cut<T>& cut, const Query<T>& q
   double few[kFew];
   const Array<double> many(index.width > kFew ? index.width : 0);
   double* const moments = index.width > kFew ? many.get() : few;
-  for (int64_t m = 0; m < index.width; m += D::kWidth) {
-    D sum(0.0);
-    for (int64_t n = 0; n < cut.node_count; ++n)
-      sum = sum + load(index.moments + cut.nodes[n] * index.width + m);
-    store(moments + m, sum);
-  }
-  for (int64_t n = 0; n < cut.leaf_count; n += kListed) {
-    const int64_t count = lesser(kListed, cut.leaf_count - n);
+  for (int64_t m = 0; m < index.width; ++m) moments[m] = 0;
+  const auto add = [&](const int32_t* list, int64_t count) QFLUX_INLINE_LAMBDA {
+    for (int64_t m = 0; m < index.width; m += D::kWidth) {
+      D sum = load(moments + m);
+      for (int64_t n = 0; n < count; ++n)
+        sum = sum + load(index.moments + list[n] * index.width + m);
+      store(moments + m, sum);
+    }
+  };
+  add(cut.nodes, cut.node_count);
+  for (int64_t n = 0; n < cut.leaf_count;) {
+    int32_t whole[kListed], crossed[kListed];
+    int64_t wholes = 0, crosses = 0;
+    for (; n < cut.leaf_count && wholes < kListed && crosses < kListed; ++n) {
+      const int32_t leaf = cut.leaves[n];
+      if (cut.low[n] > query.high) {
+        prefetch(index.moments + leaf * index.width, index.width);
+        whole[wholes++] = leaf;
+      } else if (!(cut.high[n] < query.low)) {
+        prefetch(index.leaf(leaf), lesser(2 + index.value_dim, 8) * kLeaf);
+        crossed[crosses++] = leaf;
+      }
+    }
+    add(whole, wholes);
     each_columns(index.value_dim, [&](auto columns, int64_t c) QFLUX_INLINE_LAMBDA {
-      leaf_columns<T, decltype(columns)::kValue>(index, cut.leaves + n, count, query, c,
+      leaf_columns<T, decltype(columns)::kValue>(index, crossed, crosses, query, c,
                                                  c == 0 ? out : nullptr, context + c);
     });
   }
@@ -506,8 +509,8 @@ void band_mass(const PairBand<T>& band, const Query<T>& query, Mass<T>* out) {
 }
 
 template <class T>
-constexpr DecodeLoops<T> kLoops = {build_leaves<T>, build_nodes<T>, cut<T>,       cut_context<T>,
-                                   run_context<T>,  cut_band<T>,    run_band<T>,  band_mass<T>,
+constexpr DecodeLoops<T> kLoops = {build_leaves<T>, build_nodes<T>, cut<T>,      cut_context<T>,
+                                   run_context<T>,  cut_band<T>,    run_band<T>, band_mass<T>,
                                    run_mass<T>,     run_gate<T>};
 
 }  // namespace decode

@@ -42,10 +42,12 @@ struct Query {
 };
 
 // What a walk of an index leaves: nodes that a row keeps whole, and leaves that its boundary
-// crosses; room for all of them.
+// crosses, with the intervals of their q . k. There is room for all of them.
 template <class T>
 struct Cut {
   int32_t *nodes, *leaves;
+  T *low, *high;
+  int32_t* blocks;  // for the walk, a number for each node and one more
   int64_t node_count = 0, leaf_count = 0;
   double sums[kColumnMoments] = {};  // of the nodes: of 1, x, y
 };
@@ -70,8 +72,8 @@ struct DecodeLoops {
 
   // A walk for a row; the largest q . k of the nodes that it keeps whole joins `top`.
   void (*cut)(const IndexView<T>&, const Query<T>&, Cut<T>*, T* top);
-  // What a row keeps of the nodes and leaves of a cut, or of `count` keys in planes: both add to
-  // their results.
+  // What a row, or one with a boundary inside that of the cut, keeps of it; or of `count` keys in
+  // planes. Both add to their results.
   void (*cut_context)(const IndexView<T>&, const Cut<T>&, const Query<T>&, Mass<T>*,
                       double* context);
   void (*run_context)(const KeyPlanes<T>&, int64_t count, const Query<T>&, Mass<T>*,
