@@ -15,14 +15,17 @@ from .schema import SCORES
 # Tokens that become a tree, or part of one: `chunk` of the ops.
 CHUNK = 2048
 # How many runs of one size become one: kRunFactor in csrc/cpu/decode/index.h.
-RUN_FACTOR = 4
+RUN_FACTOR = 2
 # Tokens whose moments are one record: kMomentsTile in csrc/cpu/isa/statistics.h.
 MOMENTS_TILE = 512
 # Tokens in front of a row among which the search for its threshold starts.
 WINDOW = 2048
-# So many rows are worth their own loops; more share those of `interact`, unless an index has most
-# of the keys. An index keeps back from the end, for calls with a few rows more.
+# So many rows are worth their own loops. More share those of `interact`, unless an index has most
+# of so many keys that it is faster by measurement: with statistics, and for a mass.
 FEW_ROWS = 16
+MANY_ROWS_FROM, MANY_MASSES_FROM = 32768, 16384
+# Tokens in front of the end that are not indexed, so that calls with a few rows more go by the
+# index too.
 KEPT_BACK = 64
 # Beyond this squares may overflow: `kLargestTame` in csrc/math/sweep.h.
 LARGEST_TAME = 1e18
@@ -34,7 +37,8 @@ class Past:
     """An index of the keys of a cache, and running moments for thresholds by statistics.
 
     Both follow from the tokens: they are brought up to date when rows want them. The tokens are
-    indexed in runs of `CHUNK`, `RUN_FACTOR * CHUNK` and so on, as the digits of their number say.
+    indexed in runs of `CHUNK`, `RUN_FACTOR * CHUNK` and so on, as the digits of their number say,
+    so that each is built into a tree O(log length) times.
 
     Args:
         score: with tensors of the batch shape.
@@ -60,6 +64,7 @@ class Past:
         self._kernel = SCORES.index(score.kernel)
         self._indexes = kind.thresholded
         self._sums = kind.thresholded and not kind.mass
+        self._many_from = MANY_MASSES_FROM if kind.mass else MANY_ROWS_FROM
         self._unit = torch.ops.qflux_kernels.cache_index_unit(
             self._wide == torch.float64, value_dim, CHUNK
         )
@@ -94,9 +99,7 @@ class Past:
                 moments[..., :used, :] = self.moments[..., :used, :]
         self.index, self.moments = index, moments
 
-    def append(
-        self, buffers: list[torch.Tensor], given: list[torch.Tensor], length: int
-    ) -> None:
+    def append(self, buffers: list[torch.Tensor], given: list[torch.Tensor], length: int) -> None:
         """Put tokens into the buffers behind `length` others."""
         plain = torch.compiler.is_compiling()
         if self._half or plain:
@@ -145,8 +148,10 @@ class Past:
         if self._indexes:
             # All rows see what is in front of the first of them.
             wanted = max(length - max(rows, KEPT_BACK), 0) // self._chunk * self._chunk
-            if rows >= FEW_ROWS and 2 * max(wanted, self._fitting(length - rows)) < length:
-                return None
+            if rows >= FEW_ROWS:
+                most = 2 * max(wanted, self._fitting(length - rows)) >= length
+                if length < self._many_from or not most:
+                    return None
             if wanted > self._indexed:
                 self._extend_index(buffers, wanted)
             indexed = self._indexed

@@ -28,7 +28,7 @@ SCORES = {
     "soft": Threshold(SELECTIVE.expand(2, 3), shrinkage="soft"),
     "sparsemax": Sparsemax(torch.tensor([[0.01, 1.0, 20.0], [3.0, -0.5, 0.1]])),
 }
-# Four digits of runs, and tokens behind the last one.
+# Around the ends of runs, and of what is kept back from them.
 ENDS = (512, 513, 576, 577, 2112, 2623, 4224, 5200)
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory", "small_chunks")
@@ -36,8 +36,10 @@ pytestmark = pytest.mark.usefixtures("poisoned_memory", "small_chunks")
 
 @pytest.fixture
 def small_chunks(monkeypatch):
-    """Runs of 512 tokens, 2,048 and so on, so that a few thousand have all there is to have."""
+    """Runs of 512 tokens, 1,024 and so on, so that a few thousand have all there is to have."""
     monkeypatch.setattr(past_module, "CHUNK", 512)
+    for name in ("MANY_ROWS_FROM", "MANY_MASSES_FROM"):
+        monkeypatch.setattr(past_module, name, 0)
 
 
 @pytest.fixture
@@ -116,7 +118,7 @@ def test_one_token_after_another_past_the_ends_of_runs(by_index, score):
             found = cache.attend(states[..., at : at + 1, :])
             if at == end - 1:
                 close(found, rows_of(states, keys, values, score, at, end))
-    assert cache._past._runs(cache._past._indexed) == [2048, 2048, 512, 512]
+    assert cache._past._runs(cache._past._indexed) == [4096, 1024]
 
 
 def test_many_rows_behind_a_long_past(by_index, score):

@@ -14,7 +14,7 @@
 
 namespace qflux::cpu {
 
-constexpr int64_t kRunFactor = 4;
+constexpr int64_t kRunFactor = 2;
 
 // The runs of the first `tokens` tokens, a multiple of `chunk`.
 std::vector<Range> runs_of(int64_t tokens, int64_t chunk);

@@ -17,7 +17,7 @@ namespace {
 
 template <class T>
 constexpr Loops<T> kLoops = {dense::kLoops<T>, statistics::kLoops<T>, sweep::kLoops<T>,
-                             tree::kLoops<T>, decode::kLoops<T>, projection::kLoops<T>};
+                             tree::kLoops<T>,  decode::kLoops<T>,     projection::kLoops<T>};
 
 }  // namespace
 
