@@ -13,13 +13,13 @@ from .options import Interaction, Score
 from .schema import SCORES
 
 # Tokens that become a tree, or part of one: `chunk` of the ops.
-CHUNK = 2048
+CHUNK = 512
 # How many runs of one size become one: kRunFactor in csrc/cpu/decode/index.h.
 RUN_FACTOR = 2
 # Tokens whose moments are one record: kMomentsTile in csrc/cpu/isa/statistics.h.
 MOMENTS_TILE = 512
 # Tokens in front of a row among which the search for its threshold starts.
-WINDOW = 2048
+WINDOW = 512
 # So many rows are worth their own loops. More share those of `interact`, unless an index has most
 # of so many keys that it is faster by measurement: with statistics, and for a mass.
 FEW_ROWS = 16

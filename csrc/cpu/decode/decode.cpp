@@ -15,7 +15,7 @@ namespace {
 constexpr int64_t kRows = 8;
 // Keys in front of a row among which the search for its threshold starts, and among which it goes
 // on.
-constexpr int64_t kWindow = 256, kWideWindow = 2048;
+constexpr int64_t kWindow = 256, kWideWindow = 512;
 constexpr int kWindowSteps = 4;
 // How far a threshold may be from that among some keys, for one of them that is kept: relative to
 // its distance from the largest pair.
@@ -73,7 +73,8 @@ Scratch<T>& scratch() {
 template <class T>
 class SequenceRows {
  public:
-  SequenceRows(const CachedRows<T>& params, int64_t n)
+  // `runs` are those of the index, with `unit` bytes for a chunk.
+  SequenceRows(const CachedRows<T>& params, int64_t n, const std::vector<Range>& runs, int64_t unit)
       : params_(params),
         p_(params.pair),
         loops_(loops<T>()),
@@ -82,15 +83,14 @@ class SequenceRows {
         start_(std::max<int64_t>(params.keys.start[b_], 0)),
         visible_{p_.rows, params.keys.end - start_, params.keys.end - start_ - p_.rows, true},
         covered_(std::max(params.index.tokens, start_)) {
-    const CachedIndex& index = params.index;
-    if (index.tokens > 0) {
-      const int64_t unit = index_unit<T>(index.chunk, params.keys.value_dim);
-      uint8_t* const memory = index.memory + n * index.stride;
-      for (const Range& run : runs_of(index.tokens, index.chunk)) {
+    if (!runs.empty()) {
+      const CachedIndex& index = params.index;
+      for (const Range& run : runs) {
         const int64_t count = run.last - std::max(run.first, start_);
         if (count > 0)
           trees_.push_back(
-              index_view<T>(memory + run.first / index.chunk * unit, count, params.keys.value_dim));
+              index_view<T>(index.memory + n * index.stride + run.first / index.chunk * unit, count,
+                            params.keys.value_dim));
       }
       int64_t nodes = 0, leaves = 0;
       for (const IndexView<T>& tree : trees_) {
@@ -353,12 +353,18 @@ bool attend(const CachedRows<T>& params) {
   const double walks = kWalk * std::sqrt(static_cast<double>(covered));
   const int64_t pairs = params.keys.end - covered + static_cast<int64_t>(walks);
   const int64_t rows = std::min(kRows, p.rows);
+  std::vector<Range> runs;
+  int64_t unit = 0;
+  if (covered > 0) {
+    runs = runs_of(covered, params.index.chunk);
+    unit = index_unit<T>(params.index.chunk, params.keys.value_dim);
+  }
   int32_t refused = 0;
   for_each_block(p.batch(), ceil_div(p.rows, kRows), false,
                  grain_for(rows * pairs * (has_mass(p.score) ? kSearch : 1)),
                  [&](int64_t n, int64_t block) {
                    const Range range = tile_range(block, kRows, p.rows);
-                   if (!SequenceRows<T>(params, n).run(range.first, range.last))
+                   if (!SequenceRows<T>(params, n, runs, unit).run(range.first, range.last))
                      __atomic_store_n(&refused, 1, __ATOMIC_RELAXED);
                  });
   return refused == 0;

@@ -15,9 +15,20 @@ namespace {
 constexpr int64_t kLeavesAtOnce = 32;
 constexpr int64_t kAlign = 64;
 
+// The tree of so many keys, without its memory.
 template <class T>
-int64_t node_bytes(int64_t value_dim) {
-  return 6 * sizeof(T) + moments_width(value_dim) * sizeof(double);
+IndexView<T> shape_of(int64_t count, int64_t value_dim) {
+  IndexView<T> view{};
+  view.value_dim = value_dim;
+  view.width = moments_width(value_dim);
+  int64_t size = ceil_div(count, kLeaf);
+  for (;; ++view.height) {
+    view.first[view.height] = static_cast<int32_t>(view.nodes);
+    view.size[view.height] = static_cast<int32_t>(size);
+    view.nodes += round_up(size, kIndexFan);
+    if (size <= kIndexFan) return view;
+    size = ceil_div(size, kIndexFan);
+  }
 }
 
 }  // namespace
@@ -32,32 +43,26 @@ std::vector<Range> runs_of(int64_t tokens, int64_t chunk) {
 }
 
 template <class T>
-int64_t index_unit(int64_t chunk, int64_t value_dim) {
-  // Nodes of each height are rounded up to kIndexFan, which the last term has room for: a run of m
-  // chunks has log(m) heights more than one of one.
-  const int64_t leaves = chunk / kLeaf;
-  const int64_t nodes = round_up(leaves + ceil_div(leaves, kIndexFan - 1), kIndexFan) + kIndexFan;
-  return round_up(nodes * node_bytes<T>(value_dim) + (2 + value_dim) * chunk * sizeof(T), kAlign);
-}
-
-template <class T>
 IndexView<T> index_view(uint8_t* memory, int64_t count, int64_t value_dim) {
-  IndexView<T> view{};
-  const int64_t leaves = ceil_div(count, kLeaf);
-  view.value_dim = value_dim;
-  view.width = moments_width(value_dim);
-  int64_t size = leaves;
-  for (;; ++view.height) {
-    view.first[view.height] = static_cast<int32_t>(view.nodes);
-    view.size[view.height] = static_cast<int32_t>(size);
-    view.nodes += round_up(size, kIndexFan);
-    if (size <= kIndexFan) break;
-    size = ceil_div(size, kIndexFan);
-  }
+  IndexView<T> view = shape_of<T>(count, value_dim);
   view.moments = reinterpret_cast<double*>(memory);
   view.boxes = reinterpret_cast<T*>(view.moments + view.nodes * view.width);
   view.keys = view.boxes + 6 * view.nodes;
   return view;
+}
+
+template <class T>
+int64_t index_unit(int64_t chunk, int64_t value_dim) {
+  // Small runs have the most nodes for a chunk, since those of each height are rounded up.
+  constexpr int64_t kLargest = 1 << 12;
+  int64_t unit = 0;
+  for (int64_t chunks = 1; chunks <= kLargest; chunks *= kRunFactor) {
+    const IndexView<T> view = shape_of<T>(chunks * chunk, value_dim);
+    const int64_t node = 6 * sizeof(T) + view.width * sizeof(double);
+    const int64_t bytes = view.nodes * node + (2 + value_dim) * chunks * chunk * sizeof(T);
+    unit = std::max(unit, ceil_div(bytes, chunks));
+  }
+  return round_up(unit, kAlign);
 }
 
 template <class T>

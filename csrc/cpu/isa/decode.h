@@ -38,7 +38,7 @@ struct Query {
   T x, y, bias, compare, shift, rest, low, high;
 
   // A weight is q . k less this.
-  double offset() const { return double(shift) + double(rest) - double(bias); }
+  QFLUX_INLINE double offset() const { return double(shift) + double(rest) - double(bias); }
 };
 
 // What a walk of an index leaves: nodes that a row keeps whole, and leaves that its boundary
