@@ -6,7 +6,10 @@ python benchmarks/decode.py --stream 1048576
 
 `lm` is the default model with its cache; `transformer` is that of `transformer.py`, of nearly as
 many parameters, with keys and values in a buffer and `scaled_dot_product_attention`. Weights are
-as they start. Tokens of the two take turns, so that other work on the machine meets both.
+as they start. The two take turns, so that other work on the machine meets both; a turn has eight
+tokens, since one that finds the other's keys in the caches of the processor tells nothing of a
+model that decodes alone. One thread (`--threads 1`) is timed by its processor time, several by the
+wall clock.
 
 A context beyond `--prefill-to` is not read: caches are filled with what they would have. For `lm`
 that is keys and values of a prompt, drawn again for all positions and turned as these turn keys;
