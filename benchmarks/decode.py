@@ -1,15 +1,29 @@
 """Decoding: prefill, latency of a token and bytes of the cache, against the context.
 
 python benchmarks/decode.py [--contexts 1024 4096 16384] [--batches 1 32] [--tokens 32]
+python benchmarks/decode.py --contexts 16384 102400 1048576 --batches 1 --prefill-to 0
+python benchmarks/decode.py --stream 1048576
 
 `lm` is the default model with its cache; `transformer` is that of `transformer.py`, of nearly as
 many parameters, with keys and values in a buffer and `scaled_dot_product_attention`. Weights are
-as they start. Tokens of the two take turns, so that other work on the machine meets both.
+as they start. The two take turns, so that other work on the machine meets both; a turn has eight
+tokens, since one that finds the other's keys in the caches of the processor tells nothing of a
+model that decodes alone. One thread (`--threads 1`) is timed by its processor time, several by the
+wall clock.
+
+A context beyond `--prefill-to` is not read: caches are filled with what they would have. For `lm`
+that is keys and values of a prompt, drawn again for all positions and turned as these turn keys;
+the time of the transformer does not depend on the numbers.
+
+`--stream` appends tokens one after another to an `InteractionCache` of eight cylinders and attends
+with each; it gives microseconds a token, all work on the index included, over blocks of 4,096.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
+import resource
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,17 +35,30 @@ from torch import Tensor
 from transformer import Transformer, TransformerConfig, TransformerLayer
 
 from qflux import QuantumFluxConfig, make_model
+from qflux.models.embedding import rotate
+from qflux_kernels import InteractionCache, Sparsemax
 from qflux_kernels.checks import check_integer
 
 VOCABULARY = 256
 CHUNK = 1024
+# Tokens of the prompt that caches are filled from, and that are filled at once.
+SAMPLE, FILLED = 4096, 65536
+STREAMED, BLOCK = 8, 4096
+# Tokens behind a filled cache before those that are timed: the first has the index to build.
+WARMING = 2
+# Tokens of one provider before it is the other's turn.
+TURN = 8
 
 
 @dataclass
 class Decoder:
-    """A model with an empty cache: `read` gives the logits `(B, V)` behind further tokens."""
+    """A model with an empty cache: `read` gives the logits `(B, V)` behind further tokens.
+
+    `fill` makes a cache one of so many tokens.
+    """
 
     read: Callable[[Tensor], Tensor]
+    fill: Callable[[int], None]
     cache_bytes: Callable[[], int]
     parameters: int
 
@@ -40,7 +67,22 @@ def flux(batch: int, context: int) -> Decoder:
     torch.manual_seed(0)
     model = make_model(QuantumFluxConfig(vocab_size=VOCABULARY)).eval()
     cache = model.new_cache(batch, capacity=context)
-    return Decoder(lambda ids: model.prefill(ids, cache), lambda: cache.nbytes, _count(model))
+
+    def fill(length: int) -> None:
+        sample = min(SAMPLE, length)
+        model.prefill(torch.randint(VOCABULARY, (batch, sample)), cache)
+        for start in range(sample, length, FILLED):
+            position = torch.arange(start, min(start + FILLED, length))
+            drawn = torch.randint(sample, position.shape)
+            angle = model.rotation.at(position - drawn)
+            for layer in cache.layers:
+                keys, values = layer.attention.keys, layer.attention.values
+                layer.attention.append(rotate(keys[:, :, drawn], angle), values[:, :, drawn])
+        with cache.reading(torch.zeros(batch, length - sample, dtype=torch.int64)):
+            pass
+
+    read = lambda ids: model.prefill(ids, cache)  # noqa: E731
+    return Decoder(read, fill, lambda: cache.nbytes, _count(model))
 
 
 def transformer(batch: int, context: int) -> Decoder:
@@ -59,7 +101,12 @@ def transformer(batch: int, context: int) -> Decoder:
         length += ids.shape[1]
         return model.head(model.norm(x[:, -1]))
 
-    return Decoder(read, lambda: past.nbytes, _count(model))
+    def fill(count: int) -> None:
+        nonlocal length
+        past[..., :count, :].normal_()
+        length = count
+
+    return Decoder(read, fill, lambda: past.nbytes, _count(model))
 
 
 def attend(layer: TransformerLayer, x: Tensor, past: Tensor, length: int) -> Tensor:
@@ -90,39 +137,73 @@ def turn(x: Tensor, angle: Tensor) -> Tensor:
 PROVIDERS = {"lm": flux, "transformer": transformer}
 
 
+def clock() -> float:
+    """Seconds: of the processor where one thread does all."""
+    return time.thread_time() if torch.get_num_threads() == 1 else time.perf_counter()
+
+
 def _count(model: torch.nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
 @torch.inference_mode()
-def measure(batch: int, context: int, tokens: int) -> dict[str, dict[str, float]]:
+def measure(batch: int, context: int, tokens: int, reads: bool) -> dict[str, dict[str, float]]:
     """Seconds of the prefill, seconds of each token sorted, and bytes, by provider."""
-    decoders = {name: make(batch, context + tokens) for name, make in PROVIDERS.items()}
+    room = context + tokens + WARMING
+    decoders = {name: make(batch, room) for name, make in PROVIDERS.items()}
     generator = torch.Generator().manual_seed(0)
-    prompt = torch.randint(VOCABULARY, (batch, context), generator=generator)
+    prompt = torch.randint(VOCABULARY, (batch, context if reads else WARMING), generator=generator)
     found: dict[str, dict[str, float]] = {}
     last: dict[str, Tensor] = {}
     for name, decoder in decoders.items():
-        start = time.perf_counter()
-        for part in prompt.split(CHUNK, 1):
+        if not reads:
+            decoder.fill(context)
+        start = clock()
+        for part in prompt.split(CHUNK if reads else 1, 1):
             last[name] = decoder.read(part)
-        found[name] = {"prefill": time.perf_counter() - start}
+        found[name] = {"prefill": clock() - start if reads else math.nan}
     seconds: dict[str, list[float]] = {name: [] for name in decoders}
-    for _ in range(tokens):
+    for first in range(0, tokens, TURN):
         for name, decoder in decoders.items():
-            token = last[name].argmax(-1, keepdim=True)
-            start = time.perf_counter()
-            last[name] = decoder.read(token)
-            seconds[name].append(time.perf_counter() - start)
+            for _ in range(min(TURN, tokens - first)):
+                token = last[name].argmax(-1, keepdim=True)
+                start = clock()
+                last[name] = decoder.read(token)
+                seconds[name].append(clock() - start)
     for name, decoder in decoders.items():
         found[name] |= {
             "p50": percentile(seconds[name], 50),
             "p99": percentile(seconds[name], 99),
             "tokens_per_s": batch * tokens / sum(seconds[name]),
-            "bytes_per_token": decoder.cache_bytes() / (batch * (context + tokens)),
+            "bytes_per_token": decoder.cache_bytes() / (batch * room),
             "parameters": decoder.parameters,
         }
     return found
+
+
+@torch.inference_mode()
+def stream(tokens: int) -> None:
+    """Print microseconds a token, bytes of the cache and peak resident memory along a stream."""
+    torch.manual_seed(0)
+    score = Sparsemax(torch.logspace(-2.3, 0, STREAMED))
+    cache = InteractionCache(score=score, batch_shape=(STREAMED,), value_dim=4)
+    print("tokens,us_per_token,mb_of_cache,mb_of_process")
+    shown = BLOCK
+    for start in range(0, tokens, BLOCK):
+        count = min(BLOCK, tokens - start)
+        points, values = torch.randn(2, STREAMED, count, 2), torch.randn(STREAMED, count, 4)
+        began = clock()
+        for n in range(count):
+            cache.append(points[0, :, n : n + 1], values[:, n : n + 1])
+            cache.attend(points[1, :, n : n + 1])
+        spent = clock() - began
+        if start + count >= min(shown, tokens):
+            shown *= 2
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+            print(
+                f"{start + count},{1e6 * spent / count:.1f},{cache.nbytes / 2**20:.0f},{peak:.0f}",
+                flush=True,
+            )
 
 
 def parse(line: list[str] | None) -> argparse.Namespace:
@@ -131,6 +212,8 @@ def parse(line: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 32])
     parser.add_argument("--tokens", type=int, default=32, help="tokens to time")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--prefill-to", type=int, default=16384, help="longest context to read")
+    parser.add_argument("--stream", type=int, help="tokens of a stream to time instead")
     options = parser.parse_args(line)
     try:
         for name in ("contexts", "batches"):
@@ -138,6 +221,9 @@ def parse(line: list[str] | None) -> argparse.Namespace:
                 check_integer(name, value, 1)
         for name in ("tokens", "threads"):
             check_integer(name, getattr(options, name), 1)
+        check_integer("prefill_to", options.prefill_to, 0)
+        if options.stream is not None:
+            check_integer("stream", options.stream, 1)
     except ValueError as error:
         parser.error(str(error))
     return options
@@ -148,12 +234,17 @@ def main(line: list[str] | None = None) -> None:
     torch.set_num_threads(options.threads)
     about = environment(torch.device("cpu"))
     print("# " + ", ".join(f"{name} {value}" for name, value in about.items()))
+    if options.stream is not None:
+        return stream(options.stream)
     print("batch,context,provider,parameters,prefill_s,p50_ms,p99_ms,tokens_per_s,bytes_per_token")
     for batch in options.batches:
         for context in options.contexts:
-            for name, row in measure(batch, context, options.tokens).items():
+            for name, row in measure(
+                batch, context, options.tokens, context <= options.prefill_to
+            ).items():
+                prefill = "" if math.isnan(row["prefill"]) else f"{row['prefill']:.3f}"
                 print(
-                    f"{batch},{context},{name},{row['parameters']},{row['prefill']:.3f},"
+                    f"{batch},{context},{name},{row['parameters']},{prefill},"
                     f"{1e3 * row['p50']:.3f},{1e3 * row['p99']:.3f},{row['tokens_per_s']:.1f},"
                     f"{row['bytes_per_token']:.0f}",
                     flush=True,

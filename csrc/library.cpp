@@ -80,6 +80,21 @@ STABLE_TORCH_LIBRARY(qflux_kernels, m) {
   m.def(
       "sweep_work(Tensor states, Tensor? keys, float sigma, float eps, bool whole_window, "
       "bool causal) -> Tensor");
+  // A cache on a CPU. Keys and values are planes, of the tokens from `base` on.
+  m.def(
+      "cache_append(Tensor(a!) key_buffer, Tensor(b!)? value_buffer, Tensor keys, Tensor? values, "
+      "int at) -> bool");
+  m.def(
+      "cache_moments(Tensor(a!) moments, Tensor keys, Tensor? starts, int base, int first) -> ()");
+  m.def("cache_index_unit(bool wide, int value_dim, int chunk) -> int");
+  m.def(
+      "cache_index(Tensor(a!) index, Tensor keys, Tensor? values, Tensor? starts, int base, "
+      "int score, int chunk, int tokens) -> ()");
+  m.def(
+      "cache_attend(Tensor states, Tensor keys, Tensor? values, Tensor? index, Tensor? moments, "
+      "Tensor? starts, int base, int chunk, int indexed, Tensor? coefficient, "
+      "float coefficient_value, Tensor? min_gate, float min_gate_value, int score, float eps, "
+      "bool mean) -> (Tensor context, Tensor strength, Tensor degree, bool served)");
   // Texts as uint8: a str in a schema leaks in the stable ABI before torch 2.14.
   m.def("instruction_set() -> Tensor");
   m.def("cuda_architectures() -> Tensor");

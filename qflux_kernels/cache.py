@@ -9,9 +9,11 @@ from typing import Any
 import torch
 
 from .arguments import COMPUTE_DTYPES, canonical_score, check_reduction, per_step
+from .backends import LOAD_ERROR
 from .checks import check_integer
-from .functional import interact
+from .functional import interact, is_served
 from .options import Evolution, Interaction, Radius, Score, Threshold
+from .past import Past
 from .step import RadiusRule, blend
 
 SMALLEST_CAPACITY = 64
@@ -23,8 +25,10 @@ class InteractionCache:
     After `append(keys, values)`, `attend(states)` is what `interact` gives, with `causal=True` and
     all keys and values so far, for states that stand at the last positions: degrees exactly, sums
     up to rounding, however the tokens came. Buffers grow by doubling, so that appending a token
-    costs the same at any length on average, and they are read where they lie. No gradient is
-    recorded: tensors that require one are taken as they are, and results have none.
+    costs the same at any length on average, and they are read where they lie. On a CPU, thresholds
+    find what they keep in an index of the keys, which a token is built into O(log length) times;
+    so a call with few states costs about the root of the length. No gradient is recorded: tensors
+    that require one are taken as they are, and results have none.
 
     Args:
         score: `Threshold` (default; not with stats="row", where the future would move the past),
@@ -77,6 +81,17 @@ class InteractionCache:
         self._padding = None if padding is None else _checked_padding(padding, batch)
         self._options: dict[str, Any] = {"reduction": reduction, "backend": backend}
         self._length = 0
+        self._past: Past | None = None
+        on_cpu = self._buffers[0].device.type == "cpu" and backend in ("auto", "cpu")
+        if on_cpu and LOAD_ERROR is None:
+            self._past = Past(
+                self._score,
+                reduction == "mean",
+                _starts(self._padding, batch),
+                self.batch_shape,
+                value_dim or 2,
+                dtype,
+            )
         if capacity:
             self._grow(capacity)
 
@@ -86,8 +101,9 @@ class InteractionCache:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the buffers, with the room that is still free."""
-        return sum(buffer.nbytes for buffer in self._buffers)
+        """Bytes of the buffers and of the index, with the room that is still free."""
+        past = 0 if self._past is None else self._past.nbytes
+        return sum(buffer.nbytes for buffer in self._buffers) + past
 
     @property
     def capacity(self) -> int:
@@ -116,7 +132,6 @@ class InteractionCache:
             return None
         return self._buffers[1].narrow(-2, 0, self._length)
 
-    @torch.no_grad()
     def append(self, keys: torch.Tensor, values: torch.Tensor | None = None) -> None:
         """Put n >= 0 tokens behind those that are there.
 
@@ -124,6 +139,12 @@ class InteractionCache:
             keys: `(*batch_shape, n, 2)`.
             values: `(*batch_shape, n, D)`; None for a cache without values.
         """
+        if torch.is_grad_enabled():
+            with torch.no_grad():
+                return self._append(keys, values)
+        return self._append(keys, values)
+
+    def _append(self, keys: torch.Tensor, values: torch.Tensor | None) -> None:
         given: list[tuple[str, Any]] = [("keys", keys)]
         if len(self._buffers) == 2:
             given.append(("values", values))
@@ -142,11 +163,13 @@ class InteractionCache:
         end = self._length + count
         if end > self.capacity:
             self._grow(max(end, 2 * self.capacity, SMALLEST_CAPACITY))
-        for (_, tensor), buffer in zip(given, self._buffers, strict=True):
-            buffer.narrow(-2, self._length, count).copy_(tensor)
+        if self._past is not None:
+            self._past.append(self._buffers, [tensor for _, tensor in given], self._length)
+        else:
+            for (_, tensor), buffer in zip(given, self._buffers, strict=True):
+                buffer.narrow(-2, self._length, count).copy_(tensor)
         self._length = end
 
-    @torch.no_grad()
     def attend(self, states: torch.Tensor) -> Interaction:
         """What the states of the last n positions gather, each from the keys up to its own.
 
@@ -156,6 +179,12 @@ class InteractionCache:
         Returns:
             Interaction(context `(*batch_shape, n, D)`, strength and degree `(*batch_shape, n)`).
         """
+        if torch.is_grad_enabled():
+            with torch.no_grad():
+                return self._gather(states)
+        return self._gather(states)
+
+    def _gather(self, states: torch.Tensor) -> Interaction:
         self._check("states", states, 2)
         rows = states.shape[-2]
         if rows > self._length:
@@ -163,6 +192,10 @@ class InteractionCache:
                 f"states must be at most as many as the {self._length} tokens in the cache, "
                 f"got {rows}"
             )
+        if self._past is not None and not is_served():
+            found = self._past.attend(states, self._buffers, self._length)
+            if found is not None:
+                return found
         keys, values = self.keys, self.values
         if self._padding is None:
             return self._attend(states, keys, values, self._score)
@@ -188,6 +221,8 @@ class InteractionCache:
     def truncate(self, length: int) -> None:
         """Forget all tokens but the first `length`, which is at most `len(cache)`."""
         self._length = check_integer("length", length, 0, self._length)
+        if self._past is not None:
+            self._past.truncate(length)
 
     @torch.no_grad()
     def reorder(self, index: torch.Tensor) -> None:
@@ -207,7 +242,8 @@ class InteractionCache:
             to.narrow(-2, 0, self._length).copy_(used.index_select(0, index.to(used.device)))
         score = _score_at(self._score, index.to(old[0].device))
         padding = None if self._padding is None else self._padding[index.cpu()]
-        self._buffers, self._score, self._padding = new, score, padding
+        past = None if self._past is None else self._past.reordered(index, score)
+        self._buffers, self._score, self._padding, self._past = new, score, padding, past
 
     def _attend(
         self,
@@ -218,7 +254,7 @@ class InteractionCache:
     ) -> Interaction:
         """What states gather from keys of sequences that all begin with the first key.
 
-        Every row is met with every key: what has less to do for a row replaces this function.
+        Every row is met with every key, or with what the algorithms of `interact` leave of them.
         """
         return interact(states, keys, values, causal=True, score=score, **self._options)
 
@@ -245,6 +281,8 @@ class InteractionCache:
         new = _allocate(self.batch_shape, capacity, widths, old[0].dtype, old[0].device)
         for to, buffer in zip(new, old, strict=True):
             to.narrow(-2, 0, self._length).copy_(buffer.narrow(-2, 0, self._length))
+        if self._past is not None:
+            self._past.grow(capacity, lambda shape, dtype: _memory(shape, dtype, capacity))
         self._buffers = new
 
 
@@ -364,13 +402,13 @@ class EvolutionCache:
 
 def reorder_all(caches: list[InteractionCache], index: torch.Tensor) -> None:
     """Reorder all caches, or none if one cannot be."""
-    before = [(cache._buffers, cache._score, cache._padding) for cache in caches]
+    before = [(c._buffers, c._score, c._padding, c._past) for c in caches]
     try:
         for cache in caches:
             cache.reorder(index)
     except BaseException:
         for cache, state in zip(caches, before, strict=True):
-            cache._buffers, cache._score, cache._padding = state
+            cache._buffers, cache._score, cache._padding, cache._past = state
         raise
 
 
@@ -423,6 +461,13 @@ def _checked_padding(padding: object, batch: tuple[int, ...]) -> torch.Tensor | 
     return padding if bool(padding.any()) else None
 
 
+def _starts(padding: torch.Tensor | None, batch: tuple[int, ...]) -> torch.Tensor | None:
+    """The padding of every sequence of the batch."""
+    if padding is None:
+        return None
+    return padding.view(-1, *[1] * (len(batch) - 1)).expand(batch).contiguous()
+
+
 def _runs(padding: torch.Tensor) -> Iterator[tuple[slice, int]]:
     """Neighbouring sequences that begin at the same position, and that position."""
     starts, counts = padding.unique_consecutive(return_counts=True)
@@ -460,9 +505,21 @@ def _allocate(
     dtype: torch.dtype,
     device: torch.device | str,
 ) -> list[torch.Tensor]:
+    """Buffers `(*batch, capacity, width)`, on a CPU with the tokens of a column side by side."""
+    if torch.device(device).type == "cpu":
+        return [_memory((*batch, w, capacity), dtype, capacity).mT for w in widths]
+    return [_memory((*batch, capacity, w), dtype, capacity, device) for w in widths]
+
+
+def _memory(
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    capacity: int,
+    device: torch.device | str = "cpu",
+) -> torch.Tensor:
     try:
-        return [torch.empty(*batch, capacity, w, dtype=dtype, device=device) for w in widths]
+        return torch.empty(shape, dtype=dtype, device=device)
     except RuntimeError as error:
         raise ValueError(
-            f"the cache cannot grow to {capacity} tokens of batch {tuple(batch)}: {error}"
+            f"the cache cannot grow to {capacity} tokens, with memory of shape {shape}: {error}"
         ) from error

@@ -40,6 +40,11 @@ def served_by(server: Server) -> Iterator[None]:
         _server = before
 
 
+def is_served() -> bool:
+    """Whether a server gets the calls now."""
+    return _server is not None
+
+
 def interact(
     states: torch.Tensor,
     keys: torch.Tensor | None = None,

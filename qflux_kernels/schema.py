@@ -255,6 +255,65 @@ SWEEP_WORK = Op(
     ),
     (Field("work", "Tensor"),),
 )
+# What a cache does on a CPU; keys and values are planes, of the tokens from `base` on. Buffers,
+# moments and index are written in place.
+_NOT_CACHED = ("lengths", "whole_window", "causal", "algorithm")
+_CACHED = (Field("keys", "Tensor", 0), Field("values", "Tensor?", 0))
+_STARTS = Field("starts", "Tensor?", 0)  # int64: padding in front of each sequence
+CACHE_APPEND = Op(
+    "cache_append",
+    (
+        Field("key_buffer", "Tensor", 0),
+        Field("value_buffer", "Tensor?", 0),
+        *_CACHED,
+        Field("at", "int"),
+    ),
+    (Field("tame", "bool"),),  # whether all numbers are such as an index may have
+)
+CACHE_MOMENTS = Op(
+    "cache_moments",
+    (
+        Field("moments", "Tensor", 0),  # (*batch, records, 6)
+        Field("keys", "Tensor", 0),
+        _STARTS,
+        Field("base", "int"),
+        Field("first", "int"),  # tokens in the moments so far
+    ),
+    (),
+)
+CACHE_INDEX_UNIT = Op(
+    "cache_index_unit",
+    (Field("wide", "bool"), Field("value_dim", "int"), Field("chunk", "int")),
+    (Field("bytes", "int"),),
+)
+CACHE_INDEX = Op(
+    "cache_index",
+    (
+        Field("index", "Tensor", 0),  # (*batch, bytes)
+        *_CACHED,
+        _STARTS,
+        Field("base", "int"),
+        Field("score", "int"),
+        Field("chunk", "int"),
+        Field("tokens", "int"),  # in the index so far
+    ),
+    (),
+)
+CACHE_ATTEND = Op(
+    "cache_attend",
+    (
+        Field("states", "Tensor", 0),
+        *_CACHED,
+        Field("index", "Tensor?", 0),
+        Field("moments", "Tensor?", 0),
+        _STARTS,
+        Field("base", "int"),
+        Field("chunk", "int"),
+        Field("indexed", "int"),
+        *(field for field in PAIR if field.name not in _NOT_CACHED),
+    ),
+    (*INTERACT.results[:3], Field("served", "bool")),
+)
 
 
 def _text(name: str) -> Op:
@@ -269,6 +328,11 @@ COMPILED_OPS = (
     PROJECT_NORM,
     PROJECT_NORM_BACKWARD,
     SWEEP_WORK,
+    CACHE_APPEND,
+    CACHE_MOMENTS,
+    CACHE_INDEX_UNIT,
+    CACHE_INDEX,
+    CACHE_ATTEND,
     _text("instruction_set"),
     _text("cuda_architectures"),
     _text("constants"),

@@ -193,8 +193,10 @@ template <class T>
 void Staging<T>::find_thresholds(const Moments* before, BatchIndex b, Range range) const {
   const Windows<T> windows{p_.visibility(b),
                            p_.whole_window || !p_.causal,
+                           {double(key_plane(b, 0)[0]), double(key_plane(b, 1)[0])},
                            key_plane(b, 0),
                            key_plane(b, 1),
+                           0,
                            before,
                            p_.coefficient[b],
                            p_.eps};

@@ -28,12 +28,13 @@ struct Box {
 
 // The rectangle with sides along the unit vector u and across it, in these intervals.
 template <class T>
-QFLUX_INLINE Box<T> make_box(Point<double> u, double left, double right, double bottom,
-                             double top) {
+QFLUX_INLINE Box<T> make_box(Point<double> u, double left, double right, double bottom, double top,
+                             bool exact_points = true) {
   const double along = (left + right) / 2, across = (bottom + top) / 2;
   const double a = (right - left) / 2, b = (top - bottom) / 2;
-  // Keys that are all one point have one inner product, which the pair loop rounds as `reach` does.
-  const bool point = !(a > 0 || b > 0);
+  // Keys that are all one point have one inner product, which a pair loop without a bias rounds as
+  // `reach` does.
+  const bool point = exact_points && !(a > 0 || b > 0);
   const double slack = point ? 0.0 : kBoxUnit<T> * (absolute(along) + absolute(across) + a + b);
   return {static_cast<T>(along * u.x - across * u.y), static_cast<T>(along * u.y + across * u.x),
           static_cast<T>((a + slack) * u.x),          static_cast<T>((a + slack) * u.y),

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from qflux_kernels import EvolutionCache, InteractionCache
 from qflux_kernels.cache import check_integers, checked_index, reorder_all
@@ -40,7 +40,7 @@ class LayerCache:
         own = [] if self.attention is None else [self.attention]
         return own + ([] if self.evolution is None else self.evolution.caches)
 
-    def convolve(self, convolution: nn.Module, name: str, x: Tensor) -> Tensor:
+    def convolve(self, convolution: Any, name: str, x: Tensor) -> Tensor:
         """A causal convolution over `(B, n, H)` behind its inputs so far."""
         width = getattr(convolution, "width", 1)
         if width == 1:
@@ -52,16 +52,18 @@ class LayerCache:
             past = x.new_zeros(x.shape[0], width - 1, x.shape[2])
         whole = torch.cat((past, x), 1)
         self.inputs[name] = whole[:, whole.shape[1] - (width - 1) :]
-        return convolution(x, past)
+        return convolution.behind(whole)
 
     def gather(self, queries: Tensor, keys: Tensor, values: Tensor) -> Any:
         """`interact` of new tokens with all tokens so far."""
         cache = self.attention
         assert cache is not None
         dtype = cache.dtype
+        if queries.dtype != dtype:  # under autocast
+            queries, keys, values = (part.to(dtype) for part in (queries, keys, values))
         if not self.replaying:
-            cache.append(keys.to(dtype), values.to(dtype))
-        return cache.attend(queries.to(dtype))
+            cache.append(keys, values)
+        return cache.attend(queries)
 
     def running_sums(
         self, states: Tensor, past: Tensor, features: Callable[[Tensor], Tensor]

@@ -98,10 +98,17 @@ class CylinderEmbedding(nn.Module):
 
     def forward(self, input_ids: Tensor) -> Tensor:
         """Token ids `(B, S)` to states `(B, C, S, 2)`."""
+        if not torch.is_grad_enabled() and input_ids.numel() < len(self.phase):
+            # A few tokens, such as the one of a decoding step, do not need the whole table.
+            states = self._states(self.radius_logit[input_ids], self.phase[input_ids])
+            return states.transpose(1, 2)  # (B, S, C, 2) -> (B, C, S, 2)
+        return look_up(self._states(self.radius_logit, self.phase), input_ids)
+
+    def _states(self, radius_logit: Tensor, phase: Tensor) -> Tensor:
+        """The states `(..., C, 2)` of parameters `(..., C)`."""
         low, high = self.bounds
-        radius = low + (high - low) * torch.sigmoid(self.radius_logit)
-        table = torch.stack((radius * self.phase.cos(), radius * self.phase.sin()), -1)
-        return look_up(table, input_ids)
+        radius = low + (high - low) * torch.sigmoid(radius_logit)
+        return torch.stack((radius * phase.cos(), radius * phase.sin()), -1)
 
 
 class PhaseRotation(nn.Module):

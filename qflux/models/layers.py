@@ -134,16 +134,19 @@ class CausalConvolution(nn.Conv1d):
     def forward(self, x: Tensor, past: Tensor | None = None) -> Tensor:
         """`(B, S, H)` to `(B, S, H)`, behind `past` `(B, width - 1, H)`; None: behind zeros."""
         if past is not None:
-            behind = torch.cat((past, x), 1)  # (B, width - 1 + S, H)
-            if x.shape[1] == 1 and self.bias is not None:
-                # The general convolution costs more to call than all else in a layer.
-                return (behind * self.weight[:, 0].T).sum(1, keepdim=True) + self.bias
-            return self._inside(behind)
+            return self.behind(torch.cat((past, x), 1))
         split = current_split()
         if split is None:
             return self._inside(F.pad(x, (0, 0, self.width - 1, 0)))
         chunks = split.chunks_with_past(x, self.width - 1)
         return torch.cat([self._inside(chunk) for chunk in chunks], 1)
+
+    def behind(self, whole: Tensor) -> Tensor:
+        """`(B, width - 1 + S, H)`, tokens with those before them, to `(B, S, H)`."""
+        if whole.shape[1] == self.width and self.bias is not None:
+            # The general convolution costs more to call than all else in a layer.
+            return (whole * self.weight[:, 0].T).sum(1, keepdim=True) + self.bias
+        return self._inside(whole)
 
     def _inside(self, x: Tensor) -> Tensor:
         """`(B, width - 1 + S, H)` to `(B, S, H)`."""
@@ -175,7 +178,8 @@ class GeometricAttention(nn.Module):
         width = config.value_dim * cylinders
         self.conv = causal_convolution(config)
         self.cylinders = cylinders
-        self.widths = (2 * cylinders, 2 * cylinders, width, width)
+        self.value_dim = config.value_dim
+        self.widths = (4 * cylinders, width, width)  # of queries and keys, of values, of gates
         self.inputs = nn.Linear(hidden, sum(self.widths))
         self.norm = nn.LayerNorm(width)
         self.output = nn.Linear(width, hidden)
@@ -203,13 +207,12 @@ class GeometricAttention(nn.Module):
             hidden = self.conv(hidden)
         else:
             hidden = cache.convolve(self.conv, "attention", hidden)
-        *points, gate = self.inputs(hidden).split(self.widths, -1)
-        queries, keys, values = (
-            # (B, S, C D) -> (B, S, C, D) -> (B, C, S, D), a view
-            part.unflatten(-1, (self.cylinders, -1)).transpose(1, 2)
-            for part in points
-        )
-        queries, keys = rotate(queries, angle), rotate(keys, angle)
+        points, values, gate = self.inputs(hidden).split(self.widths, -1)
+        # (B, S, 2 C 2) -> (B, S, 2, C, 2) -> (2, B, C, S, 2), turned together
+        points = points.unflatten(-1, (2, self.cylinders, 2)).permute(2, 0, 3, 1, 4)
+        queries, keys = rotate(points, angle)
+        # (B, S, C D) -> (B, S, C, D) -> (B, C, S, D), a view
+        values = values.unflatten(-1, (self.cylinders, -1)).transpose(1, 2)
         if states is not None:
             keys = states + keys
         mean, parts = self.gather(queries, keys, values, cache)
@@ -324,20 +327,23 @@ class EvolutionLayer(nn.Module):
                     "skip": self.evolution.time_step()[1],
                 }
             projected = self.projection(flatten_states(rotate(states, -angle)))
-            hidden = hidden + self.dropout(projected)
+            hidden = hidden + self._drop(projected)
         if self.attention is not None:
             gathered, own = self.attention(
                 self.attention_norm(hidden), evolved, angle, return_record, cache
             )
-            hidden = hidden + self.dropout(gathered)
+            hidden = hidden + self._drop(gathered)
             if own is not None:
                 parts = {"skip": None, **parts, **own}
         if self.mlp is not None:
-            hidden = hidden + self.dropout(self.mlp(self.mlp_norm(hidden), cache))
+            hidden = hidden + self._drop(self.mlp(self.mlp_norm(hidden), cache))
         if not return_record:
             return states, hidden, None
         radius = torch.linalg.vector_norm(states, dim=-1)
         return states, hidden, LayerRecord(before, states, radius=radius, **parts)
+
+    def _drop(self, branch: Tensor) -> Tensor:
+        return self.dropout(branch) if self.training else branch
 
     def new_cache(self, **options: Any) -> LayerCache:
         """An empty cache; `options` are those of `InteractionCache` that all layers share."""
@@ -354,7 +360,7 @@ class EvolutionLayer(nn.Module):
         if self.attention is not None:
             cache.attention = InteractionCache(
                 score=self.attention.score(),
-                value_dim=self.attention.widths[2] // self.attention.cylinders,
+                value_dim=self.attention.value_dim,
                 backend=self.attention.backend,
                 **options,
             )

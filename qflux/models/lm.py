@@ -33,6 +33,8 @@ class QuantumFluxLM(CausalLM):
         self.projection = nn.Linear(2 * config.num_cylinders, config.hidden_dim)
         if config.num_layers:
             self.rotation = PhaseRotation(config)
+        # Whether layers use the token's own states, which are else for their records alone.
+        self.moves = config.evolution or not config.value_dim
         self.layers = nn.ModuleList(EvolutionLayer(config) for _ in range(config.num_layers))
         self.norm = nn.LayerNorm(config.hidden_dim)
         self.head = nn.Linear(config.hidden_dim, config.vocab_size)
@@ -53,7 +55,8 @@ class QuantumFluxLM(CausalLM):
                 angle = self.rotation(input_ids.shape[-1])  # (C, S)
             else:
                 angle = self.rotation.at(position)
-            states = rotate(states, angle)
+            if return_layers or self.moves:
+                states = rotate(states, angle)
             pasts = [None] * len(self.layers) if cache is None else cache.layers
             for layer, past in zip(self.layers, pasts, strict=True):
                 states, hidden, record = layer(states, hidden, angle, return_layers, past)

@@ -1,5 +1,6 @@
 """decode.py in small: what it compares decodes rightly, and every row is there."""
 
+import decode
 import pytest
 import torch
 from decode import PROVIDERS, VOCABULARY, flux, main, transformer
@@ -47,8 +48,33 @@ def test_a_row_for_every_batch_context_and_provider(capsys):
     assert all(float(number) > 0 for row in rows for number in row[3:])
 
 
+def test_a_cache_that_is_filled_goes_on_as_one_that_was_read(capsys):
+    threads = torch.get_num_threads()
+    line = ["--contexts", "40", "--batches", "2", "--tokens", "1", "--threads", "1"]
+    try:
+        main([*line, "--prefill-to", "39"])
+    finally:
+        torch.set_num_threads(threads)
+    rows = [row.split(",") for row in capsys.readouterr().out.splitlines()[2:]]
+    assert [row[1:3] for row in rows] == [["40", name] for name in PROVIDERS]
+    assert all(row[4] == "" and float(row[5]) > 0 for row in rows)
+    with torch.inference_mode():
+        for name, make in PROVIDERS.items():
+            decoder = make(2, 100)
+            decoder.fill(90)
+            assert decoder.read(torch.zeros(2, 1, dtype=torch.int64)).isfinite().all(), name
+
+
+def test_a_stream_prints_where_its_length_doubles(capsys, monkeypatch):
+    monkeypatch.setattr(decode, "BLOCK", 8)
+    main(["--stream", "40"])
+    rows = [row.split(",") for row in capsys.readouterr().out.splitlines()[2:]]
+    assert [row[0] for row in rows] == ["8", "16", "32", "40"]
+    assert all(float(number) >= 0 for row in rows for number in row)
+
+
 def test_bad_options_are_refused(capsys):
-    for line in (["--contexts", "0"], ["--tokens", "-1"], ["--batches", "x"]):
+    for line in (["--contexts", "0"], ["--tokens", "-1"], ["--batches", "x"], ["--stream", "0"]):
         with pytest.raises(SystemExit) as error:
             main(line)
         assert error.value.code == 2

@@ -45,6 +45,16 @@ def make(score, dtype=torch.float64, **options):
     return InteractionCache(score=score, dtype=dtype, **options)
 
 
+def past_bytes(score, capacity):
+    """What thresholds have beside the tokens, on a CPU and in float64: an index of each 512 of
+    them and, if by statistics, six numbers."""
+    kind = score.kind
+    if not kind.thresholded:
+        return 0
+    tiles, unit = capacity // 512, torch.ops.qflux_kernels.cache_index_unit(True, WIDTH, 512)
+    return 6 * (tiles * unit + (0 if kind.mass else 48 * (tiles + 2)))
+
+
 def draw(low, high):
     return int(torch.randint(low, high, ()))
 
@@ -148,7 +158,7 @@ def test_half_precision_is_how_a_cache_stores(score, dtype):
         assert found.context.dtype == found.strength.dtype == dtype
         assert torch.equal(found.degree, full.degree[..., i : i + 8])
         torch.testing.assert_close(found.context, full.context[..., i : i + 8, :])
-    assert cache.nbytes == 64 * 6 * (2 + WIDTH) * 2
+    assert cache.nbytes == 64 * 6 * (2 + WIDTH) * 2 + past_bytes(score, 64)
 
 
 def test_padding_is_seen_by_nobody(score):
@@ -185,12 +195,12 @@ def test_buffers_double_and_are_read_where_they_lie(score):
         grown += cache.capacity != capacity
         capacity = cache.capacity
     assert grown == 5 and capacity == 1024
-    assert cache.nbytes == 6 * 1024 * (2 + WIDTH) * 8
+    assert cache.nbytes == 6 * 1024 * (2 + WIDTH) * 8 + past_bytes(score, 1024)
     assert cache.keys.data_ptr() == cache.keys[..., :5, :].data_ptr()
     roomy = make(score, capacity=1000)
     before = roomy.nbytes
     roomy.append(keys.expand(*BATCH, 1000, 2), values.expand(*BATCH, 1000, WIDTH))
-    assert roomy.nbytes == before == 6 * 1000 * (2 + WIDTH) * 8
+    assert roomy.nbytes == before == 6 * 1000 * (2 + WIDTH) * 8 + past_bytes(score, 1000)
 
 
 def test_no_gradient_is_recorded(score):
@@ -302,7 +312,7 @@ def test_evolving_tokens_one_after_another_is_evolving_all(score, steps, radius)
 
 def test_evolving_costs_sixteen_bytes_and_padding_stays():
     cache = EvolutionCache(batch_shape=BATCH, capacity=100, padding=torch.tensor([3, 0]))
-    assert cache.nbytes == 6 * 100 * 16
+    assert cache.nbytes == 6 * 100 * 16 + 2 * past_bytes(Threshold(), 100)
     states = points(*BATCH, 10, 2, dtype=torch.float32)
     found = torch.cat(
         [cache.advance(states[..., i : i + 2, :], 0.1).states for i in range(0, 10, 2)], -2

@@ -1,6 +1,7 @@
 // The loops that are compiled once for each instruction set, and the set that this machine runs.
 #pragma once
 
+#include "decode.h"
 #include "dense.h"
 #include "projection.h"
 #include "statistics.h"
@@ -15,6 +16,7 @@ struct Loops {
   StatisticsLoops<T> statistics;
   SweepLoops<T> sweep;
   TreeLoops<T> tree;
+  DecodeLoops<T> decode;
   ProjectionLoops<T> projection;
 };
 

@@ -55,12 +55,12 @@ template <class T>
 void thresholds(const Windows<T>& of, const View<const T>& states, BatchIndex b, int64_t first,
                 int64_t last, T* tau) {
   const Visibility visibility = of.visibility;
-  const Point<double> shift = of.shift();
+  const Point<double> shift = of.shift;
   const int64_t start = of.whole ? visibility.key_end : visibility.visible_keys(first);
   // A window that ends with a tile still counts as that tile's.
   int64_t n = start > 0 ? (start - 1) / kMomentsTile * kMomentsTile : 0;
   const Moments* before = of.before + n / kMomentsTile;
-  Moments inside = moments(of.key_x, of.key_y, n, start, shift);
+  Moments inside = moments(of.key_x, of.key_y, n - of.base, start - of.base, shift);
   n = start;
   RowPlanes rows;
   double found[kRows];
@@ -77,7 +77,7 @@ void thresholds(const Windows<T>& of, const View<const T>& states, BatchIndex b,
           inside = Moments{};
           ++before;
         }
-        inside.add(of.key_x[n] - shift.x, of.key_y[n] - shift.y);
+        inside.add(of.key_x[n - of.base] - shift.x, of.key_y[n - of.base] - shift.y);
       }
       Moments window = *before;
       window.add(inside);

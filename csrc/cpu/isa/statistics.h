@@ -15,11 +15,11 @@ template <class T>
 struct Windows {
   Visibility visibility;
   bool whole;              // every row has all keys, instead of those that it sees
-  const T *key_x, *key_y;  // planes
-  const Moments* before;   // of the keys in front of each tile of kMomentsTile
+  Point<double> shift;     // the first key
+  const T *key_x, *key_y;  // planes, of the keys from `base` on
+  int64_t base;
+  const Moments* before;  // of the keys in front of each tile of kMomentsTile
   double sigma, eps;
-
-  QFLUX_INLINE Point<double> shift() const { return {double(key_x[0]), double(key_y[0])}; }
 };
 
 template <class T>

@@ -11,7 +11,7 @@ namespace tree {
 
 // A box around points: along their main direction or along the axes, whichever is smaller around.
 template <class T>
-Box<T> box_around(const double* x, const double* y, int64_t count) {
+Box<T> box_around(const double* x, const double* y, int64_t count, bool exact_points = true) {
   double mx = 0, my = 0, xx = 0, xy = 0, yy = 0;
   for (int64_t k = 0; k < count; ++k) mx += x[k], my += y[k];
   mx /= static_cast<double>(count);
@@ -36,7 +36,7 @@ Box<T> box_around(const double* x, const double* y, int64_t count) {
     }
     if (!(right - left + top - bottom < least)) continue;
     least = right - left + top - bottom;
-    best = make_box<T>(u, left, right, bottom, top);
+    best = make_box<T>(u, left, right, bottom, top, exact_points);
   }
   return best;
 }

@@ -10,17 +10,11 @@
 //   loops.tree.mass(tree.view(), rows, sums, &pairs);   // adds F(tau), its slope, the largest z
 //   loops.tree.context(tree.view(), rows, sums, context, &pairs);  // and sum (z - tau) v
 //
-// For a cache that grows: trees over disjoint sets of keys add up, since both calls add to their
-// results. A short tail of keys is met as a run (loops.tree.run_mass, run_context; keys in planes
-// that are readable to whole vectors). A full tail becomes a tree, and two trees of one size merge
-// into the tree of both, built over the union of their keys; so each key is built in O(log n)
-// times. `rows` are at most kGroup records (q, tau, rest) that all see every key of the tree; alone
-// or as a group. Sparsemax asks ThresholdSearch (search.h) for the next tau until update() holds
-// after a `context`; driver.cpp shows the loop. Start the search at the largest z less one, or at
-// the root among any of the keys. Thresholds by mean and deviation are known beforehand and need no
-// search, but pair loops of their own for equal degrees: `excess.add` and `kept_sums` of
-// isa/tree-pairs-inl.h with the score's bias in the inner product and pairs kept at equality, and
-// `walk` with comparisons to match.
+// `rows` are at most kGroup records (q, tau, rest) that all see every key of the tree; alone or as
+// a group. Trees over disjoint sets of keys add up, since both calls add to their results.
+// Sparsemax asks ThresholdSearch (search.h) for the next tau until update() holds after a
+// `context`; driver.cpp shows the loop. A cache, whose rows are few and which keeps its trees, has
+// trees of its own (cpu/decode/index.h).
 #pragma once
 
 #include <memory>

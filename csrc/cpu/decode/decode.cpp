@@ -1,0 +1,382 @@
+#include "decode.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+#include "../../math/sweep.h"
+#include "../tree/search.h"
+#include "index.h"
+
+namespace qflux::cpu {
+namespace {
+
+// Rows that a thread takes at a time.
+constexpr int64_t kRows = 8;
+// Keys in front of a row among which the search for its threshold starts, and among which it goes
+// on.
+constexpr int64_t kWindow = 256, kWideWindow = 512;
+constexpr int kWindowSteps = 4;
+// How far a threshold may be from that among some keys, for one of them that is kept: relative to
+// its distance from the largest pair.
+constexpr double kBand = 1;
+// A walk costs about as many pairs as the root of the keys times this; a search, so many walks.
+constexpr double kWalk = 64;
+constexpr int64_t kSearch = 3;
+// Bound on the rounding of a bias, relative to it and to the threshold.
+template <class T>
+constexpr double kBiasUnit = sizeof(T) == 4 ? 0x1p-20 : 0x1p-48;
+
+// The keys of a sequence from token `first` on.
+template <class T>
+KeyPlanes<T> planes_of(const CachedKeys<T>& keys, BatchIndex b, int64_t first) {
+  const View<const T>& values = keys.values ? keys.values : keys.points;
+  const int64_t at = first - keys.base;
+  const T* const point = keys.points.sequence(b) + at;
+  return {point, point + keys.points.component, values.sequence(b) + at, values.component,
+          keys.value_dim};
+}
+
+template <class T>
+T below(T number) {
+  return std::nextafter(number, -std::numeric_limits<T>::infinity());
+}
+
+// Memory that a thread keeps from row to row: new pages for every row would cost more than the row.
+template <class T>
+class Kept {
+ public:
+  T* get(int64_t count) {
+    if (count > size_) {
+      size_ = count + count / 2;
+      memory_ = room<T>(size_);
+    }
+    return memory_.get();
+  }
+
+ private:
+  std::unique_ptr<T[]> memory_;
+  int64_t size_ = 0;
+};
+template <class T>
+struct Scratch {
+  Kept<int32_t> places;
+  Kept<T> reaches, products;
+};
+template <class T>
+Scratch<T>& scratch() {
+  thread_local Scratch<T> mine;
+  return mine;
+}
+
+// Rows of one sequence.
+template <class T>
+class SequenceRows {
+ public:
+  // `runs` are those of the index, with `unit` bytes for a chunk.
+  SequenceRows(const CachedRows<T>& params, int64_t n, const std::vector<Range>& runs, int64_t unit)
+      : params_(params),
+        p_(params.pair),
+        loops_(loops<T>()),
+        n_(n),
+        b_(p_.index(n)),
+        start_(std::max<int64_t>(params.keys.start[b_], 0)),
+        visible_{p_.rows, params.keys.end - start_, params.keys.end - start_ - p_.rows, true},
+        covered_(std::max(params.index.tokens, start_)) {
+    if (!runs.empty()) {
+      const CachedIndex& index = params.index;
+      for (const Range& run : runs) {
+        const int64_t count = run.last - std::max(run.first, start_);
+        if (count > 0)
+          trees_.push_back(
+              index_view<T>(index.memory + n * index.stride + run.first / index.chunk * unit, count,
+                            params.keys.value_dim));
+      }
+      int64_t nodes = 0, leaves = 0;
+      for (const IndexView<T>& tree : trees_) {
+        nodes += tree.nodes;
+        leaves += tree.size[0];
+      }
+      int32_t* at = scratch_.places.get(2 * nodes + leaves + 1);
+      T* reach = scratch_.reaches.get(2 * leaves);
+      for (const IndexView<T>& tree : trees_) {
+        const int64_t size = tree.size[0];
+        cuts_.push_back({at, at + tree.nodes, reach, reach + size, at + tree.nodes + size});
+        at += 2 * tree.nodes + size;
+        reach += 2 * size;
+      }
+    }
+  }
+
+  bool run(int64_t first, int64_t last) {
+    T limit[kRows] = {};
+    if (is_thresholded(p_.score) && !has_mass(p_.score)) find_thresholds(first, last, limit);
+    const int64_t value_dim = params_.keys.value_dim;
+    std::vector<double> context(value_dim);
+    for (int64_t row = first; row < last; ++row) {
+      const int64_t seen = std::max<int64_t>(visible_.visible_keys(row), 0);
+      const T tau = limit[row - first];
+      std::fill(context.begin(), context.end(), 0.0);
+      Mass<T> sums{0, 0, -std::numeric_limits<T>::infinity()};
+      Point<T> q{};
+      visit_score(p_.score, [&](auto tag) {
+        using Score = typename decltype(tag)::template of<T>;
+        q = Score::query(load_point(p_.states, b_, row), p_.coefficient[b_]);
+      });
+      if (!(is_tame(q.x) && is_tame(q.y) && is_tame(tau))) return false;
+      if (seen > 0) {
+        if (p_.score == ScoreKind::kInverseGate)
+          loops_.decode.run_gate(tail(start_), seen, q, static_cast<T>(p_.eps), p_.min_gate[b_],
+                                 &sums, context.data());
+        else if (has_mass(p_.score))
+          search(q, seen, &sums, context.data());
+        else {
+          const Query<T> query = threshold_query(q, tau);
+          cut(query);
+          gather(query, seen, &sums, context.data());
+        }
+      }
+      write(row, seen, sums, context.data());
+    }
+    return true;
+  }
+
+ private:
+  KeyPlanes<T> tail(int64_t first) const { return planes_of(params_.keys, b_, first); }
+
+  // As interact finds them, to the bit.
+  void find_thresholds(int64_t first, int64_t last, T* limit) const {
+    const KeyPlanes<T> planes = planes_of(params_.keys, b_, params_.keys.base);
+    const Windows<T> windows{visible_,
+                             false,
+                             params_.moments.first_key(n_),
+                             planes.x,
+                             planes.y,
+                             params_.keys.base - start_,
+                             params_.moments.before(n_),
+                             p_.coefficient[b_],
+                             p_.eps};
+    loops_.statistics.thresholds(windows, p_.states, b_, first, last, limit);
+  }
+
+  Query<T> threshold_query(Point<T> q, T tau) const {
+    constexpr double kBias = HardThreshold<T>::kBias;
+    const double boundary = double(tau) - kBias, room = kBiasUnit<T> * (1 + std::abs(double(tau)));
+    const T shift = p_.score == ScoreKind::kSoftThreshold ? tau : T(0);
+    // A pair at the threshold is kept.
+    return {q.x,   q.y,  static_cast<T>(kBias),           below(tau),
+            shift, T(0), static_cast<T>(boundary - room), static_cast<T>(boundary + room)};
+  }
+  static Query<T> mass_query(Point<T> q, T tau, T rest) {
+    return {q.x, q.y, T(0), tau, tau, rest, tau, tau};
+  }
+
+  // Where the boundary of a row cuts the trees.
+  T cut(const Query<T>& query) {
+    T top = -std::numeric_limits<T>::infinity();
+    for (size_t n = 0; n < trees_.size(); ++n) loops_.decode.cut(trees_[n], query, &cuts_[n], &top);
+    return top;
+  }
+  // What a row gathers of the keys that it sees, with the trees cut for it.
+  void gather(const Query<T>& query, int64_t seen, Mass<T>* sums, double* context) const {
+    for (size_t n = 0; n < trees_.size(); ++n)
+      loops_.decode.cut_context(trees_[n], cuts_[n], query, sums, context);
+    loops_.decode.run_context(tail(covered_), start_ + seen - covered_, query, sums, context);
+  }
+
+  // A row whose weights sum to one. The trees are cut once by a band that is likely to have the
+  // threshold, and what is in the band is left for the search.
+  void search(Point<T> q, int64_t seen, Mass<T>* sums, double* context) {
+    ThresholdSearch<T> search;
+    double width = start_search(q, seen, search);
+    PairBand<T> band{};
+    for (bool there = false;;) {
+      if (!there || search.tau < band.low || search.tau > band.high) {
+        find_band(q, seen, search.tau, width, &band);
+        width = std::max(std::abs(double(band.above.top) - search.tau) / 4, width);
+        there = true;
+      }
+      if (!search.update(mass_at(q, search, band))) continue;
+      if (search.tau < band.low || search.tau > band.high) continue;
+      *sums = {0, 0, band.above.top};
+      std::fill(context, context + params_.keys.value_dim, 0.0);
+      gather(mass_query(q, search.tau, search.rest), seen, sums, context);
+      if (search.update(*sums)) break;
+    }
+    sums->excess = 1;
+  }
+
+  void find_band(Point<T> q, int64_t seen, T tau, double width, PairBand<T>* band) {
+    Query<T> query = mass_query(q, tau, T(0));
+    query.low = band->low = static_cast<T>(tau - width);
+    query.high = band->high = static_cast<T>(tau + width);
+    band->count = 0;
+    band->above = {0, 0, cut(query)};
+    int64_t room_for = start_ + seen - covered_ + kPadding;
+    for (const Cut<T>& cut : cuts_) room_for += cut.leaf_count * kLeaf;
+    band->products = scratch_.products.get(room_for);
+    for (size_t n = 0; n < trees_.size(); ++n) loops_.decode.cut_band(trees_[n], cuts_[n], q, band);
+    loops_.decode.run_band(tail(covered_), start_ + seen - covered_, q, band);
+  }
+
+  // The mass above a threshold that lies in the band.
+  Mass<T> mass_at(Point<T> q, const ThresholdSearch<T>& at, const PairBand<T>& band) const {
+    Mass<T> sums = band.above;
+    const double tau = double(at.tau) + at.rest;
+    sums.excess += sums.count * (double(band.high) - tau);
+    for (const Cut<T>& cut : cuts_) {
+      sums.excess += weighed(cut.sums, q.x, q.y, tau);
+      sums.count += cut.sums[0];
+    }
+    loops_.decode.band_mass(band, mass_query(q, at.tau, at.rest), &sums);
+    return sums;
+  }
+
+  // Where a search starts: the threshold among the last keys that the row sees, as if all were like
+  // these; among few, and then once among more. Returns how far off that may be.
+  double start_search(Point<T> q, int64_t seen, ThresholdSearch<T>& search) const {
+    const T highest = std::numeric_limits<T>::infinity();
+    T tau = highest, rest = 0;
+    Mass<T> sums{0, 0, -highest};
+    const auto evaluate = [&](int64_t window) {
+      const int64_t count = std::min(window, seen), begin = start_ + seen - count;
+      sums.excess = sums.count = 0;
+      loops_.decode.run_mass(tail(begin), count, mass_query(q, tau, rest), &sums);
+      return static_cast<double>(count);
+    };
+    const auto root = [&](double more) {
+      return sums.count > 0 ? power_law_root(tau, sums.excess * more, sums.count * more, sums.top)
+                            : double(tau);
+    };
+    double count = evaluate(kWindow);
+    // One below the largest, or more where rounding would leave nothing of it.
+    const double coarse = std::abs(double(sums.top)) * (sizeof(T) == 4 ? 0x1p-21 : 0x1p-50);
+    const double least = double(sums.top) - std::max(1.0, coarse);
+    search.start(least, least);
+    for (int n = 0; n < kWindowSteps; ++n) {
+      tau = search.tau;
+      rest = search.rest;
+      evaluate(kWindow);
+      if (search.update(sums)) break;
+    }
+    const double all = static_cast<double>(seen);
+    double guess = root(std::min(all, double(kWideWindow)) / count);
+    if (seen > kWideWindow) {
+      tau = static_cast<T>(guess);
+      rest = 0;
+      count = evaluate(kWideWindow);
+      guess = root(all / count);
+    }
+    const double lower = search.lower();
+    search = ThresholdSearch<T>();
+    search.start(lower, guess);
+    // By the keys that it was found from.
+    const double share = std::min(1.0, kBand / std::sqrt(sums.count + 1));
+    return share * std::abs(double(sums.top) - search.tau);
+  }
+
+  void write(int64_t row, int64_t seen, const Mass<T>& sums, const double* context) const {
+    const T scale = p_.reduction_scale(seen);
+    for (int64_t c = 0; c < params_.keys.value_dim; ++c)
+      params_.context.at(b_, row, c) = static_cast<T>(scale * context[c]);
+    params_.strength.at(b_, row) = static_cast<T>(scale * sums.excess);
+    params_.degree.at(b_, row) = static_cast<int32_t>(sums.count);
+  }
+
+  const CachedRows<T>& params_;
+  const PairParams<T>& p_;
+  const Loops<T>& loops_;
+  const int64_t n_;
+  const BatchIndex b_;
+  const int64_t start_;
+  const Visibility visible_;  // of the tokens from start_ on
+  const int64_t covered_;     // tokens in front of this one are in trees, or padding
+  std::vector<IndexView<T>> trees_;
+  std::vector<Cut<T>> cuts_;
+  Scratch<T>& scratch_ = scratch<T>();
+};
+
+}  // namespace
+
+template <class T>
+void extend_moments(const CachedKeys<T>& keys, int64_t first, const CachedMoments& moments) {
+  for_each_block(keys.batch(), 1, false, 8, [&](int64_t n, int64_t) {
+    const BatchIndex b = keys.index(n);
+    const int64_t start = std::max<int64_t>(keys.start[b], 0);
+    if (start >= keys.end) return;
+    Moments* const before = moments.before(n);
+    if (first <= start) {
+      const KeyPlanes<T> key = planes_of(keys, b, start);
+      before[-1] = Moments{};
+      before[-1].x = key.x[0];
+      before[-1].y = key.y[0];
+      before[0] = Moments{};
+    }
+    const int64_t last = (keys.end - start) / kMomentsTile;
+    for (int64_t tile = std::max<int64_t>(first - start, 0) / kMomentsTile; tile < last; ++tile) {
+      const KeyPlanes<T> planes = planes_of(keys, b, start + tile * kMomentsTile);
+      Moments sums =
+          loops<T>().statistics.moments(planes.x, planes.y, 0, kMomentsTile, moments.first_key(n));
+      sums.add(before[tile]);
+      before[tile + 1] = sums;
+    }
+  });
+}
+
+template <class T>
+void extend_index(const CachedKeys<T>& keys, const CachedIndex& index, bool exact_points) {
+  const std::vector<Range> there = runs_of(index.tokens, index.chunk);
+  const std::vector<Range> wanted = runs_of(keys.end, index.chunk);
+  const int64_t unit = index_unit<T>(index.chunk, keys.value_dim);
+  for (size_t r = 0; r < wanted.size(); ++r) {
+    const Range& run = wanted[r];
+    if (r < there.size() && there[r].last == run.last) continue;
+    const auto build = [&](int64_t n) {
+      const BatchIndex b = keys.index(n);
+      const int64_t first = std::max(run.first, keys.start[b]);
+      if (first >= run.last) return;
+      uint8_t* const memory = index.memory + n * index.stride + run.first / index.chunk * unit;
+      build_index(loops<T>(), index_view<T>(memory, run.last - first, keys.value_dim),
+                  planes_of(keys, b, first), run.last - first, exact_points);
+    };
+    if (keys.batch() >= thread_count())
+      each(keys.batch(), build);
+    else
+      for (int64_t n = 0; n < keys.batch(); ++n) build(n);
+  }
+}
+
+template <class T>
+bool attend(const CachedRows<T>& params) {
+  const PairParams<T>& p = params.pair;
+  const int64_t covered = params.index.tokens;
+  const double walks = kWalk * std::sqrt(static_cast<double>(covered));
+  const int64_t pairs = params.keys.end - covered + static_cast<int64_t>(walks);
+  const int64_t rows = std::min(kRows, p.rows);
+  std::vector<Range> runs;
+  int64_t unit = 0;
+  if (covered > 0) {
+    runs = runs_of(covered, params.index.chunk);
+    unit = index_unit<T>(params.index.chunk, params.keys.value_dim);
+  }
+  int32_t refused = 0;
+  for_each_block(p.batch(), ceil_div(p.rows, kRows), false,
+                 grain_for(rows * pairs * (has_mass(p.score) ? kSearch : 1)),
+                 [&](int64_t n, int64_t block) {
+                   const Range range = tile_range(block, kRows, p.rows);
+                   if (!SequenceRows<T>(params, n, runs, unit).run(range.first, range.last))
+                     __atomic_store_n(&refused, 1, __ATOMIC_RELAXED);
+                 });
+  return refused == 0;
+}
+
+#define QFLUX_INSTANTIATE(T)                                                         \
+  template void extend_moments(const CachedKeys<T>&, int64_t, const CachedMoments&); \
+  template void extend_index(const CachedKeys<T>&, const CachedIndex&, bool);        \
+  template bool attend(const CachedRows<T>&)
+
+QFLUX_INSTANTIATE(float);
+QFLUX_INSTANTIATE(double);
+#undef QFLUX_INSTANTIATE
+
+}  // namespace qflux::cpu
