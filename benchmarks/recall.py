@@ -20,17 +20,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from ablations import no_geometry, softmax_model
 from common import environment
 from files import append_row
 from lm import logits_of, parse_changes
+from state_space import StateSpaceConfig, StateSpaceModel
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformer import Transformer, TransformerConfig
+from windowed import WindowedConfig, WindowedTransformer
 
-from qflux import QuantumFluxConfig, QuantumFluxLM
 from qflux.models.base import CausalLM
-from qflux.models.cache import LayerCache
-from qflux.models.layers import GeometricAttention
 from qflux.models.presets import PRESETS, make_config, make_model
 from qflux.text.windows import IGNORED_LABEL
 from qflux.train.optimizer import make_optimizer
@@ -112,33 +112,17 @@ class Recall:
         return ids.scatter(1, places, keys), labels.scatter(1, places, values)
 
 
-class SoftmaxAttention(GeometricAttention):
-    """The value path with softmax over the very same states, all pairs of them."""
-
-    def gather(
-        self, queries: Tensor, keys: Tensor, values: Tensor, cache: LayerCache | None = None
-    ) -> tuple[Tensor, dict[str, Any]]:
-        if cache is not None:
-            raise ValueError("cache must be None: softmax over all pairs has none")
-        scores = self.score().scale[:, None, None] * (queries @ keys.mT)
-        future = torch.ones_like(scores[0, 0], dtype=torch.bool).triu(1)
-        weights = scores.masked_fill(future, -math.inf).softmax(-1)
-        degree = (weights > 0).sum(-1, dtype=torch.int32)
-        context = weights @ values
-        return context, {"degree": degree, "strength": weights.sum(-1), "gathered": context}
-
-
-def softmax_model(config: QuantumFluxConfig) -> QuantumFluxLM:
-    """`QuantumFluxLM` with `SoftmaxAttention`, scales as those of its sparsemax."""
-    model = QuantumFluxLM(config)
-    for layer in model.layers:
-        layer.attention = SoftmaxAttention(config)
-    return model
+BASELINES: dict[str, type[TransformerConfig]] = {
+    "transformer": TransformerConfig,
+    "windowed": WindowedConfig,
+    "state-space": StateSpaceConfig,
+}
+GATED = {"mlp": "swiglu", "conv_width": 4, "mlp_conv": True}
 
 
 @dataclass(frozen=True)
 class Provider:
-    """A model by its preset ("transformer" is the baseline's), and fields that it changes."""
+    """A model by its preset or by one of `BASELINES`, and fields that it changes."""
 
     preset: str
     changes: dict[str, object]
@@ -156,13 +140,13 @@ PROVIDERS = {
     "gate": with_lm(score="inverse_gate"),
     "sparsemax": with_lm(score="sparsemax"),
     "softmax": with_lm(softmax_model, score="sparsemax"),
-    "no-geometry": with_lm(score="threshold", sigma_min=1e3, sigma_max=1e3),
+    "no-geometry": with_lm(no_geometry, score="threshold"),
     "flux": Provider("flux", {}),
     "qfnn": Provider("qfnn", {}),
-    "transformer": Provider(
-        "transformer", {"mlp": "swiglu", "conv_width": 4, "mlp_conv": True}, Transformer
-    ),
+    "transformer": Provider("transformer", GATED, Transformer),
     "plain-transformer": Provider("transformer", {}, Transformer),
+    "windowed": Provider("windowed", GATED, WindowedTransformer),
+    "state-space": Provider("state-space", GATED, StateSpaceModel),
 }
 
 
@@ -177,11 +161,11 @@ def make_network(provider: Provider, arguments: argparse.Namespace) -> nn.Module
         "hidden_dim": arguments.width,
         "context_length": arguments.length,
     }
-    if provider.preset == "transformer":
+    if provider.preset in BASELINES:
+        kind = BASELINES[provider.preset]
         shape["num_heads"] = max(1, arguments.width // 16)
-        given = parse_changes(arguments.set, TransformerConfig)
-        made = TransformerConfig(arguments.vocabulary, **{**shape, **provider.changes, **given})
-        return provider.make(made)
+        given = parse_changes(arguments.set, kind)
+        return provider.make(kind(arguments.vocabulary, **{**shape, **provider.changes, **given}))
     kind = PRESETS[provider.preset][0]
     if provider.preset == "lm":
         shape["num_cylinders"] = arguments.cylinders
