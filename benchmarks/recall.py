@@ -2,10 +2,11 @@
 
     python benchmarks/recall.py --providers lm transformer --output CSV --curves CSV
     python benchmarks/recall.py --providers lm --set score=sparsemax scale_max=4
-    python benchmarks/recall.py --task zoology --length 256 --pairs 32 --vocabulary 256 --width 64
+    python benchmarks/recall.py --length 256 --pairs 32 --vocabulary 160 --width 64 --mix 64:4 128:8
 
 A sequence starts with pairs of a key and its value; later each key comes once more, and the loss is
-at these queries only. Task, batches, optimiser and schedule are the same for every provider.
+at these queries only. Task, batches, optimiser and schedule are the same for every provider. With
+`--mix` steps take turns between this task and shorter ones, from which long ones are learned.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,13 +40,13 @@ from qflux.train.schedules import learning_rate_at
 from qflux_kernels.checks import check_choice, check_integer, check_real
 
 COLUMNS = [
-    "task", "provider", "changes", "length", "pairs", "vocabulary", "layers", "width", "cylinders",
-    "batch", "rate", "seed", "parameters", "steps", "seconds", "ms_per_step", "train_loss", "loss",
-    "accuracy", "queries", "kept", "weight_decay", "beta2", "warmup", "device", "threads",
-    "machine", "instruction_set", "torch", "python", "commit", "date",
+    "task", "provider", "changes", "length", "pairs", "mix", "vocabulary", "layers", "width",
+    "cylinders", "batch", "rate", "seed", "parameters", "steps", "seconds", "ms_per_step",
+    "train_loss", "loss", "accuracy", "queries", "kept", "weight_decay", "beta2", "warmup",
+    "device", "threads", "machine", "instruction_set", "torch", "python", "commit", "date",
 ]  # fmt: skip
 CURVE_COLUMNS = [
-    "task", "provider", "changes", "length", "pairs", "vocabulary", "width", "rate", "seed",
+    "task", "provider", "changes", "length", "pairs", "mix", "vocabulary", "width", "rate", "seed",
     "commit", "steps", "step", "seconds", "accuracy", "loss",
 ]  # fmt: skip
 TASKS = ("simple", "zoology")
@@ -224,13 +225,16 @@ def train(
     clock = time.process_time if alone else time.perf_counter
     options = optimizer_options(arguments)
     optimizer = make_optimizer(model, options)
+    tasks = mixed(recall, arguments.mix)
     losses, points, spent, start = [], 0, 0.0, clock()
     for step in range(arguments.steps):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate_at(
                 step / arguments.steps, options.learning_rate, options.warmup
             )
-        ids, labels = recall.batch(arguments.batch, (seed << 24) + step)
+        task = tasks[step % len(tasks)]
+        sequences = arguments.batch * recall.length // task.length
+        ids, labels = task.batch(sequences, (seed << 24) + step)
         logits = logits_of(model, ids.to(device))
         loss = F.cross_entropy(
             logits.flatten(0, 1).float(),
@@ -259,6 +263,22 @@ def train(
     }
 
 
+def mixed(recall: Recall, mix: list[str]) -> list[Recall]:
+    """The tasks whose names are LENGTH:PAIRS, and this one.
+
+    Raises:
+        TypeError, ValueError: another form, or an impossible task; named.
+    """
+    tasks = []
+    for name in mix:
+        length, separator, pairs = name.partition(":")
+        if not (separator and length.isdecimal() and pairs.isdecimal()):
+            raise ValueError(f"mix must be LENGTH:PAIRS, got {name!r}")
+        tasks.append(replace(recall, length=int(length), pairs=int(pairs)))
+        check_integer("length of mix", int(length), 1, recall.length)
+    return [*tasks, recall]
+
+
 def optimizer_options(arguments: argparse.Namespace) -> OptimizerOptions:
     return OptimizerOptions(
         learning_rate=arguments.rate,
@@ -277,6 +297,13 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, Recall]:
     parser.add_argument("--task", choices=TASKS, default="simple")
     parser.add_argument("--length", type=int, default=32)
     parser.add_argument("--pairs", type=int, default=6)
+    parser.add_argument(
+        "--mix",
+        nargs="*",
+        default=[],
+        metavar="LENGTH:PAIRS",
+        help="tasks to train on in turn with this one, as many tokens of each",
+    )
     parser.add_argument("--vocabulary", type=int, default=40, help="filler, keys and values")
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--width", type=int, default=32)
@@ -298,6 +325,7 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, Recall]:
     arguments = parser.parse_args(argv)
     try:
         recall = Recall(arguments.task, arguments.length, arguments.pairs, arguments.vocabulary)
+        mixed(recall, arguments.mix)
         optimizer_options(arguments)
         for name in ("layers", "width", "cylinders", "batch", "steps", "sequences", "threads"):
             check_integer(name, getattr(arguments, name), 1)
@@ -321,6 +349,7 @@ def main() -> None:
         **environment(torch.device(arguments.device)),
         **{name: getattr(arguments, name) for name in columns},
         "changes": " ".join(arguments.set),
+        "mix": " ".join(arguments.mix),
     }
     for name in arguments.providers:
         for seed in arguments.seeds:
