@@ -154,7 +154,7 @@ class QuantumFluxConfig(ModelConfig):
         frequency_min: radians that a token's position turns its phase by in the slowest cylinder,
             in (0, 1]; the cylinders start spread geometrically from 1 to there, and the model
             learns its own. A cylinder finds a token by what it is up to a distance of about
-            1 / frequency, so that half of them should be slow.
+            1 / frequency: slower ones recall better from afar, faster ones did better on text.
         shrinkage: what a pair above the threshold weighs in the value path: "hard": its score,
             as in the documents; "soft": what exceeds the threshold, which does not jump there.
         alpha: weight of the orthogonal term of the inverse gate.
@@ -187,7 +187,7 @@ class QuantumFluxConfig(ModelConfig):
     sigma_max: float = 1.4
     scale_min: float = 0.005
     scale_max: float = 1.0
-    frequency_min: float = 1e-5
+    frequency_min: float = 1e-3
     shrinkage: str = "soft"
     alpha: float = 0.5
     reduction: str = field(default="mean", kw_only=True)
