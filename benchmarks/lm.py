@@ -1,4 +1,4 @@
-"""Language models of equal budget: `qflux`, a transformer, and counting. See benchmarks/README.md.
+"""Language models of equal budget: `qflux`, baselines, and counting. See benchmarks/README.md.
 
     python benchmarks/lm.py --data tinyshakespeare.txt --provider qflux --seeds 0 1 2
     python benchmarks/lm.py --data tinyshakespeare.txt --provider transformer --rate 4e-3
@@ -15,15 +15,19 @@ import csv
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
 import torch
+from ablations import no_geometry
 from common import environment, nothing_missing
+from state_space import StateSpaceConfig, StateSpaceModel
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformer import Transformer, TransformerConfig
+from windowed import WindowedConfig, WindowedTransformer
 
 from qflux import QuantumFluxConfig, QuantumFluxLM
 from qflux.models.base import CausalLM
@@ -94,6 +98,19 @@ def kept_share(model: nn.Module, works: Sequence[Tensor], context: int) -> float
     return torch.stack(kept).mean().item() if kept else None
 
 
+def update(
+    model: nn.Module, optimizer: torch.optim.Optimizer, batch: Tensor, max_norm: float
+) -> float:
+    """One step of the optimiser on windows of context + 1 tokens; the loss before it."""
+    summed, count = loss_of(model, batch, batch)
+    loss = summed / count
+    optimizer.zero_grad()
+    loss.backward()
+    nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+    optimizer.step()
+    return loss.item()
+
+
 def train(
     model: nn.Module,
     works: Sequence[Tensor],
@@ -124,14 +141,8 @@ def train(
         for group in optimizer.param_groups:
             group["lr"] = learning_rate_at(progress, options.learning_rate, options.warmup)
         batch = windows.batch(step).to(device)
-        summed, count = loss_of(model, batch, batch)
-        loss = summed / count
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), options.max_gradient_norm)
-        optimizer.step()
+        losses.append(update(model, optimizer, batch, options.max_gradient_norm))
         step += 1
-        losses.append(loss.item())
         if not math.isfinite(losses[-1]):
             break
         if progress >= (len(curve) + 1) / 100:
@@ -163,7 +174,7 @@ def append(path: Path, columns: Sequence[str], rows: Sequence[dict[str, object]]
 
 
 def parse_changes(pairs: Sequence[str], kind: type) -> dict[str, object]:
-    known = {field.name for field in fields(kind)}
+    known = {known.name for known in fields(kind)}
     changes = {}
     for pair in pairs:
         name, _, value = pair.partition("=")
@@ -208,21 +219,27 @@ class Provider:
     missing: Callable[[], str | None] = nothing_missing
 
 
-def trained(
-    model: type[nn.Module], config: type, **defaults: object
-) -> Callable[[Task], Iterator[Run]]:
+@dataclass(frozen=True)
+class Trained:
     """A model of a configuration class, with other defaults than its own: a run for each seed."""
 
-    def runs(task: Task) -> Iterator[Run]:
+    model: Callable[[Any], nn.Module]
+    config: type
+    defaults: Mapping[str, object] = field(default_factory=dict)
+
+    def configuration(self, vocab_size: int, context: int, changes: Mapping[str, object]) -> Any:
+        return self.config(vocab_size, context_length=context, **{**self.defaults, **changes})
+
+    def runs(self, task: Task) -> Iterator[Run]:
         arguments = task.arguments
-        changes = {**defaults, **parse_changes(arguments.set, config)}
-        made = config(task.vocab_size, context_length=arguments.context, **changes)
+        changes = parse_changes(arguments.set, self.config)
+        made = self.configuration(task.vocab_size, arguments.context, changes)
         named = list(arguments.set)
-        if isinstance(made, QuantumFluxConfig) and "score" not in changes:
+        if isinstance(made, QuantumFluxConfig) and "score" not in {**self.defaults, **changes}:
             named.append(f"score={made.score}")
         for seed in arguments.seeds:
             torch.manual_seed(seed)
-            network = model(made).to(arguments.device)
+            network = self.model(made).to(arguments.device)
             result, curve = train(network, task.works, arguments, task.options, seed)
             loss = validate(network, task.held_out, arguments.context, arguments.batch)
             kept = kept_share(network, task.held_out, arguments.context)
@@ -242,8 +259,6 @@ def trained(
             }
             yield Run(row, curve)
 
-    return runs
-
 
 def counted(task: Task) -> Iterator[Run]:
     """Interpolated n-grams, a run for each order; nothing is trained."""
@@ -252,10 +267,16 @@ def counted(task: Task) -> Iterator[Run]:
         yield Run({"provider": f"{order}-gram", "validation_loss": round(loss, 4)}, [])
 
 
+MODELS: dict[str, Trained] = {
+    "qflux": Trained(QuantumFluxLM, QuantumFluxConfig),
+    "zero-layer": Trained(QuantumFluxLM, QuantumFluxConfig, {"num_layers": 0}),
+    "no-geometry": Trained(no_geometry, QuantumFluxConfig, {"score": "threshold"}),
+    "transformer": Trained(Transformer, TransformerConfig),
+    "windowed": Trained(WindowedTransformer, WindowedConfig),
+    "state-space": Trained(StateSpaceModel, StateSpaceConfig),
+}
 PROVIDERS: dict[str, Provider] = {
-    "qflux": Provider(trained(QuantumFluxLM, QuantumFluxConfig)),
-    "zero-layer": Provider(trained(QuantumFluxLM, QuantumFluxConfig, num_layers=0)),
-    "transformer": Provider(trained(Transformer, TransformerConfig)),
+    **{name: Provider(trained.runs) for name, trained in MODELS.items()},
     "ngram": Provider(counted),
 }
 

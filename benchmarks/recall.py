@@ -2,10 +2,11 @@
 
     python benchmarks/recall.py --providers lm transformer --output CSV --curves CSV
     python benchmarks/recall.py --providers lm --set score=sparsemax scale_max=4
-    python benchmarks/recall.py --task zoology --length 256 --pairs 32 --vocabulary 256 --width 64
+    python benchmarks/recall.py --length 256 --pairs 32 --vocabulary 160 --width 64 --mix 64:4 128:8
 
 A sequence starts with pairs of a key and its value; later each key comes once more, and the loss is
-at these queries only. Task, batches, optimiser and schedule are the same for every provider.
+at these queries only. Task, batches, optimiser and schedule are the same for every provider. With
+`--mix` steps take turns between this task and shorter ones, from which long ones are learned.
 """
 
 from __future__ import annotations
@@ -15,22 +16,22 @@ import math
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from ablations import no_geometry, softmax_model
 from common import environment
 from files import append_row
 from lm import logits_of, parse_changes
+from state_space import StateSpaceConfig, StateSpaceModel
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformer import Transformer, TransformerConfig
+from windowed import WindowedConfig, WindowedTransformer
 
-from qflux import QuantumFluxConfig, QuantumFluxLM
 from qflux.models.base import CausalLM
-from qflux.models.cache import LayerCache
-from qflux.models.layers import GeometricAttention
 from qflux.models.presets import PRESETS, make_config, make_model
 from qflux.text.windows import IGNORED_LABEL
 from qflux.train.optimizer import make_optimizer
@@ -39,13 +40,13 @@ from qflux.train.schedules import learning_rate_at
 from qflux_kernels.checks import check_choice, check_integer, check_real
 
 COLUMNS = [
-    "task", "provider", "changes", "length", "pairs", "vocabulary", "layers", "width", "cylinders",
-    "batch", "rate", "seed", "parameters", "steps", "seconds", "ms_per_step", "train_loss", "loss",
-    "accuracy", "queries", "kept", "weight_decay", "beta2", "warmup", "device", "threads",
-    "machine", "instruction_set", "torch", "python", "commit", "date",
+    "task", "provider", "changes", "length", "pairs", "mix", "vocabulary", "layers", "width",
+    "cylinders", "batch", "rate", "seed", "parameters", "steps", "seconds", "ms_per_step",
+    "train_loss", "loss", "accuracy", "queries", "kept", "weight_decay", "beta2", "warmup",
+    "device", "threads", "machine", "instruction_set", "torch", "python", "commit", "date",
 ]  # fmt: skip
 CURVE_COLUMNS = [
-    "task", "provider", "changes", "length", "pairs", "vocabulary", "width", "rate", "seed",
+    "task", "provider", "changes", "length", "pairs", "mix", "vocabulary", "width", "rate", "seed",
     "commit", "steps", "step", "seconds", "accuracy", "loss",
 ]  # fmt: skip
 TASKS = ("simple", "zoology")
@@ -112,33 +113,17 @@ class Recall:
         return ids.scatter(1, places, keys), labels.scatter(1, places, values)
 
 
-class SoftmaxAttention(GeometricAttention):
-    """The value path with softmax over the very same states, all pairs of them."""
-
-    def gather(
-        self, queries: Tensor, keys: Tensor, values: Tensor, cache: LayerCache | None = None
-    ) -> tuple[Tensor, dict[str, Any]]:
-        if cache is not None:
-            raise ValueError("cache must be None: softmax over all pairs has none")
-        scores = self.score().scale[:, None, None] * (queries @ keys.mT)
-        future = torch.ones_like(scores[0, 0], dtype=torch.bool).triu(1)
-        weights = scores.masked_fill(future, -math.inf).softmax(-1)
-        degree = (weights > 0).sum(-1, dtype=torch.int32)
-        context = weights @ values
-        return context, {"degree": degree, "strength": weights.sum(-1), "gathered": context}
-
-
-def softmax_model(config: QuantumFluxConfig) -> QuantumFluxLM:
-    """`QuantumFluxLM` with `SoftmaxAttention`, scales as those of its sparsemax."""
-    model = QuantumFluxLM(config)
-    for layer in model.layers:
-        layer.attention = SoftmaxAttention(config)
-    return model
+BASELINES: dict[str, type[TransformerConfig]] = {
+    "transformer": TransformerConfig,
+    "windowed": WindowedConfig,
+    "state-space": StateSpaceConfig,
+}
+GATED = {"mlp": "swiglu", "conv_width": 4, "mlp_conv": True}
 
 
 @dataclass(frozen=True)
 class Provider:
-    """A model by its preset ("transformer" is the baseline's), and fields that it changes."""
+    """A model by its preset or by one of `BASELINES`, and fields that it changes."""
 
     preset: str
     changes: dict[str, object]
@@ -156,13 +141,13 @@ PROVIDERS = {
     "gate": with_lm(score="inverse_gate"),
     "sparsemax": with_lm(score="sparsemax"),
     "softmax": with_lm(softmax_model, score="sparsemax"),
-    "no-geometry": with_lm(score="threshold", sigma_min=1e3, sigma_max=1e3),
+    "no-geometry": with_lm(no_geometry, score="threshold"),
     "flux": Provider("flux", {}),
     "qfnn": Provider("qfnn", {}),
-    "transformer": Provider(
-        "transformer", {"mlp": "swiglu", "conv_width": 4, "mlp_conv": True}, Transformer
-    ),
+    "transformer": Provider("transformer", GATED, Transformer),
     "plain-transformer": Provider("transformer", {}, Transformer),
+    "windowed": Provider("windowed", GATED, WindowedTransformer),
+    "state-space": Provider("state-space", GATED, StateSpaceModel),
 }
 
 
@@ -177,11 +162,11 @@ def make_network(provider: Provider, arguments: argparse.Namespace) -> nn.Module
         "hidden_dim": arguments.width,
         "context_length": arguments.length,
     }
-    if provider.preset == "transformer":
+    if provider.preset in BASELINES:
+        kind = BASELINES[provider.preset]
         shape["num_heads"] = max(1, arguments.width // 16)
-        given = parse_changes(arguments.set, TransformerConfig)
-        made = TransformerConfig(arguments.vocabulary, **{**shape, **provider.changes, **given})
-        return provider.make(made)
+        given = parse_changes(arguments.set, kind)
+        return provider.make(kind(arguments.vocabulary, **{**shape, **provider.changes, **given}))
     kind = PRESETS[provider.preset][0]
     if provider.preset == "lm":
         shape["num_cylinders"] = arguments.cylinders
@@ -240,13 +225,16 @@ def train(
     clock = time.process_time if alone else time.perf_counter
     options = optimizer_options(arguments)
     optimizer = make_optimizer(model, options)
+    tasks = mixed(recall, arguments.mix)
     losses, points, spent, start = [], 0, 0.0, clock()
     for step in range(arguments.steps):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate_at(
                 step / arguments.steps, options.learning_rate, options.warmup
             )
-        ids, labels = recall.batch(arguments.batch, (seed << 24) + step)
+        task = tasks[step % len(tasks)]
+        sequences = arguments.batch * recall.length // task.length
+        ids, labels = task.batch(sequences, (seed << 24) + step)
         logits = logits_of(model, ids.to(device))
         loss = F.cross_entropy(
             logits.flatten(0, 1).float(),
@@ -275,6 +263,22 @@ def train(
     }
 
 
+def mixed(recall: Recall, mix: list[str]) -> list[Recall]:
+    """The tasks whose names are LENGTH:PAIRS, and this one.
+
+    Raises:
+        TypeError, ValueError: another form, or an impossible task; named.
+    """
+    tasks = []
+    for name in mix:
+        length, separator, pairs = name.partition(":")
+        if not (separator and length.isdecimal() and pairs.isdecimal()):
+            raise ValueError(f"mix must be LENGTH:PAIRS, got {name!r}")
+        tasks.append(replace(recall, length=int(length), pairs=int(pairs)))
+        check_integer("length of mix", int(length), 1, recall.length)
+    return [*tasks, recall]
+
+
 def optimizer_options(arguments: argparse.Namespace) -> OptimizerOptions:
     return OptimizerOptions(
         learning_rate=arguments.rate,
@@ -293,6 +297,13 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, Recall]:
     parser.add_argument("--task", choices=TASKS, default="simple")
     parser.add_argument("--length", type=int, default=32)
     parser.add_argument("--pairs", type=int, default=6)
+    parser.add_argument(
+        "--mix",
+        nargs="*",
+        default=[],
+        metavar="LENGTH:PAIRS",
+        help="tasks to train on in turn with this one, as many tokens of each",
+    )
     parser.add_argument("--vocabulary", type=int, default=40, help="filler, keys and values")
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--width", type=int, default=32)
@@ -314,6 +325,7 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, Recall]:
     arguments = parser.parse_args(argv)
     try:
         recall = Recall(arguments.task, arguments.length, arguments.pairs, arguments.vocabulary)
+        mixed(recall, arguments.mix)
         optimizer_options(arguments)
         for name in ("layers", "width", "cylinders", "batch", "steps", "sequences", "threads"):
             check_integer(name, getattr(arguments, name), 1)
@@ -337,6 +349,7 @@ def main() -> None:
         **environment(torch.device(arguments.device)),
         **{name: getattr(arguments, name) for name in columns},
         "changes": " ".join(arguments.set),
+        "mix": " ".join(arguments.mix),
     }
     for name in arguments.providers:
         for seed in arguments.seeds:

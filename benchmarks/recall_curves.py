@@ -13,7 +13,7 @@ from pathlib import Path
 
 from lm_curves import mean_curve, save_svg, svg_pyplot
 
-Key = tuple[str, int, int, int]  # task, length, pairs, width
+Key = tuple[str, int, int, int, str]  # task, length, pairs, width, mix
 Runs = dict[
     str, dict[str, list[tuple[float, float, float]]]
 ]  # label, seed: step, seconds, accuracy
@@ -24,7 +24,8 @@ def read_curves(path: Path) -> dict[Key, Runs]:
     planned: dict[tuple[Key, str, str], int] = {}
     with path.open(newline="") as file:
         for row in csv.DictReader(file):
-            key = (row["task"], *(int(row[name]) for name in ("length", "pairs", "width")))
+            sizes = (int(row[name]) for name in ("length", "pairs", "width"))
+            key = (row["task"], *sizes, row["mix"])
             label = f"{row['provider']} {row['changes']}".strip() + f", rate {row['rate']}"
             point = tuple(float(row[name]) for name in ("step", "seconds", "accuracy"))
             curves[key][label][row["seed"]].append(point)
@@ -51,14 +52,15 @@ def main() -> None:
     figure, panels = pyplot.subplots(
         len(curves), 1, figsize=(8, 3.4 * len(curves)), layout="constrained", squeeze=False
     )
-    for axes, ((task, length, pairs, width), runs) in zip(
+    for axes, ((task, length, pairs, width, mix), runs) in zip(
         panels[:, 0], sorted(curves.items()), strict=True
     ):
+        trained = f", trained on {mix.replace(' ', ', ')} too" if mix else ""
         for label, seeds in sorted(runs.items()):
             steps, _, accuracies = mean_curve(seeds)
             axes.plot(steps, accuracies, label=label)
         axes.set(
-            title=f"{task}: {length} tokens, {pairs} pairs, width {width}",
+            title=f"{task}: {length} tokens, {pairs} pairs, width {width}{trained}",
             xlabel="steps",
             ylabel="accuracy",
             ylim=(0, 1.02),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -65,9 +66,10 @@ class Rotary(nn.Module):
         frequency = theta ** (-torch.arange(0, width, 2) / width)
         self.register_buffer("frequency", frequency, persistent=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Heads `(..., S, width)`, turned by their place in the sequence."""
-        angle = torch.arange(x.shape[-2], device=x.device)[:, None] * self.frequency
+    def forward(self, x: Tensor, start: int = 0) -> Tensor:
+        """Heads `(..., S, width)`, turned by their place behind `start` tokens."""
+        place = torch.arange(start, start + x.shape[-2], device=x.device)
+        angle = place[:, None] * self.frequency
         cos, sin = angle.cos(), angle.sin()
         left, right = x.chunk(2, -1)
         return torch.cat((left * cos - right * sin, left * sin + right * cos), -1)
@@ -102,13 +104,7 @@ class TransformerLayer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`(B, S, H)` to `(B, S, H)`."""
-        joint = self.inputs(self.conv(self.attention_norm(x)))
-        parts = joint.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        queries, keys, values = parts.unbind(0)
-        gathered = F.scaled_dot_product_attention(
-            self.rotary(queries), self.rotary(keys), values, is_causal=True
-        )
-        x = x + self.dropout(self.output(gathered.transpose(1, 2).flatten(2)))
+        x = x + self.dropout(self.output(self.mix(self.conv(self.attention_norm(x)))))
         inner = self.up(self.mlp_conv(self.mlp_norm(x)))
         if self.swiglu:
             gate, inner = inner.chunk(2, -1)
@@ -117,9 +113,25 @@ class TransformerLayer(nn.Module):
             inner = F.gelu(inner)
         return x + self.dropout(self.down(inner))
 
+    def mix(self, x: Tensor) -> Tensor:
+        """What tokens tell one another, `(B, S, H)` to `(B, S, H)`, before the output map."""
+        queries, keys, values = self.project(x)
+        gathered = self.attend(self.rotary(queries), self.rotary(keys), values)
+        return gathered.transpose(1, 2).flatten(2)
+
+    def project(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Queries, keys and values `(B, heads, S, H / heads)`, without positions."""
+        return self.inputs(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+
+    def attend(self, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """Causal attention of heads `(B, heads, S, H / heads)`."""
+        return F.scaled_dot_product_attention(queries, keys, values, is_causal=True)
+
 
 class Transformer(nn.Module):
     """GPT-2's form: embedding, layers, LayerNorm and a linear head."""
+
+    layer: ClassVar[type[TransformerLayer]] = TransformerLayer
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
@@ -129,7 +141,7 @@ class Transformer(nn.Module):
             self.position = nn.Parameter(
                 0.02 * torch.randn(config.context_length, config.hidden_dim)
             )
-        self.layers = nn.ModuleList(TransformerLayer(config) for _ in range(config.num_layers))
+        self.layers = nn.ModuleList(self.layer(config) for _ in range(config.num_layers))
         self.norm = nn.LayerNorm(config.hidden_dim, bias=config.bias)
         self.head = nn.Linear(config.hidden_dim, config.vocab_size, bias=False)
         if config.init == "gpt2":

@@ -151,6 +151,10 @@ class QuantumFluxConfig(ModelConfig):
         scale_min: scale of the mass threshold in the broadest cylinder, > 0; the cylinders start
             spread geometrically from there to scale_max, and each layer learns its own.
         scale_max: scale of the mass threshold in the sharpest cylinder, >= scale_min.
+        frequency_min: radians that a token's position turns its phase by in the slowest cylinder,
+            in (0, 1]; the cylinders start spread geometrically from 1 to there, and the model
+            learns its own. A cylinder finds a token by what it is up to a distance of about
+            1 / frequency: slower ones recall better from afar, faster ones did better on text.
         shrinkage: what a pair above the threshold weighs in the value path: "hard": its score,
             as in the documents; "soft": what exceeds the threshold, which does not jump there.
         alpha: weight of the orthogonal term of the inverse gate.
@@ -183,6 +187,7 @@ class QuantumFluxConfig(ModelConfig):
     sigma_max: float = 1.4
     scale_min: float = 0.005
     scale_max: float = 1.0
+    frequency_min: float = 1e-3
     shrinkage: str = "soft"
     alpha: float = 0.5
     reduction: str = field(default="mean", kw_only=True)
@@ -201,6 +206,7 @@ class QuantumFluxConfig(ModelConfig):
         check_real("sigma_max", self.sigma_max, minimum=self.sigma_min, why=" = sigma_min")
         check_real("scale_min", self.scale_min, above=0.0)
         check_real("scale_max", self.scale_max, minimum=self.scale_min, why=" = scale_min")
+        check_real("frequency_min", self.frequency_min, above=0.0, maximum=1.0)
         if self.score == "sparsemax":
             defaults = {field.name: field.default for field in fields(self)}
             for name in ("sigma_min", "sigma_max", "shrinkage", "alpha"):

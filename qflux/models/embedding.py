@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..parallel import current_split
-from .config import ModelConfig
+from .config import ModelConfig, QuantumFluxConfig
 from .constants import at_least_float32, initial
 
 
@@ -114,16 +114,17 @@ class CylinderEmbedding(nn.Module):
 class PhaseRotation(nn.Module):
     """Position as a phase: cylinder c turns by omega_c radians a token.
 
-    The frequencies are learned. They start spread geometrically from 1 to 1e-3 radians a token, so
-    that some cylinders tell neighbours apart and others count to the end of a long context. Two
-    rotated states see only the distance between their positions.
+    The frequencies are learned. They start spread geometrically from 1 radian a token to
+    `frequency_min`, so that some cylinders tell neighbours apart and others hardly turn over a long
+    context, and find a token by what it is. Two rotated states see only the distance between their
+    positions.
 
     Source: the Flux document, section 1 ("position encoded in the state angles").
     """
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: QuantumFluxConfig) -> None:
         super().__init__()
-        count, slowest = config.num_cylinders, math.log(1e-3)
+        count, slowest = config.num_cylinders, math.log(config.frequency_min)
         spread = torch.linspace(0.0, slowest, count, dtype=torch.float64, device="cpu")
         self.log_frequency = nn.Parameter(initial(spread))
 

@@ -7,6 +7,7 @@ import sys
 
 import lm
 import lm_curves
+import lm_times
 import pytest
 import torch
 from transformer import Transformer, TransformerConfig
@@ -85,7 +86,7 @@ def test_validation_scores_every_token_once():
     assert loss == pytest.approx(expected, rel=1e-6)
 
 
-@pytest.mark.parametrize("provider", ["qflux", "zero-layer", "transformer", "ngram"])
+@pytest.mark.parametrize("provider", lm.PROVIDERS)
 def test_a_run_appends_rows(provider, tmp_path, monkeypatch):
     text = tmp_path / "text.txt"
     text.write_text("to be or not to be, that is the question. " * 20)
@@ -112,6 +113,38 @@ def test_a_run_appends_rows(provider, tmp_path, monkeypatch):
         steps, seconds, losses = lm_curves.mean_curve({"0": seeds["0"][:2], "1": seeds["0"][2:4]})
         assert label.startswith(provider) and len(seeds["0"]) == 4
         assert steps == [2, 3] and 0 <= seconds[0] <= seconds[1] and min(losses) > 1
+
+
+def test_no_geometry_is_thresholds_that_nothing_passes():
+    small = {"num_layers": 1, "num_cylinders": 2, "hidden_dim": 8, "score": "threshold"}
+    torch.manual_seed(0)
+    model = lm.MODELS["no-geometry"].model(lm.QuantumFluxConfig(5, **small))
+    other = lm.QuantumFluxLM(lm.QuantumFluxConfig(5, **small, sigma_min=1e3, sigma_max=1e3))
+    other.load_state_dict(model.state_dict())
+    ids = torch.randint(5, (2, 9))
+    torch.testing.assert_close(model(ids).logits, other(ids).logits)
+    assert lm.kept_share(model, [ids[0]], 9) == 0
+
+
+def test_steps_are_timed_in_turn(tmp_path, capsys):
+    text, output = tmp_path / "text.txt", tmp_path / "rows.csv"
+    text.write_text("to be or not to be, that is the question. " * 20)
+    small = ["--context", "8", "--batch", "2", "--rounds", "3", "--skip", "1"]
+    names = ["zero-layer", "windowed"]
+    threads = torch.get_num_threads()
+    lm_times.main(["--data", str(text), "--providers", *names, *small, "--output", str(output)])
+    torch.set_num_threads(threads)
+    with output.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["provider"] for row in rows] == names and list(rows[0]) == lm_times.COLUMNS
+    for row in rows:
+        assert 0 < float(row["ms_p20"]) <= float(row["ms_p50"]) <= float(row["ms_p80"])
+        expected = float(row["ms_p50"]) / float(rows[0]["ms_p50"])
+        assert float(row["ratio"]) == pytest.approx(expected, rel=0.05)
+    for line in (["--rounds", "0"], ["--rate", "0"], ["--context", "1"]):
+        with pytest.raises(SystemExit) as stop:
+            lm_times.main(["--data", str(text), *line])
+        assert stop.value.code == 2
 
 
 def test_kept_share_counts_pairs():

@@ -157,7 +157,7 @@ def test_runs_leave_rows_and_curves(tmp_path, monkeypatch, capsys):
         assert row["steps"] == "5" and row["queries"] == "16" and row["commit"]
         assert (row["kept"] == "") == (row["provider"] == "transformer")
     [(key, runs)] = recall_curves.read_curves(curves).items()
-    assert key == ("simple", 12, 2, 16) and sorted(runs)[0] == "lm, rate 0.004"
+    assert key == ("simple", 12, 2, 16, "") and sorted(runs)[0] == "lm, rate 0.004"
     assert [point[0] for point in runs["lm, rate 0.004"]["1"]] == [3, 5]
     with curves.open("ab") as file:  # the first point of a run that was killed
         file.write(curves.read_bytes().splitlines()[-2].replace(b",1,", b",2,") + b"\r\n")
@@ -180,9 +180,29 @@ def test_a_model_learns_to_recall():
     assert before < 0.6 and after > 0.9
 
 
+def test_steps_take_turns_between_mixed_tasks():
+    """A model that notes what it is given: shapes, and how many pairs."""
+
+    class Recorder(torch.nn.Linear):
+        def forward(self, ids):
+            if self.training:
+                seen.append((*ids.shape, int((ids[0] >= 20).sum())))
+            return self.weight.new_zeros(*ids.shape, 40) + self.weight[0, 0]
+
+    seen = []
+    command = ["--length", "24", "--pairs", "5", "--mix", "8:2", "12:3", "--batch", "4"]
+    arguments, task = recall.parse([*command, "--steps", "5", "--points", "1"])
+    recall.train(Recorder(1, 1), task, arguments, seed=0, tell=lambda point: None)
+    assert seen == [(12, 8, 2), (8, 12, 3), (4, 24, 5), (12, 8, 2), (8, 12, 3)]
+
+
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
+        (["--mix", "8"], "mix must be LENGTH:PAIRS, got '8'"),
+        (["--mix", "8:x"], "mix must be LENGTH:PAIRS, got '8:x'"),
+        (["--mix", "8:3"], "length must be"),
+        (["--mix", "64:3"], "length of mix must be"),
         (["--rate", "0"], "learning_rate must be"),
         (["--length", "17"], "length must be"),
         (["--batch", "0"], "batch must be"),

@@ -67,6 +67,8 @@ def make_ids(batch=2, length=16, seed=0):
         ("sigma_max", -0.1, ValueError),
         ("scale_min", 0.0, ValueError),
         ("scale_max", 0.001, ValueError),
+        ("frequency_min", 0.0, ValueError),
+        ("frequency_min", 1.5, ValueError),
         ("alpha", float("nan"), ValueError),
         ("reduction", "max", ValueError),
         ("dt", 0.0, ValueError),
@@ -145,9 +147,13 @@ def test_embedding_is_radius_and_phase_of_the_token():
 
 
 def test_positions_turn_phases_at_the_frequency_of_the_cylinder():
-    rotation = PhaseRotation(QuantumFluxConfig(**SMALL))
+    rotation = PhaseRotation(QuantumFluxConfig(**SMALL, frequency_min=0.01))
     omega = rotation.log_frequency.exp()
-    assert omega[0] == 1 and torch.allclose(omega[1:] / omega[:-1], omega[1] / omega[0])
+    assert (
+        omega[0] == 1
+        and omega[-1].item() == pytest.approx(0.01)
+        and torch.allclose(omega[1:] / omega[:-1], omega[1] / omega[0])
+    )
     states = torch.tensor([0.8, 0.0]).expand(3, 5, 2)
     turned = rotate(states, rotation(5))
     expected = torch.arange(5) * omega[:, None]
