@@ -34,7 +34,6 @@ void set_box(const IndexView<T>& index, int64_t node, const Box<T>& box) {
 template <class T>
 void build_leaves(const IndexView<T>& index, int64_t count, int64_t first, int64_t last,
                   bool exact_points) {
-  constexpr int kLanes = 8;
   for (int64_t leaf = first; leaf < last; ++leaf) {
     const int64_t size = lesser(kLeaf, count - leaf * kLeaf);
     const T* const keys = index.leaf(leaf);
@@ -47,18 +46,7 @@ void build_leaves(const IndexView<T>& index, int64_t count, int64_t first, int64
     double* to = index.moments + leaf * index.width;
     for (int64_t c = -1; c < index.value_dim; ++c, to += kColumnMoments) {
       for (int64_t k = 0; k < size; ++k) v[k] = c < 0 ? 1.0 : double(keys[(2 + c) * kLeaf + k]);
-      double sums[kColumnMoments][kLanes] = {};
-      for (int64_t k = 0; k < kLeaf; k += kLanes)
-        for (int l = 0; l < kLanes; ++l) {
-          sums[0][l] += v[k + l];
-          sums[1][l] += v[k + l] * x[k + l];
-          sums[2][l] += v[k + l] * y[k + l];
-        }
-      for (int m = 0; m < kColumnMoments; ++m) {
-        double sum = 0;
-        for (int l = 0; l < kLanes; ++l) sum += sums[m][l];
-        to[m] = sum;
-      }
+      tree::column_moments(x, y, v, to);
     }
     for (double* end = index.moments + (leaf + 1) * index.width; to < end; ++to) *to = 0;
   }

@@ -41,10 +41,29 @@ Box<T> box_around(const double* x, const double* y, int64_t count, bool exact_po
   return best;
 }
 
+// The moments of one column of values of a leaf, which is filled up with zeros.
+template <int kKeys>
+QFLUX_INLINE void column_moments(const double (&x)[kKeys], const double (&y)[kKeys],
+                                 const double (&v)[kKeys], double* to) {
+  constexpr int kLanes = 8;
+  static_assert(kKeys % kLanes == 0, "whole lanes");
+  double sums[kColumnMoments][kLanes] = {};
+  for (int k = 0; k < kKeys; k += kLanes)
+    for (int l = 0; l < kLanes; ++l) {
+      sums[0][l] += v[k + l];
+      sums[1][l] += v[k + l] * x[k + l];
+      sums[2][l] += v[k + l] * y[k + l];
+    }
+  for (int m = 0; m < kColumnMoments; ++m) {
+    double sum = 0;
+    for (int l = 0; l < kLanes; ++l) sum += sums[m][l];
+    to[m] = sum;
+  }
+}
+
 template <class T>
 void build_leaves(const TreeView<T>& tree, int64_t count, int64_t first, int64_t last,
                   Box<T>* boxes, double* masses, double* moments) {
-  constexpr int kLanes = 8;
   for (int64_t leaf = first; leaf < last; ++leaf) {
     const int64_t begin = leaf * kLeaf, size = lesser(kLeaf, count - begin);
     double x[kLeaf] = {}, y[kLeaf] = {}, v[kLeaf] = {};
@@ -58,18 +77,7 @@ void build_leaves(const TreeView<T>& tree, int64_t count, int64_t first, int64_t
       for (int64_t k = 0; k < size; ++k)
         v[k] = c < tree.keys.value_dim ? double(tree.keys.values[c * tree.keys.stride + begin + k])
                                        : 1.0;
-      double sums[kColumnMoments][kLanes] = {};
-      for (int64_t k = 0; k < kLeaf; k += kLanes)
-        for (int l = 0; l < kLanes; ++l) {
-          sums[0][l] += v[k + l];
-          sums[1][l] += v[k + l] * x[k + l];
-          sums[2][l] += v[k + l] * y[k + l];
-        }
-      for (int m = 0; m < kColumnMoments; ++m) {
-        double sum = 0;
-        for (int l = 0; l < kLanes; ++l) sum += sums[m][l];
-        to[m] = sum;
-      }
+      column_moments(x, y, v, to);
     }
     double* mass = masses + 4 * leaf;
     for (int m = 0; m < kColumnMoments; ++m) mass[m] = to[m - kColumnMoments];
