@@ -10,14 +10,15 @@ from __future__ import annotations
 import inspect
 from collections import namedtuple
 from collections.abc import Callable
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
 from torch._C._functorch import is_batchedtensor
 from torch.autograd import forward_ad
 
-from . import flops
 from .arguments import COMPUTE_DTYPES, EvolveArguments, InteractArguments, widen
+from .imports import when_imported
 from .options import ALGORITHMS, Radius
 from .schema import (
     EVOLVE,
@@ -432,4 +433,11 @@ def register(family: str) -> None:
         name = family + op.name
         torch.library.register_fake(f"qflux_kernels::{name}", by_name(op, _FAKES[op]))
         _HANDLES[name] = getattr(torch.ops.qflux_kernels, name).default, op.names
+    # The counter imports Triton, which a call of ours should not wait for.
+    when_imported("torch.utils.flop_counter", partial(_count, family))
+
+
+def _count(family: str) -> None:
+    from . import flops
+
     flops.register(family)

@@ -163,7 +163,6 @@ def serves(architectures: Sequence[str], major: int, minor: int) -> bool:
     return any(map(runs, architectures))
 
 
-@torch.compiler.assume_constant_result
 def _missing_on_gpu(index: int | None) -> str | None:
     """Why the object has nothing for a GPU; None if it has. Without a GPU, for tensors of one."""
     if not CUDA_ARCHITECTURES:
@@ -188,6 +187,10 @@ def _missing_on_gpu(index: int | None) -> str | None:
         f"TORCH_CUDA_ARCH_LIST={major}.{minor}, 'pip install qflux[triton]', or pass "
         "backend='reference'"
     )
+
+
+# What `torch.compiler.assume_constant_result` does, which imports the whole compiler.
+_missing_on_gpu._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
 
 
 def check_algorithm(algorithm: str, score: Score, backend: str, device: torch.device) -> None:

@@ -13,6 +13,7 @@ import torch
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 from .schema import (
+    CACHE_ATTEND,
     COMPILED,
     EVOLVE,
     EVOLVE_BACKWARD,
@@ -102,6 +103,14 @@ def _project_norm_backward(given: Any) -> int:
     return 2 * _project_norm(given)
 
 
+def _cache_attend(given: Any) -> int:
+    # As if it met every key, like the others; the keys in front of `base` are in the index.
+    states = tuple(given.states)
+    values = _shape(given.values) or (2,)
+    keys = given.base + tuple(given.keys)[-2]
+    return interact_flops(math.prod(states[:-2]), states[-2], keys, values[-1])
+
+
 FORMULAS: dict[Op, Callable[[Any], int]] = {
     INTERACT: _interact,
     INTERACT_BACKWARD: _interact_backward,
@@ -110,6 +119,7 @@ FORMULAS: dict[Op, Callable[[Any], int]] = {
     EVOLVE_BACKWARD: _evolve_backward,
     PROJECT_NORM: _project_norm,
     PROJECT_NORM_BACKWARD: _project_norm_backward,
+    CACHE_ATTEND: _cache_attend,
 }
 
 
