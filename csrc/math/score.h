@@ -39,7 +39,7 @@ QFLUX_INLINE V inner_product(V qx, V qy, V kx, V ky, V bias) {
 // sigma, acts through tau alone.
 template <class V>
 struct HardThreshold {
-  static constexpr double kBias = 0.5;
+  static constexpr float kBias = 0.5f;
   static constexpr bool kThresholded = true, kMass = false, kLimitVjp = false, kAffine = true;
   static constexpr bool kCoefficientInQuery = false;
 
@@ -60,7 +60,7 @@ struct HardThreshold {
   static QFLUX_INLINE HardThreshold make(V limit, V /*eps*/, V /*min_gate*/) { return {limit}; }
 
   V limit;
-  QFLUX_INLINE V bias() const { return V(0.5f); }
+  QFLUX_INLINE V bias() const { return V(kBias); }
   QFLUX_INLINE auto kept(V p) const { return not_less(p, limit); }
   QFLUX_INLINE V weight(V p) const { return p; }
   // What a backward, which has the limit alone, takes for the weight.
@@ -92,7 +92,6 @@ struct SoftThreshold : HardThreshold<V> {
 // and the wedge y_i x_j - x_i y_j = r_i r_j sin(th_i - th_j). The coefficient is alpha.
 template <class V>
 struct InverseGate {
-  static constexpr double kBias = 0.0;
   static constexpr bool kThresholded = false, kMass = false, kLimitVjp = false, kAffine = false;
   static constexpr bool kCoefficientInQuery = true;
 

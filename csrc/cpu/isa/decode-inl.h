@@ -283,7 +283,7 @@ void gate_columns(const KeyPlanes<T>& keys, int64_t size, Point<T> query,
                   const InverseGate<Vector<T>>& pair, const T* values, Mass<T>* out,
                   double* context) {
   using V = Vector<T>;
-  const V qx(query.x), qy(query.y), bias(static_cast<T>(InverseGate<V>::kBias));
+  const V qx(query.x), qy(query.y), bias = pair.bias();
   each_part<T>(size, [&](int64_t begin, int64_t whole, int64_t rest) QFLUX_INLINE_LAMBDA {
     V sums[kCount], strength(T(0));
     typename V::Bits counter{};

@@ -295,12 +295,11 @@ class Solver {
       const Mask<T> none = not_less(zero, count);
       const V reasons = where(both(some, less(count, count_[r])), one) +
                         where(both(some, less(zero, was)), one) + where(none, one);
-      const Mask<T> free = less(zero, select(less(two, free_[r]), zero, reasons));
-      const Mask<T> going = both(less(near, off), free);
+      const V free = select(less(two, free_[r]), zero, reasons);
+      const Mask<T> going = both(less(near, off), less(zero, free));
       // The last step is one of rounding, which must not lead to the largest pair: all of it is the
       // rest. Where nothing is kept the mass is zero, or NaN.
-      const V left_over = select(free, zero, one);
-      const Mask<T> last = both(both(some, less(zero, left_over)), less(off, infinite));
+      const Mask<T> last = both(both(some, not_less(zero, free)), less(off, infinite));
       next = select(last, tau_[r], select(some, next, lower_[r] + e.mass[r]));
       rest = select(last, size, where(some, rest));
       retreats |= lane_bits(both(active, less(next, lower_[r])));

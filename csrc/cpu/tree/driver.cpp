@@ -187,9 +187,7 @@ class MassTree {
                  : double(probe[2]);
     };
     double count = evaluate(kWindow);
-    // One below the largest, or more where rounding would leave nothing of it.
-    const double coarse = std::abs(double(sums.top)) * (sizeof(T) == 4 ? 0x1p-21 : 0x1p-50);
-    const double least = double(sums.top) - std::max(1.0, coarse);
+    const double least = mass_bound(sums.top);
     search.start(least, least);
     for (int n = 0; n < kWindowSteps; ++n) {
       probe[2] = search.tau;

@@ -10,9 +10,18 @@
 #include <cmath>
 #include <limits>
 
+#include "../../math/mass.h"
 #include "../isa/tree.h"
 
 namespace qflux::cpu {
+
+// Below the root by the largest z among some keys: one less, or more where rounding would leave
+// nothing of it.
+template <class T>
+double mass_bound(T top) {
+  const double coarse = std::abs(double(top)) * double(mass_tolerance<T>());
+  return double(top) - std::max(1.0, coarse);
+}
 
 template <class T>
 class ThresholdSearch {
@@ -40,7 +49,7 @@ class ThresholdSearch {
       return false;
     }
     const double excess = at.excess - 1, step = excess / at.count;
-    if (std::abs(excess) <= kEnough || steps_ > kMost) return true;
+    if (std::abs(excess) <= double(mass_tolerance<T>()) || steps_ > kMost) return true;
     if (here + step > lower_) lower_ = here + step;
     careful_ = careful_ || std::abs(excess) < kNear || steps_ > kBold;
     // Keys that the next step is likely to drop.
@@ -71,8 +80,6 @@ class ThresholdSearch {
   }
 
   static constexpr T kInfinity = std::numeric_limits<T>::infinity();
-  // Of the sum of weights, which is one.
-  static constexpr double kEnough = sizeof(T) == 4 ? 0x1p-21 : 0x1p-50;
   static constexpr double kNear = 0.5;
   static constexpr int kBold = 8, kMost = 100;
 
