@@ -67,7 +67,7 @@ class TrainStep:
             self.graphed = GraphedStep(
                 lambda batch: self._backpropagate(batch, False)[:2], CudaRecorder(device)
             )
-        self._settle_optimizer(device)
+        self._settle_optimizer()
 
     def __call__(
         self, batch: Tensor, progress: float, *, return_layers: bool = False
@@ -140,10 +140,9 @@ class TrainStep:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """The inverse of `state_dict`."""
-        device = self.moved[0].device
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
-        self._settle_optimizer(device)
+        self._settle_optimizer()
 
     def _set_rate(self, rate: float) -> None:
         for group in self.optimizer.param_groups:
@@ -152,11 +151,12 @@ class TrainStep:
             else:
                 group["lr"].fill_(rate)
 
-    def _settle_optimizer(self, device: torch.device) -> None:
+    def _settle_optimizer(self) -> None:
         """Rates and counts of steps where graphs read them, or where the optimiser is fastest.
 
         Both are part of a state, which may come from a run of the other kind.
         """
+        device = self.moved[0].device
         on_gpu = self.graphed is not None and device.type == "cuda"
         for group in self.optimizer.param_groups:
             rate = float(group["lr"])
