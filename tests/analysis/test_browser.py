@@ -38,9 +38,11 @@ def browser():
 def page(browser, report, request):
     """The page in a theme, and what its console and its network said."""
     width, height = SIZES[request.param]
+    phone = width < 600
     opened = browser.new_page(
-        viewport={"width": width, "height": height}, color_scheme=request.param
-    )
+        viewport={"width": width, "height": height}, color_scheme=request.param,
+        is_mobile=phone, has_touch=phone,
+    )  # fmt: skip
     opened.told, opened.asked, opened.theme = [], [], request.param
     opened.on("console", lambda message: opened.told.append(message.text))
     opened.on("pageerror", lambda error: opened.told.append(str(error)))
@@ -167,6 +169,16 @@ def test_every_picture_is_drawn(page):
             assert plot.locator("svg.main-svg").count() > 0
     width = page.evaluate("[document.documentElement.scrollWidth, innerWidth]")
     assert width[0] <= width[1], "the page is wider than the screen"
+
+
+def test_buttons_of_a_plot_do_not_stand_on_its_title(page):
+    """They come with a pointer that hovers; on a phone, where they would stay, there are none."""
+    page.locator("#heat svg.main-svg").first.wait_for()
+    bars = page.locator("#heat .modebar")
+    shown = page.evaluate("matchMedia('(hover: hover)').matches")
+    assert shown == (page.theme == "light")
+    assert bars.locator(".modebar-btn").count() > 0 if shown else bars.count() == 0
+    assert bars.count() == page.locator("#heat .modebar--hover").count()
 
 
 def test_light_and_dark(page):

@@ -4,7 +4,8 @@
   const given = JSON.parse(document.getElementById("explorer-data").textContent);
   const root = document.documentElement;
   const element = (id) => document.getElementById(id);
-  const CONFIG = { responsive: true, displaylogo: false };
+  // Without a pointer that hovers, plotly's buttons would always stand on the titles.
+  const CONFIG = { responsive: true, displaylogo: false, displayModeBar: matchMedia("(hover: hover)").matches ? "hover" : false };
   const KEPT = "#0072B2", BOUND = "#D55E00", GREY = "#9a9a9a", QUERY = "#009E73";
   // Names of tokens are text, and plotly reads its texts as HTML.
   const escape = (text) => text.replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/>/g, "&gt;");
@@ -22,6 +23,7 @@
     const axis = { gridcolor: grid, zerolinecolor: line, linecolor: line, color: ink };
     const made = {
       ...layout,
+      title: { ...layout.title, x: 0, xanchor: "left", xref: "paper" },
       font: { ...layout.font, color: ink },
       modebar: { bgcolor: "rgba(0,0,0,0)", color: line, activecolor: ink },
     };
