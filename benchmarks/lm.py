@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from ablations import no_geometry
+from ablations import hierarchical_model, mixture_model, no_geometry
 from common import environment, nothing_missing
 from state_space import StateSpaceConfig, StateSpaceModel
 from torch import Tensor, nn
@@ -271,6 +271,8 @@ MODELS: dict[str, Trained] = {
     "qflux": Trained(QuantumFluxLM, QuantumFluxConfig),
     "zero-layer": Trained(QuantumFluxLM, QuantumFluxConfig, {"num_layers": 0}),
     "no-geometry": Trained(no_geometry, QuantumFluxConfig, {"score": "threshold"}),
+    "mixture": Trained(mixture_model, QuantumFluxConfig),
+    "hierarchical": Trained(hierarchical_model, QuantumFluxConfig),
     "transformer": Trained(Transformer, TransformerConfig),
     "windowed": Trained(WindowedTransformer, WindowedConfig),
     "state-space": Trained(StateSpaceModel, StateSpaceConfig),

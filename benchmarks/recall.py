@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from ablations import no_geometry, softmax_model
+from ablations import hierarchical_model, mixture_model, no_geometry, softmax_model
 from common import environment
 from files import append_row
 from lm import logits_of, parse_changes
@@ -142,6 +142,8 @@ PROVIDERS = {
     "sparsemax": with_lm(score="sparsemax"),
     "softmax": with_lm(softmax_model, score="sparsemax"),
     "no-geometry": with_lm(no_geometry, score="threshold"),
+    "mixture": with_lm(mixture_model),
+    "hierarchical": with_lm(hierarchical_model),
     "flux": Provider("flux", {}),
     "qfnn": Provider("qfnn", {}),
     "transformer": Provider("transformer", GATED, Transformer),

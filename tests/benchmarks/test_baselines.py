@@ -2,10 +2,14 @@
 
 import pytest
 import torch
+from ablations import MixtureAttention, blocks, hierarchical_model, mixture_model, windows
 from state_space import StateSpaceConfig, StateSpaceModel, state_space
 from torch.nn import functional as F
 from transformer import Transformer, TransformerConfig
 from windowed import WindowedConfig, WindowedTransformer, windowed_attention
+
+from qflux import QuantumFluxConfig
+from qflux_kernels import Sparsemax, interact
 
 SMALL = {"num_layers": 2, "hidden_dim": 16, "num_heads": 2}
 
@@ -118,3 +122,60 @@ def test_layers_go_on_where_they_stopped(name):
 def test_sizes_are_checked(kind, name):
     with pytest.raises(ValueError, match=rf"{name} must be an integer >= 1, got 0"):
         kind(11, **{name: 0})
+
+
+def sparsemax(queries, keys, values):
+    return tuple(interact(queries, keys, values, score=Sparsemax(2.0)))
+
+
+@pytest.mark.parametrize("length", [5, 8, 9, 24, 29])
+def test_two_scales_are_near_tokens_and_means_of_blocks(length):
+    torch.manual_seed(0)
+    queries, keys, values = (normal(2, 3, length, size) for size in (2, 2, 4))
+    near = windows(sparsemax, queries, keys, values, 8)
+    far = blocks(sparsemax, queries, keys, values, 4)
+    for row in range(length):
+        own = queries[:, :, row : row + 1]
+        seen = slice(max(0, row // 8 - 1) * 8, row + 1)
+        for found, expected in zip(
+            near, sparsemax(own, keys[:, :, seen], values[:, :, seen]), strict=True
+        ):
+            torch.testing.assert_close(found[:, :, row], expected[:, :, 0])
+        whole = row // 4
+        means = (x[:, :, : 4 * whole].unflatten(2, (whole, 4)).mean(3) for x in (keys, values))
+        for found, expected in zip(far, sparsemax(own, *means), strict=True):
+            torch.testing.assert_close(found[:, :, row], expected[:, :, 0])
+
+
+def test_a_mixture_has_three_kinds_of_cylinders():
+    torch.manual_seed(0)
+    config = QuantumFluxConfig(11, num_layers=1, hidden_dim=16, num_cylinders=7)
+    mixture = MixtureAttention(config)
+    queries, keys, values = (torch.randn(2, 7, 20, size) for size in (2, 2, 4))
+    mean, parts = mixture.gather(queries, keys, values)
+    kinds = [(score.kind.__name__, score.options.get("shrinkage")) for score in mixture.score]
+    assert kinds == [("Threshold", "hard"), ("Threshold", "soft"), ("Sparsemax", None)]
+    assert [score.count for score in mixture.score] == [3, 2, 2]
+    for cylinder in range(7):
+        own = slice(cylinder, cylinder + 1)
+        score = mixture.score[cylinder % 3]
+        name, numbers = ("scale", score().scale) if cylinder % 3 == 2 else ("sigma", score().sigma)
+        alone = type(score())(**{**score.options, name: numbers[cylinder // 3]})
+        found = interact(queries[:, own], keys[:, own], values[:, own], score=alone)
+        torch.testing.assert_close(parts["degree"][:, own], found.degree)
+        count = 1 if cylinder % 3 == 2 else found.degree.clamp(min=1)[..., None]
+        torch.testing.assert_close(mean[:, own], found.context / count)
+
+
+@pytest.mark.parametrize("make", [mixture_model, hierarchical_model])
+def test_other_ways_to_gather_are_causal_and_learn(make):
+    torch.manual_seed(0)
+    model = make(QuantumFluxConfig(11, num_layers=2, hidden_dim=16, num_cylinders=6)).double()
+    ids = torch.randint(11, (1, 600))
+    whole = model(ids, labels=ids)
+    torch.testing.assert_close(model(ids[:, :300]).logits, whole.logits[:, :300])
+    whole.loss.backward()
+    assert all(p.grad is not None and p.grad.any() for p in model.parameters())
+    record = model(ids, return_layers=True).layers[1]
+    with pytest.raises(ValueError, match="cache must be None"):
+        model.layers[1].attention.gather(record.queries, record.keys, record.gathered, object())
