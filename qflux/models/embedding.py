@@ -12,8 +12,20 @@ from .config import ModelConfig, QuantumFluxConfig
 from .constants import at_least_float32, initial
 
 
+def _is_complex(states: Tensor) -> bool:
+    """Whether states `(..., 2)` can be viewed as complex numbers where they are."""
+    if states.dtype not in (torch.float32, torch.float64):
+        return False
+    *strides, last = states.stride()
+    return last == 1 and not any(step % 2 for step in (states.storage_offset(), *strides))
+
+
 def rotate(states: Tensor, angle: Tensor) -> Tensor:
     """Turn states `(..., S, 2)` by `angle` radians, `(..., S)` broadcasting, in their dtype."""
+    if _is_complex(states) and states.dtype == angle.dtype and not torch.compiler.is_compiling():
+        # One product of complex numbers, where sums of products take seven passes.
+        turn = torch.polar(torch.ones_like(angle), angle)
+        return torch.view_as_real(torch.view_as_complex(states) * turn)
     cos, sin = angle.cos(), angle.sin()
     x, y = states.unbind(-1)
     return torch.stack((x * cos - y * sin, x * sin + y * cos), -1).to(states.dtype)

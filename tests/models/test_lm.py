@@ -146,6 +146,40 @@ def test_embedding_is_radius_and_phase_of_the_token():
         torch.testing.assert_close(states[:, cylinder, :, 1], y[ids, cylinder])
 
 
+def layouts():
+    """States `(2, 3, 4, 2)` in every layout that a projection or a caller may give."""
+    flat = torch.randn(200)
+    yield "contiguous", flat[:48].view(2, 3, 4, 2)
+    yield "strided", flat[:48].view(2, 4, 3, 2).transpose(1, 2)
+    yield "odd offset", flat[1:49].view(2, 3, 4, 2)
+    yield "odd strides", flat[:60].view(2, 3, 10)[..., :9].unfold(-1, 2, 2)
+    yield "apart", flat[:48].view(2, 2, 3, 4).movedim(1, -1)
+    yield "expanded", flat[:8].view(4, 2).expand(2, 3, 4, 2)
+    yield "empty", flat[:0].view(0, 3, 4, 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_a_turn_is_that_of_a_rotation_matrix_in_any_layout(dtype):
+    torch.manual_seed(0)
+    angle = torch.randn(3, 4, requires_grad=True)
+    cos, sin = angle.cos(), angle.sin()
+    matrix = torch.stack((torch.stack((cos, -sin), -1), torch.stack((sin, cos), -1)), -2)
+    for name, states in layouts():
+        states = states.to(dtype).requires_grad_()
+        for given in (angle, angle.double()):
+            found = rotate(states, given)
+            expected = (matrix.double() @ states.double()[..., None]).squeeze(-1)
+            assert found.dtype == dtype and found.shape == states.shape, name
+            weight = torch.randn(found.shape, dtype=torch.float64)
+            torch.testing.assert_close(found, expected.to(dtype), msg=lambda m, n=name: f"{n}: {m}")
+            ours = torch.autograd.grad((found * weight).sum(), (states, angle))
+            theirs = torch.autograd.grad(
+                (expected * weight).sum(), (states, angle), retain_graph=True
+            )
+            rounding = {"rtol": 2e-2, "atol": 0.1} if dtype == torch.bfloat16 else {}
+            torch.testing.assert_close(ours, theirs, **rounding)
+
+
 def test_positions_turn_phases_at_the_frequency_of_the_cylinder():
     rotation = PhaseRotation(QuantumFluxConfig(**SMALL, frequency_min=0.01))
     omega = rotation.log_frequency.exp()
