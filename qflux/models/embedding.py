@@ -22,7 +22,7 @@ def _is_complex(states: Tensor) -> bool:
 
 def rotate(states: Tensor, angle: Tensor) -> Tensor:
     """Turn states `(..., S, 2)` by `angle` radians, `(..., S)` broadcasting, in their dtype."""
-    if _is_complex(states) and states.dtype == angle.dtype and not torch.compiler.is_compiling():
+    if not torch.compiler.is_compiling() and _is_complex(states) and states.dtype == angle.dtype:
         # One product of complex numbers, where sums of products take seven passes.
         turn = torch.polar(torch.ones_like(angle), angle)
         return torch.view_as_real(torch.view_as_complex(states) * turn)

@@ -13,7 +13,7 @@ from ..models.base import CausalLM
 from ..models.output import LayerRecord
 from .graph import CudaRecorder, GraphedStep
 from .hebbian import apply_update, delta_rule, largest_moment
-from .optimizer import make_autocast, make_optimizer, make_scaler
+from .optimizer import choose_kernel, make_autocast, make_optimizer, make_scaler
 from .options import TrainingOptions
 from .ranks import Ranks
 from .replica import Replica
@@ -156,6 +156,7 @@ class TrainStep:
 
         Both are part of a state, which may come from a run of the other kind.
         """
+        choose_kernel(self.optimizer)
         device = self.moved[0].device
         on_gpu = self.graphed is not None and device.type == "cuda"
         for group in self.optimizer.param_groups:
