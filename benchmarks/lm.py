@@ -10,18 +10,18 @@ Optimiser, schedule, batches and validation are the same for every provider.
 from __future__ import annotations
 
 import argparse
-import ast
 import csv
 import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from ablations import hierarchical_model, mixture_model, no_geometry
+from arguments import add_training, optimizer_options, parse_changes
 from common import environment, nothing_missing
 from state_space import StateSpaceConfig, StateSpaceModel
 from torch import Tensor, nn
@@ -173,20 +173,6 @@ def append(path: Path, columns: Sequence[str], rows: Sequence[dict[str, object]]
         writer.writerows(rows)
 
 
-def parse_changes(pairs: Sequence[str], kind: type) -> dict[str, object]:
-    known = {known.name for known in fields(kind)}
-    changes = {}
-    for pair in pairs:
-        name, _, value = pair.partition("=")
-        if name not in known:
-            raise SystemExit(f"--set: {name!r} is no field of {kind.__name__}: {sorted(known)}")
-        try:
-            changes[name] = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
-            changes[name] = value
-    return changes
-
-
 @dataclass(frozen=True)
 class Task:
     """What every provider is given: the command line, and the text as token ids."""
@@ -271,8 +257,8 @@ MODELS: dict[str, Trained] = {
     "qflux": Trained(QuantumFluxLM, QuantumFluxConfig),
     "zero-layer": Trained(QuantumFluxLM, QuantumFluxConfig, {"num_layers": 0}),
     "no-geometry": Trained(no_geometry, QuantumFluxConfig, {"score": "threshold"}),
-    "mixture": Trained(mixture_model, QuantumFluxConfig),
-    "hierarchical": Trained(hierarchical_model, QuantumFluxConfig),
+    "mixture": Trained(mixture_model, QuantumFluxConfig, {"score": "sparsemax"}),
+    "hierarchical": Trained(hierarchical_model, QuantumFluxConfig, {"score": "sparsemax"}),
     "transformer": Trained(Transformer, TransformerConfig),
     "windowed": Trained(WindowedTransformer, WindowedConfig),
     "state-space": Trained(StateSpaceModel, StateSpaceConfig),
@@ -289,35 +275,17 @@ def main() -> None:
     parser.add_argument("--name", help="what to call it in the table; default: its file name")
     parser.add_argument("--vocabulary", choices=VOCABULARIES, default="char")
     parser.add_argument("--provider", choices=PROVIDERS, default="qflux")
-    parser.add_argument(
-        "--set", nargs="*", default=[], metavar="NAME=VALUE", help="fields of the configuration"
-    )
+    add_training(parser, "the training curves")
     parser.add_argument("--context", type=int, default=64)
     parser.add_argument("--batch", type=int, default=12)
-    parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--seconds", type=float, help="train so long instead of --steps")
-    parser.add_argument("--rate", type=float, default=4e-3)
-    parser.add_argument("--weight-decay", type=float, default=0.1)
-    parser.add_argument("--beta2", type=float, default=0.99)
-    parser.add_argument("--warmup", type=float, default=0.05)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--output", type=Path, help="append rows to this CSV")
-    parser.add_argument("--curves", type=Path, help="append the training curves to this CSV")
-    parser.add_argument("--verbose", action="store_true")
     arguments = parser.parse_args()
     provider = PROVIDERS[arguments.provider]
     reason = provider.missing()
     if reason is not None:
         parser.error(f"--provider {arguments.provider}: {reason}")
     try:
-        options = OptimizerOptions(
-            learning_rate=arguments.rate,
-            betas=(0.9, arguments.beta2),
-            weight_decay=arguments.weight_decay,
-            warmup=arguments.warmup,
-        )
+        options = optimizer_options(arguments)
     except (TypeError, ValueError) as error:
         parser.error(str(error))
     torch.set_num_threads(arguments.threads)

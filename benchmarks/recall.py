@@ -22,9 +22,10 @@ from typing import Any
 
 import torch
 from ablations import hierarchical_model, mixture_model, no_geometry, softmax_model
+from arguments import add_training, optimizer_options, parse_changes
 from common import environment
 from files import append_row
-from lm import logits_of, parse_changes
+from lm import logits_of
 from state_space import StateSpaceConfig, StateSpaceModel
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -35,7 +36,6 @@ from qflux.models.base import CausalLM
 from qflux.models.presets import PRESETS, make_config, make_model
 from qflux.text.windows import IGNORED_LABEL
 from qflux.train.optimizer import make_optimizer
-from qflux.train.options import OptimizerOptions
 from qflux.train.schedules import learning_rate_at
 from qflux_kernels.checks import check_choice, check_integer, check_real
 
@@ -281,21 +281,10 @@ def mixed(recall: Recall, mix: list[str]) -> list[Recall]:
     return [*tasks, recall]
 
 
-def optimizer_options(arguments: argparse.Namespace) -> OptimizerOptions:
-    return OptimizerOptions(
-        learning_rate=arguments.rate,
-        betas=(0.9, arguments.beta2),
-        weight_decay=arguments.weight_decay,
-        warmup=arguments.warmup,
-    )
-
-
 def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, Recall]:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--providers", nargs="+", choices=PROVIDERS, default=["lm"])
-    parser.add_argument(
-        "--set", nargs="*", default=[], metavar="NAME=VALUE", help="fields of the configuration"
-    )
+    add_training(parser, "accuracies over training")
     parser.add_argument("--task", choices=TASKS, default="simple")
     parser.add_argument("--length", type=int, default=32)
     parser.add_argument("--pairs", type=int, default=6)
@@ -311,19 +300,8 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, Recall]:
     parser.add_argument("--width", type=int, default=32)
     parser.add_argument("--cylinders", type=int, default=16, help="of the preset lm")
     parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--points", type=int, default=20, help="accuracies of the curve")
     parser.add_argument("--sequences", type=int, default=512, help="of the last evaluation")
-    parser.add_argument("--rate", type=float, default=4e-3)
-    parser.add_argument("--weight-decay", type=float, default=0.1)
-    parser.add_argument("--beta2", type=float, default=0.99)
-    parser.add_argument("--warmup", type=float, default=0.05)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--output", type=Path, help="append rows to this CSV")
-    parser.add_argument("--curves", type=Path, help="append accuracies over training to this CSV")
-    parser.add_argument("--verbose", action="store_true")
     arguments = parser.parse_args(argv)
     try:
         recall = Recall(arguments.task, arguments.length, arguments.pairs, arguments.vocabulary)
