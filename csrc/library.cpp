@@ -6,7 +6,10 @@
 #include <cstring>
 #include <string>
 
+#include "cpu/decode/index.h"
 #include "cpu/isa/dispatch.h"
+#include "cpu/isa/statistics.h"
+#include "math/sweep.h"
 #include "ops/pair.h"
 #include "projection.h"
 
@@ -30,11 +33,13 @@ const char* architectures() {
 }
 Tensor cuda_architectures() { return text(architectures<kHasCuda>()); }
 
-// What qflux_kernels/schema.py and options.py state too.
+// What qflux_kernels/schema.py, options.py and past.py state too.
 Tensor constants() {
   return text(std::string("scores=") + kScoreNames + " algorithms=" + kAlgorithmNames +
-              " tape_planes=" + std::to_string(kTapePlanes) +
-              " max_features=" + std::to_string(kMaxFeatures));
+              " tape_planes=" + std::to_string(kTapePlanes) + " max_features=" +
+              std::to_string(kMaxFeatures) + " run_factor=" + std::to_string(cpu::kRunFactor) +
+              " moments_tile=" + std::to_string(cpu::kMomentsTile) +
+              " largest_tame=" + std::to_string(kLargestTame<float>));
 }
 
 }  // namespace ops

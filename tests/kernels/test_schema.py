@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from qflux_kernels import backends, schema
+from qflux_kernels import backends, past, schema
 from qflux_kernels.options import ALGORITHMS, Score
 
 OPS = torch.ops.qflux_kernels
@@ -41,11 +41,15 @@ def test_no_op_is_missing_from_the_table():
 
 def test_constants_are_those_of_the_kernels():
     text = backends._text("constants")
-    assert dict(part.split("=") for part in text.split()) == {
+    found = dict(part.split("=") for part in text.split())
+    assert float(found.pop("largest_tame")) == past.LARGEST_TAME
+    assert found == {
         "scores": ",".join(schema.SCORES),
         "algorithms": ",".join(ALGORITHMS),
         "tape_planes": str(schema.TAPE_PLANES),
         "max_features": str(schema.MAX_FEATURES),
+        "run_factor": str(past.RUN_FACTOR),
+        "moments_tile": str(past.MOMENTS_TILE),
     }
 
 
