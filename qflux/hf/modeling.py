@@ -163,11 +163,12 @@ class QFluxForCausalLM(transformers.PreTrainedModel, transformers.GenerationMixi
             use_cache: True: read the tokens into a `QFluxCache`, without gradients, and return it,
                 unless there are labels or the model is training. None (default): only if one is
                 given.
-            kwargs: `cache` (in older versions `past_key_values`): a `QFluxCache` of the tokens
+            kwargs: `cache` or `past_key_values`, its older name: a `QFluxCache` of the tokens
                 before these, which join it; padding is then on the left, and `attention_mask` is of
                 all tokens. Those of other models have no effect.
 
         Raises:
+            TypeError: another cache.
             ValueError: padding between tokens (checked on the CPU), a mask of another shape, or
                 an argument of other models that this one cannot follow.
         """
@@ -193,14 +194,14 @@ class QFluxForCausalLM(transformers.PreTrainedModel, transformers.GenerationMixi
         self, others: dict[str, Any], use_cache: bool | None, labels: Tensor | None
     ) -> QFluxCache | None:
         """The cache that is given, or a new one if it is wanted and the model has one."""
-        given = [others.pop(name, None) for name in (CACHE_NAME, OLD_NAME)]
-        cache = next((one for one in given if one is not None), None)
-        if cache is None:
-            wanted = use_cache and labels is None and not self.training and self.model.cacheable
-            return QFluxCache() if wanted else None
-        if not isinstance(cache, QFluxCache):
-            raise TypeError(f"{CACHE_NAME} must be a QFluxCache, got {type(cache).__name__}")
-        return cache
+        given = {name: others.pop(name, None) for name in (CACHE_NAME, OLD_NAME)}
+        for name, cache in given.items():
+            if isinstance(cache, QFluxCache):
+                return cache
+            if cache is not None:
+                raise TypeError(f"{name} must be a QFluxCache, got {type(cache).__name__}")
+        wanted = use_cache and labels is None and not self.training and self.model.cacheable
+        return QFluxCache() if wanted else None
 
     def _read_on(
         self,
@@ -227,7 +228,13 @@ class QFluxForCausalLM(transformers.PreTrainedModel, transformers.GenerationMixi
     def features(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
     ) -> Tensor:
-        """What the map to logits reads, `(B, S, H)`, with the arguments and errors of `forward`."""
+        """What the map to logits reads, `(B, S, H)`, with the arguments and errors of `forward`.
+
+        But for a cache, which has to be None.
+        """
+        for name in (CACHE_NAME, OLD_NAME):
+            if kwargs.get(name) is not None:
+                raise ValueError(f"features are of whole sequences: {name} must be None")
         input_ids, _, order = self._arranged(input_ids, attention_mask, kwargs)
         return _in_place(self.model.features(input_ids), order)
 

@@ -345,7 +345,8 @@ def test_a_cache_gives_the_logits_of_the_whole(transformers):
     output = loaded(ids[:, :5], attention_mask=mask[:, :5], use_cache=True)
     cache = output[1]
     assert isinstance(cache, QFluxCache) and not output.logits.requires_grad
-    pieces = [output.logits, loaded(ids[:, 5:9], attention_mask=mask[:, :9], cache=cache).logits]
+    further = {"attention_mask": mask[:, :9], "past_key_values": cache}  # its name in older models
+    pieces = [output.logits, loaded(ids[:, 5:9], **further).logits]
     cache.crop(-3)
     cache.reorder_cache(torch.tensor([1, 0]))
     ids, mask, full = ids.flip(0), mask.flip(0), full.flip(0)
@@ -357,13 +358,17 @@ def test_a_cache_gives_the_logits_of_the_whole(transformers):
 
     more = ids[:, :1]
     for bad, message in (
-        ({"cache": transformers.DynamicCache()}, "must be a QFluxCache"),
+        ({"cache": transformers.DynamicCache()}, "^cache must be a QFluxCache"),
+        ({"past_key_values": ((ids, ids),)}, "^past_key_values must be a QFluxCache, got tuple"),
         ({"cache": cache, "labels": more}, "labels cannot be given with a cache"),
         ({"cache": cache, "attention_mask": mask}, "one column for each"),
         ({"cache": cache, "attention_mask": 1 - torch.eye(13)[:2]}, "zeros on the left"),
     ):
         with pytest.raises((TypeError, ValueError), match=message):
             loaded(more, **bad)
+    for name in ("cache", "past_key_values"):
+        with pytest.raises(ValueError, match=f"{name} must be None"):
+            loaded.base_model(more, **{name: cache})
     assert cache.get_seq_length() == 12
     with pytest.raises(ValueError, match="prefill_chunk_size must be larger than the padding"):
         loaded(ids, attention_mask=torch.zeros(2, 12), use_cache=True)
