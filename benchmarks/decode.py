@@ -3,6 +3,7 @@
 python benchmarks/decode.py [--contexts 1024 4096 16384] [--batches 1 32] [--tokens 32]
 python benchmarks/decode.py --contexts 16384 102400 1048576 --batches 1 --prefill-to 0
 python benchmarks/decode.py --stream 1048576
+python benchmarks/decode.py --heads 256 4096 50257 --threads 1
 
 `lm` is the default model with its cache; `transformer` is that of `transformer.py`, of nearly as
 many parameters, with keys and values in a buffer and `scaled_dot_product_attention`. Weights are
@@ -17,6 +18,10 @@ the time of the transformer does not depend on the numbers.
 
 `--stream` appends tokens one after another to an `InteractionCache` of eight cylinders and attends
 with each; it gives microseconds a token, all work on the index included, over blocks of 4,096.
+
+`--heads` times the published networks with so many token ids, by their modules and by the collapsed
+head that they have in evaluation: a token behind 256 others, and logits of 1,024 tokens. The two
+take turns, and the smallest times are given.
 """
 
 from __future__ import annotations
@@ -34,7 +39,8 @@ from common import environment, percentile
 from torch import Tensor
 from transformer import Transformer, TransformerConfig, TransformerLayer
 
-from qflux import QuantumFluxConfig, make_model
+from qflux import QuantumFluxConfig, make_config, make_model
+from qflux.models.base import CausalLM
 from qflux.models.embedding import rotate
 from qflux_kernels import InteractionCache, Sparsemax
 from qflux_kernels.checks import check_integer
@@ -206,6 +212,57 @@ def stream(tokens: int) -> None:
             )
 
 
+READ, BEHIND = 1024, 256
+PUBLISHED = {
+    "flux": ("flux", {}),
+    "flux, 8 cylinders": ("flux", {"num_cylinders": 8}),
+    "flux, readout last": ("flux", {"readout": "last"}),
+    "qfnn": ("qfnn", {}),
+}
+
+
+@torch.no_grad()
+def heads(sizes: list[int], turns: int) -> None:
+    """Print smallest milliseconds of a token and of a text, by modules and by a collapsed head."""
+    print("model,tokens,vocabulary,modules_ms,collapsed_ms,ratio")
+    for name, (preset, changes) in PUBLISHED.items():
+        for size in sizes:
+            model = make_model(make_config(preset, size, **changes)).eval()
+            for tokens in (1, READ):
+                ways = [reader(model, tokens), reader(model, tokens)]
+                times = [
+                    # What something hangs on is called as it is.
+                    (timed(ways[0], model.head), timed(ways[1]))
+                    for _ in range(turns + 1)
+                ]
+                modules, collapsed = (1e3 * min(way) for way in zip(*times[1:], strict=True))
+                print(
+                    f"{name},{tokens},{size},{modules:.3f},{collapsed:.3f},"
+                    f"{modules / collapsed:.2f}",
+                    flush=True,
+                )
+
+
+def reader(model: CausalLM, tokens: int) -> Callable[[], Tensor]:
+    """Logits of so many tokens: of one behind others in a cache, or of a whole text."""
+    ids = torch.randint(model.config.vocab_size, (1, max(tokens, BEHIND)))
+    if tokens > 1:
+        return lambda: model(ids).logits
+    cache = model.new_cache(1)
+    model.prefill(ids, cache)
+    return lambda: model.prefill(ids[:, :1], cache)
+
+
+def timed(call: Callable[[], Tensor], hooked: torch.nn.Module | None = None) -> float:
+    handle = None if hooked is None else hooked.register_forward_hook(lambda *_: None)
+    start = clock()
+    call()
+    spent = clock() - start
+    if handle is not None:
+        handle.remove()
+    return spent
+
+
 def parse(line: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--contexts", type=int, nargs="+", default=[1024, 4096, 16384])
@@ -214,10 +271,11 @@ def parse(line: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--prefill-to", type=int, default=16384, help="longest context to read")
     parser.add_argument("--stream", type=int, help="tokens of a stream to time instead")
+    parser.add_argument("--heads", type=int, nargs="+", help="vocabularies to time instead")
     options = parser.parse_args(line)
     try:
-        for name in ("contexts", "batches"):
-            for value in getattr(options, name):
+        for name in ("contexts", "batches", "heads"):
+            for value in getattr(options, name) or ():
                 check_integer(name, value, 1)
         for name in ("tokens", "threads"):
             check_integer(name, getattr(options, name), 1)
@@ -236,6 +294,8 @@ def main(line: list[str] | None = None) -> None:
     print("# " + ", ".join(f"{name} {value}" for name, value in about.items()))
     if options.stream is not None:
         return stream(options.stream)
+    if options.heads is not None:
+        return heads(options.heads, options.tokens)
     print("batch,context,provider,parameters,prefill_s,p50_ms,p99_ms,tokens_per_s,bytes_per_token")
     for batch in options.batches:
         for context in options.contexts:

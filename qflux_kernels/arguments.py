@@ -96,11 +96,16 @@ _TRACING = torch._C._TorchDispatchModeKey.PROXY, torch._C._TorchDispatchModeKey.
 
 def values_are_known(tensor: torch.Tensor) -> bool:
     """Whether reading the tensor is free of device synchronisation, tracing and transforms."""
+    return tensor.device.type == "cpu" and is_eager(tensor)
+
+
+def is_eager(tensor: torch.Tensor) -> bool:
+    """Whether the tensor is one of numbers, outside tracing and transforms."""
     return (
-        tensor.device.type == "cpu"
-        and not torch.compiler.is_compiling()
+        not torch.compiler.is_compiling()
         and type(tensor) is torch.Tensor
         and not is_functorch_wrapped_tensor(tensor)
+        and not tensor.is_meta
         and all(torch._C._get_dispatch_mode(key) is None for key in _TRACING)
     )
 

@@ -25,13 +25,13 @@ PREFILL_CHUNK = 4096
 
 
 class Reading(NamedTuple):
-    """What the output layer reads, and what comes with it.
+    """What `logits_of` reads, and what comes with it.
 
-    features: `(B, S, H)`. layers: a record of each layer, or `()` if they were not asked for.
-    penalties: terms without dimensions that the training loss has beside the cross entropy.
+    outputs: tensors `(..., S, N)`. layers: a record of each layer, or `()` if they were not asked
+    for. penalties: terms without dimensions that the training loss has beside the cross entropy.
     """
 
-    features: Tensor
+    outputs: tuple[Tensor, ...]
     layers: tuple[LayerRecord, ...] = ()
     penalties: tuple[Tensor, ...] = ()
 
@@ -39,7 +39,8 @@ class Reading(NamedTuple):
 class CausalLM(nn.Module, ABC):
     """A model whose logits at a position depend on the tokens up to that position only.
 
-    Subclasses have a `head`, the linear map from features to logits, `layers`, and `read`.
+    Subclasses have a `head`, the linear map from features to logits, `layers`, and `read`, whose
+    outputs `features_of` and `logits_of` go on from.
     """
 
     head: nn.Linear
@@ -62,6 +63,14 @@ class CausalLM(nn.Module, ABC):
 
         With a cache these are the tokens behind those in it, at positions `(S,)` or `(B, S)`.
         """
+
+    def features_of(self, outputs: tuple[Tensor, ...]) -> Tensor:
+        """What the head reads, `(B, S, H)`, from the outputs of `read`."""
+        return outputs[0]
+
+    def logits_of(self, outputs: tuple[Tensor, ...], cache: ModelCache | None = None) -> Tensor:
+        """Logits `(B, S, V)` from the outputs of `read`; `cache` is the one that it was given."""
+        return self.head(self.features_of(outputs))
 
     @property
     def cacheable(self) -> bool:
@@ -104,7 +113,7 @@ class CausalLM(nn.Module, ABC):
 
     @torch.no_grad()
     def _read_on(self, input_ids: Tensor, cache: ModelCache) -> Reading:
-        """Features of the tokens behind those in the cache, which they join."""
+        """Read the tokens behind those in the cache, which they join."""
         with cache.replay() as again:
             if again is not None:
                 self.read(again[0], cache=cache, position=again[1])
@@ -124,16 +133,16 @@ class CausalLM(nn.Module, ABC):
         """
         check_integer("chunk", chunk, 1)
         check_ids("input_ids", input_ids, self.config.vocab_size)
-        before, features = len(cache), None
+        before, outputs = len(cache), ()
         try:
             for part in input_ids.split(chunk, 1):
-                features = self._read_on(part, cache).features
+                outputs = self._read_on(part, cache).outputs
         except BaseException:
             cache.truncate(before)
             raise
-        assert features is not None
         with torch.no_grad():
-            return self.head(features[:, -1])
+            last = tuple(output[..., -1:, :] for output in outputs)
+            return self.logits_of(last, cache)[:, 0]
 
     def forward(
         self,
@@ -172,9 +181,9 @@ class CausalLM(nn.Module, ABC):
                 raise ValueError("a cache needs whole sequences: it cannot be read over ranks")
             if labels is not None or return_layers:
                 raise ValueError("labels and return_layers cannot be given with a cache")
-            features = self._read_on(input_ids, cache).features
+            outputs = self._read_on(input_ids, cache).outputs
             with torch.no_grad():
-                return LanguageModelOutput(self.head(features), None, None, ())
+                return LanguageModelOutput(self.logits_of(outputs, cache), None, None, ())
         if split is None:
             return self._forward(input_ids, labels, return_layers, num_labels)
         with split.sequences(input_ids.shape[1]):
@@ -188,7 +197,7 @@ class CausalLM(nn.Module, ABC):
         num_labels: int | Tensor | None,
     ) -> LanguageModelOutput:
         reading = self.read(input_ids, return_layers)
-        logits = self.head(reading.features)
+        logits = self.logits_of(reading.outputs)
         if labels is None:
             return LanguageModelOutput(logits, None, None, reading.layers)
         cross_entropy, share = next_token_loss(logits, input_ids, labels, num_labels)
@@ -204,7 +213,7 @@ class CausalLM(nn.Module, ABC):
             TypeError, ValueError: as `forward`.
         """
         check_ids("input_ids", input_ids, self.config.vocab_size)
-        return self.read(input_ids).features
+        return self.features_of(self.read(input_ids).outputs)
 
     def generate(
         self,

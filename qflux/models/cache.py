@@ -14,6 +14,8 @@ from qflux_kernels import EvolutionCache, InteractionCache
 from qflux_kernels.cache import check_integers, checked_index, reorder_all
 from qflux_kernels.checks import check_integer
 
+from .collapsed import CollapsedHead
+
 SMALLEST_CAPACITY = 64
 
 
@@ -119,6 +121,7 @@ class ModelCache:
         # Tokens are read again where their convolutions' inputs are gone.
         self._ids = torch.empty(batch, 0, dtype=torch.int64, device=device)
         self._batch, self._stale = batch, False
+        self.head: CollapsedHead | None = None
 
     def __len__(self) -> int:
         """Tokens so far, padding included."""
@@ -134,7 +137,8 @@ class ModelCache:
         """Bytes of all buffers, with the room that is still free."""
         inputs = [tensor for layer in self.layers for tensor in layer.inputs.values()]
         caches = [cache for layer in self.layers for cache in layer.interactions()]
-        return self._ids.nbytes + sum(part.nbytes for part in (*inputs, *caches))
+        head = 0 if self.head is None else self.head.nbytes
+        return self._ids.nbytes + head + sum(part.nbytes for part in (*inputs, *caches))
 
     def truncate(self, length: int) -> None:
         """Forget all tokens but the first `length`, which is at most `len(cache)`.

@@ -62,7 +62,7 @@ class QuantumFluxLM(CausalLM):
                 states, hidden, record = layer(states, hidden, angle, return_layers, past)
                 if record is not None:
                     layers.append(record)
-        return Reading(self.norm(hidden), tuple(layers))
+        return Reading((self.norm(hidden),), tuple(layers))
 
     def receptive_field(self) -> int:
         convolutions = [m for m in self.modules() if isinstance(m, CausalConvolution)]

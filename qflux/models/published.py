@@ -14,11 +14,13 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from qflux_kernels import EvolutionCache, evolve, interact, project_norm
+from qflux_kernels.arguments import is_eager
 from qflux_kernels.reference import move_radius
 
 from ..parallel import current_split
 from .base import CausalLM, Reading
 from .cache import LayerCache, ModelCache
+from .collapsed import CollapsedHead, columns_of
 from .config import SCORES, PublishedConfig, radius_of, score_options
 from .constants import WithConstants, initial
 from .embedding import (
@@ -34,6 +36,12 @@ from .embedding import (
 from .layers import dynamic_skip
 from .memory import ConnectionMemory
 from .output import LayerRecord
+
+# For so many tokens a column of the collapsed head, making it costs less than it saves.
+MANY_TOKENS = 4
+# A few weights of the output layer, behind a readout that is one linear map, are multiplied before
+# a collapsed head is found fit.
+FEW_WEIGHTS = 1 << 18
 
 
 class TokenStates(nn.Module):
@@ -433,5 +441,59 @@ class PublishedLM(CausalLM, WithConstants):
                 layers.append(record)
             if weight:
                 penalties.append(weight * (1 - phase_coherence(states).mean()))
-        parts = [readout(state) for readout, state in zip(self.readouts, last, strict=True)]
-        return Reading(torch.stack(parts).sum(0), tuple(layers), tuple(penalties))
+        return Reading(tuple(last), tuple(layers), tuple(penalties))
+
+    def features_of(self, outputs: tuple[Tensor, ...]) -> Tensor:
+        parts = [readout(state) for readout, state in zip(self.readouts, outputs, strict=True)]
+        return torch.stack(parts).sum(0)
+
+    def logits_of(self, outputs: tuple[Tensor, ...], cache: ModelCache | None = None) -> Tensor:
+        """As `CausalLM.logits_of`, by a `CollapsedHead` in evaluation where that saves time.
+
+        In a cache it stays from token to token, and is made again where weights have changed.
+        """
+        if self.training or torch.is_grad_enabled() or not self._only_multiplies(outputs[0]):
+            return super().logits_of(outputs, cache)
+        modules: Any = self.readouts
+        readouts = [(readout.projection, readout.norm) for readout in modules]
+        head = self.head
+        if cache is not None and cache.head is not None and cache.head.follows(readouts, head):
+            return cache.head(outputs)
+        columns, tokens = columns_of(readouts), outputs[0].shape[0] * outputs[0].shape[2]
+        goes_on = cache is not None and len(cache) > outputs[0].shape[2]
+        if 2 * columns > head.in_features or not (goes_on or tokens >= MANY_TOKENS * columns):
+            return super().logits_of(outputs, cache)
+        collapsed = CollapsedHead(readouts, head)
+        if cache is not None:
+            cache.head = collapsed
+        return collapsed(outputs)
+
+    def _only_multiplies(self, states: Tensor) -> bool:
+        """Whether head and readouts are plain modules on tensors of one dtype, called eagerly.
+
+        And enough of them that it is worth asking.
+        """
+        if not is_eager(states) or torch.is_autocast_enabled(states.device.type):
+            return False
+        if states.is_cuda and torch.cuda.is_current_stream_capturing():
+            return False  # making one waits for the device
+        readouts: Any = self.readouts
+        weights = self.head.in_features * self.head.out_features
+        if len(readouts) == 1 and readouts[0].norm is None and weights < FEW_WEIGHTS:
+            return False
+        linear, norms = [self.head], []
+        for readout in readouts:
+            if not (readout.fuses and _is_plain(readout, Readout)):
+                return False
+            linear.append(readout.projection)
+            norms += [] if readout.norm is None else [readout.norm]
+        return (
+            len(norms) in (0, len(readouts))
+            and all(_is_plain(module, nn.LayerNorm) for module in norms)
+            and all(
+                _is_plain(module, nn.Linear)
+                and module.weight.dtype == states.dtype
+                and is_eager(module.weight.detach())
+                for module in linear
+            )
+        )

@@ -73,8 +73,19 @@ def test_a_stream_prints_where_its_length_doubles(capsys, monkeypatch):
     assert all(float(number) >= 0 for row in rows for number in row)
 
 
+def test_heads_are_timed_with_and_without_their_modules(capsys, monkeypatch):
+    chosen = {"narrow": ("flux", {"hidden_dim": 64, "num_layers": 1})}
+    monkeypatch.setattr(decode, "PUBLISHED", chosen)
+    monkeypatch.setattr(decode, "READ", 32)
+    main(["--heads", "7", "11", "--tokens", "2"])
+    rows = [row.split(",") for row in capsys.readouterr().out.splitlines()[2:]]
+    assert [row[:3] for row in rows] == [["narrow", n, v] for v in ("7", "11") for n in ("1", "32")]
+    assert all(float(number) > 0 for row in rows for number in row[3:])
+
+
 def test_bad_options_are_refused(capsys):
-    for line in (["--contexts", "0"], ["--tokens", "-1"], ["--batches", "x"], ["--stream", "0"]):
+    bad = (["--contexts", "0"], ["--tokens", "-1"], ["--batches", "x"], ["--stream", "0"])
+    for line in (*bad, ["--heads", "0"]):
         with pytest.raises(SystemExit) as error:
             main(line)
         assert error.value.code == 2

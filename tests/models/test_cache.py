@@ -10,7 +10,7 @@ from qflux import PublishedConfig, QuantumFluxConfig, generate, make_model
 LENGTH, VOCABULARY = 60, 11
 LM = {"vocab_size": VOCABULARY, "num_layers": 2, "hidden_dim": 16, "context_length": 64}
 LM |= {"num_cylinders": 3}
-PUBLISHED = LM | {"num_cylinders": 2}
+PUBLISHED = LM | {"num_cylinders": 2, "hidden_dim": 32}  # wide enough for a collapsed head
 CONFIGS = {
     "lm": QuantumFluxConfig(**LM),
     "lm, evolution": QuantumFluxConfig(**LM, evolution=True),
