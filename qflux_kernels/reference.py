@@ -23,7 +23,7 @@ from .arguments import (
     interact_arguments,
     widen,
 )
-from .checks import check_choice
+from .checks import check_choice, check_integer
 from .options import (
     ALGORITHMS,
     Evolution,
@@ -298,6 +298,7 @@ def scores(
     causal: bool = True,
     score: Score = Threshold(),  # noqa: B008 (frozen)
     layout: str = "dense",
+    rows: int | None = None,
 ) -> torch.Tensor:
     """The weights w_ij themselves, for analysis.
 
@@ -306,20 +307,26 @@ def scores(
         causal, score: as in `interact`.
         layout: "dense" returns `(..., S, S)`, zero where a pair is dropped or invisible. "csr"
             returns a sparse `(S, S)` tensor of the kept pairs without ever forming S x S.
+        rows: how many rows there are in place of S, the last ones, in [0, S]; None (default): all.
 
     Raises:
         TypeError, ValueError: bad arguments.
     """
     check_choice("layout", layout, ("dense", "csr"))
     args = interact_arguments(states, causal=causal, score=score).widened()
+    length = args.states.shape[-2]
+    start = 0 if rows is None else length - check_integer("rows", rows, 0, length)
     if layout == "csr":
-        return _csr_scores(args)
+        return _csr_scores(args, start)
     with torch.autocast(args.states.device.type, enabled=False):
-        return weights(args).weight.to(args.result_dtype)
+        return weights(args, start).weight.to(args.result_dtype)
 
 
-def _csr_scores(args: InteractArguments, block_pairs: int = 1 << 20) -> torch.Tensor:
-    """Kept pairs in blocks of rows, so that no more than `block_pairs` weights stand at once."""
+def _csr_scores(args: InteractArguments, start: int, block_pairs: int = 1 << 20) -> torch.Tensor:
+    """Kept pairs of rows from `start` on, in blocks of rows: at most `block_pairs` weights at once.
+
+    A row alone may have more.
+    """
     length = args.states.shape[-2]
     if args.states.dim() != 2:
         raise ValueError(
@@ -328,7 +335,7 @@ def _csr_scores(args: InteractArguments, block_pairs: int = 1 << 20) -> torch.Te
         )
     block = max(1, block_pairs // max(1, length))
     columns, entries, counts = [], [], []
-    for first in range(0, length, block):
+    for first in range(start, length, block):
         pairs = weights(args, first, min(length, first + block))
         counts.append(pairs.kept.sum(-1))
         columns.append(pairs.kept.nonzero()[:, 1])
@@ -339,7 +346,7 @@ def _csr_scores(args: InteractArguments, block_pairs: int = 1 << 20) -> torch.Te
         torch.cat([counts.new_zeros(1), counts.cumsum(0)]),
         torch.cat([empty.long(), *columns]),
         torch.cat([empty, *entries]).to(args.result_dtype),
-        size=(length, length),
+        size=(length - start, length),
         device=args.states.device,
     )
 

@@ -83,8 +83,8 @@ def next_tokens(
     """The tokens that continue a prompt, `(B, 1)` each, as soon as each is drawn.
 
     The model reads every token once: a cache has those before. A model without one (statistics over
-    the whole row, a connection memory) reads its last `context_length` tokens in every step. The
-    model is in evaluation mode until the last token is taken or the iterator is closed.
+    the whole row) reads its last `context_length` tokens in every step. The model is in evaluation
+    mode until the last token is taken or the iterator is closed.
 
     Args:
         model: the language model.

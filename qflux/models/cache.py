@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,6 +27,7 @@ class LayerCache:
     the name of each convolution, its last `width - 1` inputs `(B, width - 1, H)`. seen: sums over
     the states so far, and how many those are. present, positions: of the tokens that are read now,
     as in `ModelCache`. replaying: whether these tokens' keys are in the cache already.
+    convolutions, sums: the names that inputs will have, and whether there will be such sums.
     """
 
     evolution: EvolutionCache | None = None
@@ -36,11 +37,31 @@ class LayerCache:
     present: Tensor | None = None
     positions: Tensor | None = None
     replaying: bool = False
+    convolutions: tuple[str, ...] = ()
+    sums: bool = False
 
     def interactions(self) -> list[InteractionCache]:
         """All caches of points."""
         own = [] if self.attention is None else [self.attention]
         return own + ([] if self.evolution is None else self.evolution.caches)
+
+    def tensors(self) -> list[Tensor]:
+        """All that it keeps of the tokens so far, which are at least one."""
+        caches = self.interactions()
+        points = [t for cache in caches for t in (cache.keys, cache.values) if t is not None]
+        seen = [] if self.seen is None else [self.seen[0]]
+        return [*points, *(self.inputs[name] for name in self.convolutions), *seen]
+
+    def put(self, given: Iterator[Tensor]) -> int:
+        """Take the next of these tensors, in the order of `tensors`; gives how many tokens."""
+        for cache in self.interactions():
+            keys = next(given)
+            cache.append(keys, None if cache.values is None else next(given))
+        self.inputs = {name: next(given) for name in self.convolutions}
+        length = self.interactions()[0].keys.shape[-2]
+        if self.sums:
+            self.seen = (next(given), length)
+        return length
 
     def convolve(self, convolution: Any, name: str, x: Tensor) -> Tensor:
         """A causal convolution over `(B, n, H)` behind its inputs so far."""
@@ -139,6 +160,16 @@ class ModelCache:
         caches = [cache for layer in self.layers for cache in layer.interactions()]
         head = 0 if self.head is None else self.head.nbytes
         return self._ids.nbytes + head + sum(part.nbytes for part in (*inputs, *caches))
+
+    def tensors(self) -> list[Tensor]:
+        """All that its layers keep; tokens to read again after a truncation are not among it."""
+        return [tensor for layer in self.layers for tensor in layer.tensors()]
+
+    def put(self, tensors: Iterable[Tensor]) -> None:
+        """Become what the cache was that had these `tensors()`; it is empty now."""
+        given = iter(tensors)
+        for layer in self.layers:
+            self._length = layer.put(given)
 
     def truncate(self, length: int) -> None:
         """Forget all tokens but the first `length`, which is at most `len(cache)`.

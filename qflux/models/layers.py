@@ -269,6 +269,11 @@ class GatedMLP(nn.Module):
         return self.output(F.silu(gate) * up)
 
 
+def _reach(branch: nn.Module | None) -> int:
+    """How many tokens before it the convolution of a branch reads."""
+    return getattr(getattr(branch, "conv", None), "width", 1) - 1
+
+
 class EvolutionLayer(nn.Module):
     """States evolve and are projected into the hidden stream; then the value path and an MLP.
 
@@ -347,7 +352,9 @@ class EvolutionLayer(nn.Module):
 
     def new_cache(self, **options: Any) -> LayerCache:
         """An empty cache; `options` are those of `InteractionCache` that all layers share."""
-        cache = LayerCache()
+        branches = {"attention": self.attention, "mlp": self.mlp}
+        convolved = (name for name, part in branches.items() if _reach(part) > 0)
+        cache = LayerCache(convolutions=tuple(convolved))
         if self.evolution is not None:
             own = self.evolution
             cache.evolution = EvolutionCache(

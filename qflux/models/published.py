@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from qflux_kernels import EvolutionCache, evolve, interact, project_norm
+from qflux_kernels import EvolutionCache, InteractionCache, evolve, interact, project_norm
 from qflux_kernels.arguments import is_eager
 from qflux_kernels.reference import move_radius
 
@@ -233,7 +233,7 @@ class PublishedLayer(nn.Module):
         dt = self.timestep(states)  # (B, 1, 1)
         skip = dynamic_skip(dt, self.skip_beta, self.skip_center)
         if cache is not None:
-            return self._advance(states, dt, skip, cache), None, None
+            return *self._advance(states, dt, skip, cache, memory), None
         if self.bounds is None and memory is None:
             moved, strength, degree = evolve(
                 states, dt, score=self.score, radius=self.radius, skip=skip, **self.options
@@ -264,36 +264,65 @@ class PublishedLayer(nn.Module):
         """An empty cache; `options` are those of `InteractionCache` that all layers share."""
         radius = self.radius if self.bounds is None else None
         return LayerCache(
-            evolution=EvolutionCache(score=self.score, radius=radius, **self.options, **options)
+            evolution=EvolutionCache(score=self.score, radius=radius, **self.options, **options),
+            sums=self.bounds is not None and self.bounds.context,
         )
 
-    def _advance(self, states: Tensor, dt: Tensor, skip: Tensor, cache: LayerCache) -> Tensor:
-        """The new tokens' states after the layer."""
+    def _advance(
+        self,
+        states: Tensor,
+        dt: Tensor,
+        skip: Tensor,
+        cache: LayerCache,
+        memory: ConnectionMemory | None,
+    ) -> tuple[Tensor, ConnectionMemory | None]:
+        """The new tokens' states after the layer, and the memory of their rows."""
         evolution = cache.evolution
         assert evolution is not None
         states = states.to(evolution.dtype)
-        if self.bounds is None:
-            return evolution.advance(states, dt, skip).states
-        past = len(evolution)
-        moved, strength, _ = evolution.advance(states, dt)
-        seen = self.bounds.seen_by(states, evolution.caches[0].keys[:, :, :past], cache)
-        moved = move_radius(moved, strength, self.radius, self.bounds(states, seen))
-        return skip[..., None] * states + (1 - skip[..., None]) * moved
+        if self.bounds is None and memory is None:
+            return evolution.advance(states, dt, skip).states, None
+        past = evolution.caches[0].keys
+        if memory is None:
+            moved, strength, _ = evolution.advance(states, dt)
+        else:
+            first, second = evolution.caches
+            moved, strength, _ = self._heun_with(memory, states, dt, first, second)
+            memory = memory.update(first.keys, self.score)
+        bounds = None
+        if self.bounds is not None:
+            bounds = self.bounds(states, self.bounds.seen_by(states, past, cache))
+        moved = move_radius(moved, strength, self.radius, bounds)
+        return skip[..., None] * states + (1 - skip[..., None]) * moved, memory
 
     def _heun(
         self, states: Tensor, dt: Tensor, memory: ConnectionMemory | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         if memory is None:
             return evolve(states, dt, score=self.score, radius=None, **self.options)
+        return self._heun_with(memory, states, dt)
 
-        def gather(points: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            seen = interact(points, score=self.score, **self.options)
-            remembered, strength = memory.context(points, self.options["reduction"])
+    def _heun_with(
+        self,
+        memory: ConnectionMemory,
+        states: Tensor,
+        dt: Tensor,
+        *caches: InteractionCache,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """A step with what the memory adds; `caches` have the past of its two stages, if any."""
+
+        def gather(points: Tensor, stage: int) -> tuple[Tensor, Tensor, Tensor]:
+            if caches:
+                caches[stage].append(points)
+                seen, keys = caches[stage].attend(points), caches[stage].keys
+            else:
+                seen, keys = interact(points, score=self.score, **self.options), points
+            remembered, strength = memory.context(keys, self.options["reduction"])
             return seen.context + remembered, seen.strength + strength, seen.degree
 
         dt = dt[..., None]  # (B, 1, 1, 1)
-        first, strength, degree = gather(states)
-        second, _, _ = gather(states + dt * first)
+        first, strength, degree = gather(states, 0)
+        second, _, _ = gather((states + dt * first).to(states.dtype), 1)
         return states + dt * (first + second) / 2, strength, degree
 
     def _move_radius(self, states: Tensor, moved: Tensor, strength: Tensor) -> Tensor:
@@ -386,17 +415,9 @@ class PublishedLM(CausalLM, WithConstants):
 
     @property
     def cacheable(self) -> bool:
-        """Not with statistics over the whole row, nor with a connection memory."""
+        """Not with statistics over the whole row."""
         layers: Any = self.layers
-        return not (self.config.memory or any(layer.score.whole_window for layer in layers))
-
-    def new_cache(
-        self, batch: int, *, capacity: int | None = None, padding: Tensor | None = None
-    ) -> ModelCache:
-        """As `CausalLM.new_cache`; a model that is not `cacheable` raises ValueError."""
-        if self.config.memory:
-            raise ValueError("a model with memory=True has no cache: its pairs are of all tokens")
-        return super().new_cache(batch, capacity=capacity, padding=padding)
+        return not any(layer.score.whole_window for layer in layers)
 
     def read(
         self,
@@ -429,6 +450,8 @@ class PublishedLM(CausalLM, WithConstants):
                 gate=config.memory_gate,
                 cap=config.memory_cap,
                 weight=config.memory_weight,
+                past=0 if cache is None else len(cache),
+                padding=None if cache is None else cache.padding,
             )
         weight = config.coherence_weight if self.training else 0.0
         last, layers, penalties = [states], [], []
@@ -478,6 +501,8 @@ class PublishedLM(CausalLM, WithConstants):
         if states.is_cuda and torch.cuda.is_current_stream_capturing():
             return False  # making one waits for the device
         readouts: Any = self.readouts
+        if not _is_plain(self.head, nn.Linear):
+            return False
         weights = self.head.in_features * self.head.out_features
         if len(readouts) == 1 and readouts[0].norm is None and weights < FEW_WEIGHTS:
             return False

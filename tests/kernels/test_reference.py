@@ -314,6 +314,14 @@ def test_csr_equals_dense(score, causal, length):
     torch.testing.assert_close(sparse.to_dense(), dense)
     degree = reference.interact(states, score=score, causal=causal).degree
     assert torch.equal(sparse.crow_indices().diff(), degree.long())
+    rows = length // 3  # the last ones
+    options = {"score": score, "causal": causal, "rows": rows}
+    last = reference.scores(states, **options)
+    assert torch.equal(last, dense[length - rows :])
+    sparse = reference.scores(states, **options, layout="csr")
+    assert sparse.shape == (rows, length) and torch.equal(sparse.to_dense(), last)
+    with pytest.raises(ValueError, match=rf"rows must be an integer in \[0, {length}\]"):
+        reference.scores(states, score=score, rows=length + 1)
 
 
 def test_csr_never_forms_the_square():

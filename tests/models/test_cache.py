@@ -11,6 +11,8 @@ LENGTH, VOCABULARY = 60, 11
 LM = {"vocab_size": VOCABULARY, "num_layers": 2, "hidden_dim": 16, "context_length": 64}
 LM |= {"num_cylinders": 3}
 PUBLISHED = LM | {"num_cylinders": 2, "hidden_dim": 32}  # wide enough for a collapsed head
+# It decides as much as the score does.
+MEMORY = {"memory": True, "memory_strength": 2.0, "memory_weight": 2.0, "dt_scale": 0.1}
 CONFIGS = {
     "lm": QuantumFluxConfig(**LM),
     "lm, evolution": QuantumFluxConfig(**LM, evolution=True),
@@ -29,6 +31,10 @@ CONFIGS = {
     ),
     "published, gate, beta": PublishedConfig(
         **PUBLISHED, score="inverse_gate", timestep="beta", readout="layers"
+    ),
+    "published, memory": PublishedConfig(**PUBLISHED, **MEMORY),
+    "published, memory, mean, bounds by context": PublishedConfig(
+        **PUBLISHED, **MEMORY, reduction="mean", radius_bounds="context", score="inverse_gate"
     ),
 }
 
@@ -171,10 +177,10 @@ def test_bad_padding_is_refused():
         model.generate(ids, 2, padding=torch.tensor([0, 3]))
 
 
-@pytest.mark.parametrize("extra", [{"memory": True}, {"statistics": "row"}])
+@pytest.mark.parametrize("extra", [{}, {"memory": True}])
 def test_what_the_future_moves_has_no_cache_and_is_read_again(extra):
-    model = make_model(PublishedConfig(**{**PUBLISHED, "statistics": "prefix", **extra})).eval()
-    with pytest.raises(ValueError, match=r"memory=True|stats='row'"):
+    model = make_model(PublishedConfig(**PUBLISHED, statistics="row", **extra)).eval()
+    with pytest.raises(ValueError, match="stats='row'"):
         model.new_cache(1)
     ids = torch.randint(0, VOCABULARY, (1, 5))
     out = model.generate(ids, 4, temperature=0)
