@@ -77,13 +77,13 @@ class InteractionCache:
                 "thresholds of earlier ones; stats='prefix' does not"
             )
         self._buffers = _empty_buffers(batch, 0, value_dim, dtype, device)
-        self._score = canonical_score(score, self._buffers[0], torch.Size(batch))
+        self._score = canonical_score(score, self._buffers[0], self.batch_shape)
         self._padding = None if padding is None else _checked_padding(padding, batch)
         self._options: dict[str, Any] = {"reduction": reduction, "backend": backend}
         self._length = 0
         self._past: Past | None = None
         on_cpu = self._buffers[0].device.type == "cpu" and backend in ("auto", "cpu")
-        if on_cpu and LOAD_ERROR is None:
+        if on_cpu and LOAD_ERROR is None and not torch.compiler.is_exporting():
             self._past = Past(
                 self._score,
                 reduction == "mean",
@@ -158,6 +158,14 @@ class InteractionCache:
                 f"values must have one row for each of the {count} keys, "
                 f"got shape {tuple(values.shape)}"
             )
+        if torch.compiler.is_exporting():
+            # A program for any length takes tensors and gives longer ones, without room to grow.
+            self._buffers = [
+                torch.cat((buffer.narrow(-2, 0, self._length), tensor), -2)
+                for (_, tensor), buffer in zip(given, self._buffers, strict=True)
+            ]
+            self._length = self._length + count
+            return
         if not count:
             return
         end = self._length + count
@@ -358,8 +366,9 @@ class EvolutionCache:
         Returns:
             Evolution(states `(*batch_shape, n, 2)`, strength and degree `(*batch_shape, n)`).
         """
-        before, steps = len(self), len(self._stages)
-        self._stages[0][0]._check("states", states, 2)
+        start = self._stages[0][0]
+        before, steps = start._length, len(self._stages)
+        start._check("states", states, 2)
         given = states
         dt = per_step("dt", dt, states, steps)
         skip = None if skip is None else per_step("skip", skip, states, steps)
@@ -380,7 +389,7 @@ class EvolutionCache:
         except BaseException:
             self._truncate(before)
             raise
-        padding = self._stages[0][0]._padding
+        padding = start._padding
         if padding is not None:
             position = torch.arange(before, len(self), device=states.device)
             at = padding.to(states.device).view(-1, *[1] * (states.dim() - 2))

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import math
 import numbers
+import sys
 from collections.abc import Sequence
-from typing import cast
+from typing import TYPE_CHECKING, cast
+
+if TYPE_CHECKING:
+    from typing import TypeGuard
 
 
 def check_choice(name: str, value: object, allowed: Sequence[str]) -> str:
@@ -28,12 +32,20 @@ def check_integer(name: str, value: object, minimum: int, maximum: int | None = 
     """Return `value` if it is an integer in [minimum, maximum], else raise."""
     allowed = f">= {minimum}" if maximum is None else f"in [{minimum}, {maximum}]"
     if isinstance(value, bool) or not isinstance(value, int):
+        if is_traced_size(value):
+            return value
         raise TypeError(
             f"{name} must be an integer {allowed}, got {value!r} ({type(value).__name__})"
         )
     if value < minimum or (maximum is not None and value > maximum):
         raise ValueError(f"{name} must be an integer {allowed}, got {value!r}")
     return value
+
+
+def is_traced_size(value: object) -> TypeGuard[int]:
+    """Whether the value is a size that stands for any number in a traced program."""
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(value, torch.SymInt)
 
 
 def check_real(

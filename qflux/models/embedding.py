@@ -110,8 +110,11 @@ class CylinderEmbedding(nn.Module):
 
     def forward(self, input_ids: Tensor) -> Tensor:
         """Token ids `(B, S)` to states `(B, C, S, 2)`."""
-        if not torch.is_grad_enabled() and input_ids.numel() < len(self.phase):
-            # A few tokens, such as the one of a decoding step, do not need the whole table.
+        # A few tokens, such as the one of a decoding step, do not need the whole table. A program
+        # for any number of tokens takes one way for all.
+        if not torch.is_grad_enabled() and (
+            torch.compiler.is_exporting() or input_ids.numel() < len(self.phase)
+        ):
             states = self._states(self.radius_logit[input_ids], self.phase[input_ids])
             return states.transpose(1, 2)  # (B, S, C, 2) -> (B, C, S, 2)
         return look_up(self._states(self.radius_logit, self.phase), input_ids)

@@ -67,7 +67,7 @@ class ConnectionMemory:
         past: int = 0,
         padding: Tensor | None = None,
     ) -> ConnectionMemory:
-        """The memory of new sequences of the shape of states `(..., R, 2)`, behind `past` others."""
+        """The memory of new sequences whose rows are states `(..., R, 2)`, behind `past` others."""
         pairs = torch.zeros(0, dtype=torch.int64, device=states.device)
         values = states.new_zeros(0)
         length = past + states.shape[-2]
