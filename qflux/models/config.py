@@ -23,6 +23,7 @@ SCORES: dict[str, type[Threshold] | type[InverseGate] | type[Sparsemax]] = {
     "sparsemax": Sparsemax,
 }
 _DOCUMENTS_SCORES = ("threshold", "inverse_gate")
+OWN_VALUES = ("projected", "shared")
 EMBEDDINGS = ("cardioid", "annulus", "learned")
 POSITIONS = ("none", "phase")
 TIMESTEPS = ("constant", "beta")
@@ -138,6 +139,8 @@ class QuantumFluxConfig(ModelConfig):
         value_dim: width of the value that a token hands to the tokens that gather it, on every
             cylinder, >= 0; 0 switches the value path off and leaves the published model, whose
             values are the states themselves.
+        own_value: what stands beside the values that a token gathers, for it may not keep itself:
+            "projected": a projection of its own, or "shared": the value that it hands to others.
         mlp_ratio: size of the gated MLP after the value path: it has the weights of a plain one
             this many times as wide as `hidden_dim`; 0: no MLP.
         conv_width: taps of the causal depthwise convolutions, one before the value path and one
@@ -149,12 +152,13 @@ class QuantumFluxConfig(ModelConfig):
             same stands on its threshold, and rounding decides what it keeps.
         sigma_max: selectivity of the threshold in the sharpest cylinder, >= sigma_min.
         scale_min: scale of the mass threshold in the broadest cylinder, > 0; the cylinders start
-            spread geometrically from there to scale_max, and each layer learns its own.
+            spread geometrically from there to scale_max, broad where they turn fast and sharp where
+            they hardly turn, and each layer learns its own.
         scale_max: scale of the mass threshold in the sharpest cylinder, >= scale_min.
         frequency_min: radians that a token's position turns its phase by in the slowest cylinder,
             in (0, 1]; the cylinders start spread geometrically from 1 to there, and the model
             learns its own. A cylinder finds a token by what it is up to a distance of about
-            1 / frequency: slower ones recall better from afar, faster ones did better on text.
+            1 / frequency.
         shrinkage: what a pair above the threshold weighs in the value path: "hard": its score,
             as in the documents; "soft": what exceeds the threshold, which does not jump there.
         alpha: weight of the orthogonal term of the inverse gate.
@@ -175,19 +179,21 @@ class QuantumFluxConfig(ModelConfig):
         **ModelConfig.choices,
         "score": tuple(SCORES),
         "shrinkage": SHRINKAGES,
+        "own_value": OWN_VALUES,
     }
 
     num_cylinders: int = 32
     score: str = field(default="sparsemax", kw_only=True)
     value_dim: int = 4
+    own_value: str = field(default="projected", kw_only=True)
     mlp_ratio: float = 4.0
     conv_width: int = 4
     evolution: bool = False
     sigma_min: float = 0.1
     sigma_max: float = 1.4
     scale_min: float = 0.005
-    scale_max: float = 1.0
-    frequency_min: float = 1e-3
+    scale_max: float = 8.0
+    frequency_min: float = 1e-5
     shrinkage: str = "soft"
     alpha: float = 0.5
     reduction: str = field(default="mean", kw_only=True)
@@ -372,6 +378,8 @@ def read_json(text: str) -> dict[str, Any]:
         changes.append(f"architecture {architecture!r} is now {given['architecture']!r}")
     if "score" not in given and any(name in given for name in _THRESHOLD_FIELDS):
         given["score"] = "threshold"
+    if given.get("architecture", "lm") == "lm" and "own_value" not in given:
+        given["own_value"] = "shared"  # what it was before there was a choice
     if "weight" in given and "shrinkage" not in given:
         weight = check_choice("weight", given.pop("weight"), tuple(_OLD_WEIGHTS))
         given["shrinkage"] = _OLD_WEIGHTS[weight]

@@ -21,11 +21,14 @@ def _is_complex(states: Tensor) -> bool:
 
 
 def rotate(states: Tensor, angle: Tensor) -> Tensor:
-    """Turn states `(..., S, 2)` by `angle` radians, `(..., S)` broadcasting, in their dtype."""
+    """Turn states `(..., S, 2)` by `angle` radians, `(..., S)` broadcasting, in their dtype.
+
+    The result is contiguous.
+    """
     if not torch.compiler.is_compiling() and _is_complex(states) and states.dtype == angle.dtype:
         # One product of complex numbers, where sums of products take seven passes.
         turn = torch.polar(torch.ones_like(angle), angle)
-        return torch.view_as_real(torch.view_as_complex(states) * turn)
+        return torch.view_as_real((torch.view_as_complex(states) * turn).contiguous())
     cos, sin = angle.cos(), angle.sin()
     x, y = states.unbind(-1)
     return torch.stack((x * cos - y * sin, x * sin + y * cos), -1).to(states.dtype)

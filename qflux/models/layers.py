@@ -40,10 +40,11 @@ def dynamic_skip(dt: Tensor, beta: float, center: float) -> Tensor:
 class PairScore(WithConstants):
     """The pair score of a layer, with one selectivity for each cylinder.
 
-    The selectivities are spread, but in an order that follows the golden ratio: broad and sharp
-    cylinders then occur among the fast and among the slow ones (`PhaseRotation` sorts cylinders by
-    frequency), whatever their number. Those of `Threshold` are spread linearly and stay; those of
-    `Sparsemax`, its scales, start spread geometrically and are learned.
+    The selectivities are spread. Those of `Threshold` are spread linearly and stay, in an order
+    that follows the golden ratio: broad and sharp cylinders then occur among the fast and among the
+    slow ones (`PhaseRotation` sorts cylinders by frequency), whatever their number. Those of
+    `Sparsemax`, its scales, start spread geometrically and are learned. The sharpest are those of
+    the slowest cylinders, which find a token by what it is; fast ones see where it is.
     """
 
     def __init__(self, config: QuantumFluxConfig, shrinkage: str = "hard") -> None:
@@ -53,19 +54,19 @@ class PairScore(WithConstants):
         self.options = score_options(config, sigma=0.0, shrinkage=shrinkage, alpha=config.alpha)
         if self.kind is Sparsemax:
             ends = math.log(config.scale_min), math.log(config.scale_max)
-            self.log_scale = nn.Parameter(initial(self._spread(*ends)))
+            spread = torch.linspace(*ends, self.count, dtype=torch.float64, device="cpu")
+            self.log_scale = nn.Parameter(initial(spread))
         else:
             self.sigma_ends = config.sigma_min, config.sigma_max
             self.register_constants()
 
-    def _spread(self, low: float, high: float) -> Tensor:
-        """Numbers from `low` to `high` in the order of the golden ratio, `(C,)` float64."""
+    def constants(self) -> dict[str, Tensor]:
+        if self.kind is Sparsemax:
+            return {}
         number = torch.arange(self.count, dtype=torch.float64, device="cpu")
         order = (number * GOLDEN_RATIO % 1).argsort().argsort()
-        return torch.linspace(low, high, self.count, dtype=torch.float64, device="cpu")[order]
-
-    def constants(self) -> dict[str, Tensor]:
-        return {} if self.kind is Sparsemax else {"sigma": self._spread(*self.sigma_ends)}
+        spread = torch.linspace(*self.sigma_ends, self.count, dtype=torch.float64, device="cpu")
+        return {"sigma": spread[order]}
 
     @property
     def averages(self) -> bool:
@@ -165,9 +166,9 @@ class GeometricAttention(nn.Module):
 
     Queries, keys and values are projections of the hidden stream. Each cylinder's context is a mean
     over the keys it kept, so that sharp cylinders weigh as much as broad ones: the weights of a
-    sparsemax are one already, other sums are divided by the number of keys. The token's own value
-    is added, since the geometry may or may not let a token keep itself. LayerNorm follows, and each
-    element passes a gate of the token's own.
+    sparsemax are one already, other sums are divided by the number of keys. A value of the token's
+    own is added, since the geometry may or may not let a token keep itself. LayerNorm follows, and
+    each element passes a gate of the token's own.
 
     Source: this project; `docs/claims.md` has what it was measured to change.
     """
@@ -179,7 +180,10 @@ class GeometricAttention(nn.Module):
         self.conv = causal_convolution(config)
         self.cylinders = cylinders
         self.value_dim = config.value_dim
-        self.widths = (4 * cylinders, width, width)  # of queries and keys, of values, of gates
+        # Of queries and keys, of values, of gates, and of own values if they have a projection.
+        self.widths = (4 * cylinders, width, width)
+        if config.own_value == "projected":
+            self.widths += (width,)
         self.inputs = nn.Linear(hidden, sum(self.widths))
         self.norm = nn.LayerNorm(width)
         self.output = nn.Linear(width, hidden)
@@ -207,16 +211,19 @@ class GeometricAttention(nn.Module):
             hidden = self.conv(hidden)
         else:
             hidden = cache.convolve(self.conv, "attention", hidden)
-        points, values, gate = self.inputs(hidden).split(self.widths, -1)
+        points, values, gate, *own = self.inputs(hidden).split(self.widths, -1)
         # (B, S, 2 C 2) -> (B, S, 2, C, 2) -> (2, B, C, S, 2), turned together
         points = points.unflatten(-1, (2, self.cylinders, 2)).permute(2, 0, 3, 1, 4)
         queries, keys = rotate(points, angle)
-        # (B, S, C D) -> (B, S, C, D) -> (B, C, S, D), a view
-        values = values.unflatten(-1, (self.cylinders, -1)).transpose(1, 2)
+        # (B, S, C D) -> (B, S, C, D), views
+        values = values.unflatten(-1, (self.cylinders, -1))
+        own_value = own[0].unflatten(-1, (self.cylinders, -1)) if own else values
+        values = values.transpose(1, 2)  # (B, C, S, D)
         if states is not None:
             keys = states + keys
         mean, parts = self.gather(queries, keys, values, cache)
-        gathered = (mean + values).transpose(1, 2).flatten(2)  # (B, S, C, D) -> (B, S, C D)
+        # (B, C, S, D) -> (B, S, C, D) -> (B, S, C D)
+        gathered = (mean.transpose(1, 2) + own_value).flatten(2)
         output = self.output(self.norm(gathered) * F.silu(gate))
         if not return_parts:
             return output, None

@@ -55,4 +55,6 @@ class DecodeStep(nn.Module):
                 cache.put(past)
             with cache.reading(input_ids) as position:
                 outputs = self.model.read(input_ids, cache=cache, position=position).outputs
-            return (self.model.logits_of(outputs), *cache.tensors())
+            # A compiled program takes the layout of its examples for that of all.
+            past = tuple(tensor.contiguous() for tensor in cache.tensors())
+            return (self.model.logits_of(outputs), *past)

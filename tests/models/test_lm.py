@@ -170,6 +170,7 @@ def test_a_turn_is_that_of_a_rotation_matrix_in_any_layout(dtype):
             found = rotate(states, given)
             expected = (matrix.double() @ states.double()[..., None]).squeeze(-1)
             assert found.dtype == dtype and found.shape == states.shape, name
+            assert found.is_contiguous(), name
             weight = torch.randn(found.shape, dtype=torch.float64)
             torch.testing.assert_close(found, expected.to(dtype), msg=lambda m, n=name: f"{n}: {m}")
             ours = torch.autograd.grad((found * weight).sum(), (states, angle))
@@ -237,17 +238,20 @@ def test_a_layer_sees_distances_between_positions_only(changes):
     torch.testing.assert_close(there_states, rotate(here_states, shift))
 
 
+@pytest.mark.parametrize("own_value", ["projected", "shared"])
 @pytest.mark.parametrize("shrinkage", ["hard", "soft"])
-def test_gathered_values_are_averaged_over_what_was_kept(shrinkage):
+def test_gathered_values_are_averaged_over_what_was_kept(shrinkage, own_value):
     torch.manual_seed(0)
-    config = QuantumFluxConfig(**SMALL, score="threshold", shrinkage=shrinkage)
+    options = {"score": "threshold", "shrinkage": shrinkage, "own_value": own_value}
+    config = QuantumFluxConfig(**SMALL, **options)
     attention = GeometricAttention(config).double()
     torch.nn.init.normal_(attention.norm.weight)
     hidden, angle = torch.randn(2, 9, 12).double(), torch.randn(3, 9).double()
     states = torch.randn(2, 3, 9, 2).double()
     projected = attention.inputs(attention.conv(hidden))
     queries, keys = (projected[..., at : at + 6].unflatten(-1, (3, 2)) for at in (0, 6))
-    values, gate = projected[..., 12:24].unflatten(-1, (3, 4)), projected[..., 24:]
+    _, values, gate, *own = projected.split(attention.widths, -1)
+    values, own = (x.unflatten(-1, (3, 4)) for x in (values, own[0] if own else values))
     rows = torch.zeros(2, 9, 3, 4).double()
     for batch, cylinder, row in itertools.product(range(2), range(3), range(9)):
         turn = [
@@ -266,7 +270,7 @@ def test_gathered_values_are_averaged_over_what_was_kept(shrinkage):
         kept = scores >= tau
         weights = (scores - tau if shrinkage == "soft" else scores) * kept
         gathered = weights @ values[batch, : row + 1, cylinder] / max(1, int(kept.sum()))
-        rows[batch, row, cylinder] = gathered + values[batch, row, cylinder]
+        rows[batch, row, cylinder] = gathered + own[batch, row, cylinder]
     normal = F.layer_norm(rows.flatten(2), (12,), attention.norm.weight, attention.norm.bias)
     expected = attention.output(normal * gate * gate.sigmoid())
     torch.testing.assert_close(attention(hidden, states, angle)[0], expected)
@@ -279,7 +283,7 @@ def test_sparsemax_gathers_means_of_its_own():
     queries, keys = torch.randn(2, 2, 3, 9, 2).double()
     values = torch.randn(2, 3, 9, 4).double()
     mean, _ = attention.gather(queries, keys, values)
-    scales = [0.2, 5.0, 1.0]  # of three cylinders in the order of the golden ratio
+    scales = [0.2, 1.0, 5.0]  # of three cylinders from fast to slow
     torch.testing.assert_close(attention.score().scale, torch.tensor(scales).double())
     for batch, cylinder, row in itertools.product(range(2), range(3), range(9)):
         z = scales[cylinder] * keys[batch, cylinder, : row + 1] @ queries[batch, cylinder, row]
