@@ -492,6 +492,9 @@ def test_old_configurations_are_read(text):
     assert config.architecture == architecture
     assert getattr(config, "shrinkage", None) == shrinkage
     assert json.loads(config.to_json())["architecture"] == architecture
+    # The own value had no projection before that was a choice.
+    assert getattr(config, "own_value", None) == ("shared" if architecture == "lm" else None)
+    assert config_from_json(config.to_json()) == config
 
 
 def test_old_names_are_told_once_a_process(run_python):
