@@ -143,6 +143,8 @@ class ModelCache:
         self._ids = torch.empty(batch, 0, dtype=torch.int64, device=device)
         self._batch, self._stale = batch, False
         self.head: CollapsedHead | None = None
+        # Whether the tokens that were read last stand behind others.
+        self.goes_on = False
 
     def __len__(self) -> int:
         """Tokens so far, padding included."""
@@ -213,6 +215,7 @@ class ModelCache:
         own are negative.
         """
         before = self._length
+        self.goes_on = before > 0
         if input_ids.shape[0] != self._batch or input_ids.device != self._ids.device:
             raise ValueError(
                 f"input_ids must be {self._batch} sequences on {self._ids.device} like the cache, "

@@ -483,7 +483,7 @@ class PublishedLM(CausalLM, WithConstants):
         if cache is not None and cache.head is not None and cache.head.follows(readouts, head):
             return cache.head(outputs)
         columns, tokens = columns_of(readouts), outputs[0].shape[0] * outputs[0].shape[2]
-        goes_on = cache is not None and len(cache) > outputs[0].shape[2]
+        goes_on = cache is not None and cache.goes_on
         if 2 * columns > head.in_features or not (goes_on or tokens >= MANY_TOKENS * columns):
             return super().logits_of(outputs, cache)
         collapsed = CollapsedHead(readouts, head)

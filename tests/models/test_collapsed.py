@@ -172,8 +172,9 @@ def test_in_a_cache_it_follows_the_weights_that_are_counted(change, made):
     """Layers without parameters: the past is what it was."""
     model = build().double()
     cache = model.new_cache(2)
-    for position in range(3):
-        model(IDS[:, position : position + 1], cache=cache)
+    model.prefill(IDS[:, :2], cache)
+    assert not made  # who wants one token more has nothing of it
+    model(IDS[:, 2:3], cache=cache)
     assert len(made) == 1 and cache.head is made[0]
     change(model)
     found = model(IDS[:, 3:4], cache=cache).logits[:, 0]
