@@ -35,9 +35,33 @@ def test_the_innermost_loop_is_found_and_its_pairs_counted():
     assert pairs_of("fill<float>", loop) is None
 
 
+def test_loops_side_by_side_inside_another_and_one_that_stages():
+    code = [
+        *["MOV R1, R2"] * 2, *["FFMA R1, R2, R3, R1"] * 6, "@P0 BRA 0x20",
+        *["FFMA R1, R2, R3, R1"] * 5, "@P0 BRA 0x90",
+        *["@!UP0 DFMA R2, R4, R6, R2"] * 7, "@UP1 BRA 0xf0",
+        "@P1 BRA 0x10",
+    ]  # fmt: skip
+    listing = "\n\t\tFunction : _Zboth  \n" + "".join(
+        f"        /*{16 * place:04x}*/ {text} ;\n" for place, text in enumerate(code)
+    )
+    (loops,) = kernels(listing).values()
+    assert [(len(loop.names), loop.multiply_adds) for loop in loops] == [(7, 6), (8, 7)]
+    assert list(kernels(listing)) == ["_Zboth"]
+
+
+def test_the_multiply_adds_of_a_pair():
+    twelve = Loop(("FFMA R1",) * 12)
+    assert pairs_of("KeyPass<float, HardThreshold<float>, 4", twelve) == 1
+    assert pairs_of("RowPass<float, HardThreshold<float>, 4", twelve) == 1.5
+    assert pairs_of("Forward<double, SoftThreshold<double>, 4", twelve) == 2
+
+
 def test_reciprocals_are_the_pairs_of_the_gate():
     loop = Loop(("FFMA R1", "MUFU.RCP R2", "MUFU.RCP R3"))
-    assert pairs_of("KeyPass<float, InverseGate<float>, 4", loop) == 2
+    gate = "KeyPass<float, InverseGate<float>, 4"
+    assert pairs_of(gate, loop) == 2
+    assert pairs_of(gate, Loop(("FFMA R1", "MUFU.EX2 R2"))) is None
 
 
 def test_a_listing_without_code_has_no_loop():
