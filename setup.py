@@ -2,7 +2,8 @@
 
 Environment: QFLUX_CUDA=1 demands CUDA code, =0 leaves it out, unset follows the toolkit;
 TORCH_CUDA_ARCH_LIST overrides the architectures ("8.0;9.0+PTX"); CUDA_HOME names the toolkit;
-MAX_JOBS bounds the compile jobs. ninja and ccache are used where they are found.
+MAX_JOBS bounds the compile jobs; CXX is a compiler, CXXFLAGS options that come after all others.
+ninja and ccache are used where they are found.
 
 Compiled units stay in build/object-PLATFORM, so that with ninja every later build of the same tree,
 editable or wheel, for any Python, compiles only what has changed; --force compiles all. Beside each
@@ -144,6 +145,7 @@ class BuildObject(build_ext):
             os.environ.setdefault("CCACHE_BASEDIR", str(ROOT))
             os.environ.setdefault("CCACHE_NOHASHDIR", "1")
         cxx = [*ccache, *compiler(), *COMMON, *WARNINGS]
+        last = shlex.split(os.environ.get("CXXFLAGS", ""))
         if is_x86():
             cxx.append("-DQFLUX_X86")
         binding = [
@@ -158,12 +160,14 @@ class BuildObject(build_ext):
         loops = csrc / "cpu" / "isa" / "loops.cpp"
         # What takes longest comes first: no processor waits for it at the end.
         sets = X86_SETS if is_x86() else {"baseline": []}
-        units = [([*cxx, *LOOPS, *flags], loops, f"loops_{name}") for name, flags in sets.items()]
+        units = [
+            ([*cxx, *LOOPS, *flags, *last], loops, f"loops_{name}") for name, flags in sets.items()
+        ]
         units = units[::-1]
         ops = [csrc / "library.cpp", *sorted((csrc / "ops").glob("*.cpp"))]
-        units.append((binding, united(build / "ops.cpp", ops), "ops"))
+        units.append(([*binding, *last], united(build / "ops.cpp", ops), "ops"))
         units += [
-            ([*binding, "-O3"], path, f"{path.parent.name}_{path.stem}")
+            ([*binding, "-O3", *last], path, f"{path.parent.name}_{path.stem}")
             for path in sorted((csrc / "cpu").rglob("*.cpp"))
             if path != loops
         ]

@@ -682,7 +682,8 @@ def test_compiled_code_serves_the_gpus_it_runs_on(monkeypatch, architectures, ca
     monkeypatch.setattr(backends, "CUDA_ARCHITECTURES", architectures)
     monkeypatch.setattr(backends, "LOAD_ERROR", None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
+    # The GPU is the second one; the first is older than any architecture here.
+    monkeypatch.setattr(torch.cuda, "get_device_capability", [(1, 0), capability].__getitem__)
     gpu = torch.device("cuda", 1)
     monkeypatch.setattr(backends, "TRITON_ERROR", None)
     assert backends.choose_backend("auto", gpu) == ("compiled" if wanted else "triton")
@@ -693,8 +694,9 @@ def test_compiled_code_serves_the_gpus_it_runs_on(monkeypatch, architectures, ca
     for backend in ("auto", "cuda"):
         with pytest.raises(backends.BackendUnavailableError) as raised:
             backends.choose_backend(backend, gpu)
-        named = (*architectures, "{}.{}".format(*capability), "TORCH_CUDA_ARCH_LIST")
-        assert all(name in str(raised.value) for name in named)
+        number = "{}.{}".format(*capability)
+        of_the_gpu = f"compute capability {number}:", f"TORCH_CUDA_ARCH_LIST={number},"
+        assert all(name in str(raised.value) for name in (*architectures, *of_the_gpu))
 
 
 def test_compiled_code_does_not_serve_another_makers_gpus(monkeypatch):
