@@ -14,7 +14,7 @@ from .backends import OP_FAMILIES, check_algorithm, choose_backend
 from .options import Evolution, Interaction, Radius, Score, Threshold
 
 # The weights are for analysis and have no kernels.
-scores = reference.scores
+from .reference import scores as scores
 
 
 class Server(Protocol):

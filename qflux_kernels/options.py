@@ -79,7 +79,7 @@ class Threshold(Score):
             threshold.
     """
 
-    per_sequence = ("sigma",)
+    per_sequence: ClassVar[tuple[str, ...]] = ("sigma",)
     sigma: float | torch.Tensor = 0.5
     stats: str = "prefix"
     eps: float = 1e-6
@@ -124,7 +124,7 @@ class InverseGate(Score):
             Default 0.0, which keeps every pair.
     """
 
-    per_sequence = ("alpha", "min_gate")
+    per_sequence: ClassVar[tuple[str, ...]] = ("alpha", "min_gate")
     alpha: float | torch.Tensor = 0.5
     eps: float = 1e-5
     min_gate: float | torch.Tensor = 0.0
@@ -166,7 +166,7 @@ class Sparsemax(Score):
     Source: Martins and Astudillo, "From softmax to sparsemax", 2016.
     """
 
-    per_sequence = ("scale",)
+    per_sequence: ClassVar[tuple[str, ...]] = ("scale",)
     kernel = "sparsemax"
     scale: float | torch.Tensor = 1.0
 
