@@ -1,5 +1,5 @@
-# make demo | test | soak | fuzz | sanitize | sanitize-threads | wheel-check | bench | gpu-check
-# make docs | lint | format | clean
+# make demo | test | soak | fuzz | sanitize | sanitize-threads | wheel-check | versions | bench
+# make gpu-check | docs | lint | format | clean
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV ?= .venv
@@ -17,7 +17,7 @@ BIN := $(VENV)/bin
 SOURCES := pyproject.toml setup.py $(shell find csrc -type f)
 CXX_SOURCES := git ls-files | grep -E '\.(h|cpp|cu|cuh)$$'
 
-.PHONY: demo test soak fuzz sanitize sanitize-threads wheel-check bench gpu-check docs lint style types format clean
+.PHONY: demo test soak fuzz sanitize sanitize-threads wheel-check versions bench gpu-check docs lint style types format clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.built
@@ -50,7 +50,7 @@ SANITIZED_TESTS := tests/emulator tests/kernels/test_fuzz.py tests/kernels/test_
 sanitize: $(VENV)/.tested
 	$(SANITIZER) CXXFLAGS=-O1 DEBUG=1 QFLUX_CUDA=0 \
 		$(BIN)/python setup.py -q build --build-lib build/sanitized
-	$(SANITIZER) PYTHONPATH=$(CURDIR)/build/sanitized ASAN_OPTIONS=detect_leaks=0 \
+	$(SANITIZER) PYTHONPATH=$(CURDIR)/build/sanitized ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 \
 		LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
 		$(BIN)/pytest $(PYTEST_ARGS) $(SANITIZED_TESTS)
 
@@ -58,9 +58,10 @@ sanitize: $(VENV)/.tested
 # of std::thread takes its place, and torch itself has one thread: nothing has to be suppressed. The
 # first run has parts that overlap, which must be found.
 RACE_TESTS := tests/kernels/test_fuzz.py tests/kernels/test_sweep.py tests/kernels/test_tree.py \
-	tests/kernels/test_past.py tests/kernels/test_cache.py tests/kernels/test_project_norm.py
+	tests/kernels/test_past.py tests/kernels/test_cache.py tests/kernels/test_project_norm.py \
+	tests/kernels/test_surroundings.py::test_threads_may_call_at_once
 RACE_ENVIRONMENT = PYTHONPATH=$(CURDIR)/build/threads OMP_NUM_THREADS=1 \
-	TSAN_OPTIONS=halt_on_error=1 \
+	TSAN_OPTIONS=halt_on_error=1:allocator_may_return_null=1 \
 	LD_PRELOAD="$$(g++ -print-file-name=libtsan.so) $(CURDIR)/build/threads/threads.so"
 OVERLAPPING = import torch, qflux_kernels; qflux_kernels.interact(torch.randn(9, 90, 2))
 
@@ -78,6 +79,12 @@ sanitize-threads: $(VENV)/.tested
 wheel-check: $(VENV)/.tested
 	$(BIN)/python -m pip install -q wheel $(WHEEL_TOOLS)
 	$(BIN)/python tests/wheel.py
+
+# One wheel with other versions of torch.
+VERSIONS ?= 2.10.0 2.11.0 2.12.0 2.13.0 2.14.1 2.15.0
+
+versions: $(VENV)/.tested
+	$(BIN)/python tests/versions.py $(VERSIONS)
 
 bench: $(VENV)/.tested
 	$(BIN)/python -m pip install -q -e ".[bench]" --no-build-isolation
