@@ -138,9 +138,14 @@ def call(capsys):
 
 @pytest.fixture
 def run_python(tmp_path):
-    """Run a program in a fresh interpreter, outside the source tree, and return what it printed."""
+    """Run a program in a fresh interpreter, outside the source tree, and return what it printed.
 
-    def run(program: str, *, path: Path = ROOT, check: bool = True, **environment: str):
+    It imports from `path` first, or from the source tree and then from where this one does.
+    """
+    inherited = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    folders = os.pathsep.join(filter(None, (str(ROOT), *inherited)))
+
+    def run(program: str, *, path: Path | str = folders, check: bool = True, **environment: str):
         result = subprocess.run(
             [sys.executable, "-c", program],
             cwd=tmp_path,
