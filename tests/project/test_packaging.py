@@ -336,13 +336,19 @@ def test_a_tree_and_a_compiler_may_lie_anywhere(source_tree, tmp_path):
     compiler = tree / "my compiler"
     compiler.write_text(COMPILER.format(python=sys.executable, log=str(log)))
     compiler.chmod(0o755)
-    result = build(tree, CXX=f"{shlex.quote(str(compiler))} -O1")
+    options = {"CXX": f"{shlex.quote(str(compiler))} -O1", "CXXFLAGS": "-O0 '-DA=b c'"}
+    result = build(tree, **options)
     assert result.returncode == 0, result.stdout + result.stderr
     assert "ops.cpp" in log.read_text()
+    (rules,) = tree.glob("build/*/build.ninja")
+    commands = re.findall(r"^  command = (.+)$", rules.read_text(), re.MULTILINE)
+    assert len(commands) >= 4
+    for command in commands:
+        assert "-O0 '-DA=b c' -c " in command, "CXXFLAGS come last"
     log.write_text("")
     later = time.time() + 10
     os.utime(tree / "csrc" / "cpu" / "device.cpp", (later, later))
-    assert build(tree, CXX=f"{shlex.quote(str(compiler))} -O1").returncode == 0
+    assert build(tree, **options).returncode == 0
     assert [Path(line).name for line in log.read_text().splitlines()] == ["device.cpp"]
 
 

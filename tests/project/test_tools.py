@@ -71,6 +71,12 @@ def test_workflows_run_targets_that_exist(parse):
     assert named == {"lint", "test"} | more <= targets
 
 
+def test_the_tests_that_targets_run_exist():
+    named = re.findall(r"tests/[\w/]+(?:\.\w+)?", MAKEFILE)
+    assert {"tests/emulator", "tests/cpp/threads.cpp", "tests/wheel.py"} <= set(named)
+    assert not [name for name in named if not (ROOT / name).exists()]
+
+
 def test_the_oldest_and_the_newest_are_tested(parse):
     python = one(r'^requires-python = ">=(.+)"', PYPROJECT)
     torch = one(r'^dependencies = \["torch>=([\d.]+)"', PYPROJECT)
