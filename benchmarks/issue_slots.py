@@ -21,7 +21,7 @@ from pathlib import Path
 
 SOURCES = Path(__file__).resolve().parents[1] / "csrc" / "cuda" / "dense"
 INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+([^;]+);")
-# The least multiply-adds of a loop over pairs; others stage and add up.
+# The least multiply-adds of a loop over pairs; others add up, or stage: these store.
 FEWEST = 6
 
 
@@ -54,7 +54,7 @@ def innermost_loops(listing: str) -> list[Loop]:
         Loop(tuple(re.sub(r"^@!?U?P\d+\s+", "", text) for _, text in code[begin : end + 1]))
         for begin, end in inner
     ]
-    return [loop for loop in loops if loop.multiply_adds >= FEWEST]
+    return [loop for loop in loops if loop.multiply_adds >= FEWEST and not loop.count("STS")]
 
 
 def kernels(sass: str) -> dict[str, list[Loop]]:

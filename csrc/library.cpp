@@ -36,8 +36,9 @@ Tensor cuda_architectures() { return text(architectures<kHasCuda>()); }
 // What qflux_kernels/schema.py, options.py and past.py state too.
 Tensor constants() {
   return text(std::string("scores=") + kScoreNames + " algorithms=" + kAlgorithmNames +
-              " tape_planes=" + std::to_string(kTapePlanes) + " max_features=" +
-              std::to_string(kMaxFeatures) + " run_factor=" + std::to_string(cpu::kRunFactor) +
+              " tape_planes=" + std::to_string(kTapePlanes) + " kept_moments=" +
+              std::to_string(kKeptMoments) + " max_features=" + std::to_string(kMaxFeatures) +
+              " run_factor=" + std::to_string(cpu::kRunFactor) +
               " moments_tile=" + std::to_string(cpu::kMomentsTile) +
               " largest_tame=" + std::to_string(kLargestTame<float>));
 }
@@ -56,10 +57,11 @@ Tensor constants() {
 
 STABLE_TORCH_LIBRARY(qflux_kernels, m) {
   m.def("interact(Tensor states, Tensor? keys, Tensor? values, " QFLUX_PAIR
-        ") -> (Tensor context, Tensor strength, Tensor degree, Tensor threshold)");
+        ") -> (Tensor context, Tensor strength, Tensor degree, Tensor threshold, "
+        "Tensor moments)");
   m.def(
       "interact_backward(Tensor grad_context, Tensor grad_strength, Tensor threshold, "
-      "Tensor states, Tensor? keys, Tensor? values, " QFLUX_PAIR
+      "Tensor? moments, Tensor states, Tensor? keys, Tensor? values, " QFLUX_PAIR
       ", bool need_rows, bool need_keys) -> (Tensor grad_states, Tensor grad_keys, "
       "Tensor grad_values, Tensor grad_coefficient, Tensor grad_threshold)");
   m.def(

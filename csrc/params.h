@@ -111,6 +111,9 @@ struct PairParams {
   }
 };
 
+// Moments of the keys that a row keeps: their number, and the sums of x and of y.
+constexpr int64_t kKeptMoments = 3;
+
 template <class T>
 struct InteractParams {
   PairParams<T> pair;
@@ -119,6 +122,9 @@ struct InteractParams {
   View<int32_t> degree;  // [batch][rows]; null: not wanted
   View<T> threshold;     // [batch][rows]: the limit, for the backward; zero
                          // for a score that is not thresholded
+  // [batch][rows][kKeptMoments], of a score with kMass over values of their own, for the backward.
+  // On a GPU; null: not wanted.
+  View<T> moments;
   // Counts of pairs that a sweep met one by one, added to: [0] densely, [1] in bands. Null: none.
   int64_t* work = nullptr;
 };
@@ -129,6 +135,7 @@ struct InteractBackwardParams {
   View<const T> grad_context;   // [batch][rows][value_dim]
   View<const T> grad_strength;  // [batch][rows]; null: zero
   View<const T> threshold;      // as the forward left it
+  View<const T> moments;        // the same; null where it left none
   // What to compute. Each is written unless `accumulate`, which adds to grad_states. When keys are
   // the states, grad_keys is grad_states and the key pass adds to what the row pass left there.
   View<T> grad_states;  // [batch][rows][2]; null: no row pass

@@ -21,11 +21,13 @@ from .arguments import COMPUTE_DTYPES, EvolveArguments, InteractArguments, widen
 from .imports import when_imported
 from .options import ALGORITHMS, Radius
 from .schema import (
+    COMPILED,
     EVOLVE,
     EVOLVE_BACKWARD,
     FAMILY_OPS,
     INTERACT,
     INTERACT_BACKWARD,
+    KEPT_MOMENTS,
     SCORE_KINDS,
     SCORES,
     TAPE_PLANES,
@@ -128,14 +130,14 @@ class _InteractBackward(Gradient):
 
     @staticmethod
     def forward(
-        grad_context, grad_strength, threshold, states, keys, values, coefficient, min_gate,
-        lengths, need_rows, need_keys, pair, family,
+        grad_context, grad_strength, threshold, moments, states, keys, values, coefficient,
+        min_gate, lengths, need_rows, need_keys, pair, family,
     ):  # fmt: skip
         return _run(
             INTERACT_BACKWARD, family, pair._asdict(), grad_context=grad_context,
-            grad_strength=grad_strength, threshold=threshold, states=widen(states),
-            keys=_wide(keys), values=_wide(values), coefficient=coefficient, min_gate=min_gate,
-            lengths=lengths, need_rows=need_rows, need_keys=need_keys,
+            grad_strength=grad_strength, threshold=threshold, moments=moments,
+            states=widen(states), keys=_wide(keys), values=_wide(values), coefficient=coefficient,
+            min_gate=min_gate, lengths=lengths, need_rows=need_rows, need_keys=need_keys,
         )  # fmt: skip
 
 
@@ -164,14 +166,16 @@ class _Interact(OpFunction):
     @staticmethod
     def setup_context(ctx, inputs, output):
         states, keys, values, coefficient, min_gate, lengths, ctx.pair, ctx.family = inputs
-        _, _, degree, threshold = output
-        ctx.mark_non_differentiable(degree, threshold)
+        _, _, degree, threshold, moments = output
+        ctx.mark_non_differentiable(degree, threshold, moments)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(states, keys, values, coefficient, min_gate, lengths, threshold)
+        ctx.save_for_backward(
+            states, keys, values, coefficient, min_gate, lengths, threshold, moments
+        )
 
     @staticmethod
-    def backward(ctx, grad_context, grad_strength, _degree, _threshold):
-        states, keys, values, coefficient, min_gate, lengths, threshold = ctx.saved_tensors
+    def backward(ctx, grad_context, grad_strength, _degree, _threshold, _moments):
+        states, keys, values, coefficient, min_gate, lengths, threshold, moments = ctx.saved_tensors
         needs = _InteractInputs(*ctx.needs_input_grad)
         if grad_context is None:
             value_dim = 2 if values is None else values.shape[-1]
@@ -183,8 +187,9 @@ class _Interact(OpFunction):
         need_rows = needs.states or needs.coefficient or (limit_vjp and needs.keys)
         need_keys = needs.keys or needs.values or (needs.states and keys is None)
         of_states, of_keys, of_values, of_coefficient, of_threshold = _InteractBackward.run(
-            grad_context, grad_strength, threshold, states, keys, values, coefficient, min_gate,
-            lengths, need_rows, need_keys, ctx.pair, ctx.family,
+            grad_context, grad_strength, threshold, moments if moments.dim() > 1 else None,
+            states, keys, values, coefficient, min_gate, lengths, need_rows, need_keys, ctx.pair,
+            ctx.family,
         )  # fmt: skip
         if limit_vjp and need_rows:
             by_states, by_keys, by_coefficient = _ThresholdBackward.run(
@@ -312,7 +317,7 @@ def interact(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Context `(*batch, S, D)`, strength and degree `(*batch, S)` in the dtype of computation."""
     coefficient, min_gate, pair = _pair(args, algorithm)
-    context, strength, degree, _ = _Interact.run(
+    context, strength, degree, *_ = _Interact.run(
         args.states, args.keys, args.values, coefficient, min_gate, args.lengths, pair, family
     )
     return context, strength, degree
@@ -360,18 +365,25 @@ def _gradient_like(given: torch.Tensor | None, like: torch.Tensor) -> torch.Tens
     return like.new_empty(0 if given is None else given.shape)
 
 
-def _interact_fake(given):
+def _interact_fake(given, family):
     batch_rows = given.states.shape[:-1]
+    keeps_moments = (
+        family == COMPILED
+        and given.states.device.type == "cuda"
+        and SCORE_KINDS[given.score].mass
+        and given.values is not None
+    )
     value_dim = 2 if given.values is None else given.values.shape[-1]
     return INTERACT.Results(
         context=given.states.new_empty(*batch_rows, value_dim),
         strength=given.states.new_empty(batch_rows),
         degree=given.states.new_empty(batch_rows, dtype=torch.int32),
         threshold=given.states.new_empty(batch_rows),
+        moments=given.states.new_empty((*batch_rows, KEPT_MOMENTS) if keeps_moments else 0),
     )
 
 
-def _interact_backward_fake(given):
+def _interact_backward_fake(given, family):
     limit_vjp = SCORE_KINDS[given.score].limit_vjp
     return INTERACT_BACKWARD.Results(
         grad_states=_gradient_like(given.states, given.states),
@@ -382,7 +394,7 @@ def _interact_backward_fake(given):
     )
 
 
-def _threshold_backward_fake(given):
+def _threshold_backward_fake(given, family):
     return THRESHOLD_BACKWARD.Results(
         grad_states=_gradient_like(given.states, given.states),
         grad_keys=_gradient_like(given.keys, given.states),
@@ -390,7 +402,7 @@ def _threshold_backward_fake(given):
     )
 
 
-def _evolve_fake(given):
+def _evolve_fake(given, family):
     batch_rows = given.states.shape[:-1]
     return EVOLVE.Results(
         result=given.states.new_empty(given.states.shape),
@@ -400,7 +412,7 @@ def _evolve_fake(given):
     )
 
 
-def _evolve_backward_fake(given):
+def _evolve_backward_fake(given, family):
     return EVOLVE_BACKWARD.Results(
         grad_input=_gradient_like(given.grad_states, given.tape),
         grad_dt=_gradient_like(given.dt, given.tape),
@@ -431,7 +443,8 @@ def register(family: str) -> None:
     """Attach fake kernels and counts of operations to the ops of a family that is loaded."""
     for op in FAMILY_OPS:
         name = family + op.name
-        torch.library.register_fake(f"qflux_kernels::{name}", by_name(op, _FAKES[op]))
+        fake = partial(_FAKES[op], family=family)
+        torch.library.register_fake(f"qflux_kernels::{name}", by_name(op, fake))
         _HANDLES[name] = getattr(torch.ops.qflux_kernels, name).default, op.names
     # The counter imports Triton, which a call of ours should not wait for.
     when_imported("torch.utils.flop_counter", partial(_count, family))

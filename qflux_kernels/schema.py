@@ -49,6 +49,8 @@ TAPE = {
     "middle_threshold": 1,
 }
 TAPE_PLANES = sum(TAPE.values())
+# Numbers of `moments`.
+KEPT_MOMENTS = 3
 # The most features that the kernels of `project_norm` take.
 MAX_FEATURES = 8
 
@@ -145,6 +147,9 @@ INTERACT = Op(
         Field("strength", "Tensor", 0),
         Field("degree", "Tensor", 0),
         Field("threshold", "Tensor", 0),  # tau, for the backward; zero without an adaptive one
+        # (*batch, S, 3), number and sum of the keys that a row keeps, from which a backward of the
+        # compiled kernels on a GPU starts where weights have a mass and values are given; else (0,)
+        Field("moments", "Tensor", 0),
     ),
 )
 # The gradient of an argument that is None, and a gradient that nobody needs, is empty: (0,).
@@ -154,6 +159,7 @@ INTERACT_BACKWARD = Op(
         Field("grad_context", "Tensor", 0),
         Field("grad_strength", "Tensor", 0),
         Field("threshold", "Tensor", 0),
+        Field("moments", "Tensor?", 0),
         *POINTS,
         *PAIR,
         Field("need_rows", "bool"),

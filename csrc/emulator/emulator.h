@@ -44,7 +44,7 @@ struct Index {
   unsigned x;
 };
 
-enum class State { kReady, kBarrier, kShuffle, kDone };
+enum class State { kReady, kBarrier, kVote, kShuffle, kDone };
 
 // How the threads of a block take turns.
 enum class Order : int { kForward, kReversed, kShuffled };
@@ -55,6 +55,8 @@ struct Fibre {
   State state;
   int shuffles;          // of this thread so far
   double lane_value[2];  // of its last two shuffles: a neighbour may be one ahead
+  int votes;             // the same of barriers that count votes
+  bool vote[2];
 };
 
 class Guarded {
@@ -195,12 +197,12 @@ inline const char* run_block(std::mt19937& random) {
     fibre.context.uc_stack.ss_size = kStack;
     fibre.context.uc_link = nullptr;
     fibre.state = State::kReady;
-    fibre.shuffles = 0;
+    fibre.shuffles = fibre.votes = 0;
     makecontext(&fibre.context, run_fibre, 0);
   }
   do {
     run_until_barrier(random);
-  } while (release(0, m.threads, State::kBarrier));
+  } while (release(0, m.threads, State::kBarrier) || release(0, m.threads, State::kVote));
   for (int t = 0; t < m.threads; ++t)
     if (m.fibres[t].state != State::kDone) return "not all threads reach the same barrier";
   for (const Guarded* variable : m.shared)
@@ -233,6 +235,15 @@ inline const char* run(int64_t blocks, int threads, int64_t dynamic_bytes,
 }  // namespace qflux::emulator
 
 inline void __syncthreads() { qflux::emulator::wait(qflux::emulator::State::kBarrier); }
+inline int __syncthreads_and(int vote) {
+  using namespace qflux::emulator;
+  Machine& m = machine();
+  const int phase = m.fibres[m.current].votes++ % 2;
+  m.fibres[m.current].vote[phase] = vote != 0;
+  wait(State::kVote);
+  return std::all_of(m.fibres.begin(), m.fibres.begin() + m.threads,
+                     [&](const Fibre& fibre) { return fibre.vote[phase]; });
+}
 
 namespace qflux::emulator {
 

@@ -150,7 +150,7 @@ struct Sparsemax {
   static QFLUX_INLINE Sparsemax make(V limit, V rest, V /*min_gate*/) { return {limit, rest}; }
 
   V limit, rest;
-  QFLUX_INLINE V bias() const { return V(0) - limit; }
+  QFLUX_INLINE V bias() const { return -limit; }
   QFLUX_INLINE auto kept(V p) const { return not_less_equal(p, V(0)); }
   QFLUX_INLINE V weight(V p) const { return p - rest; }
   // Products beyond the precision of a weight (2^21 in float) leave a limit far below a pair.

@@ -9,7 +9,7 @@ namespace qflux {
 namespace {
 namespace ops {
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> interact(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> interact(
     Tensor states, OptionalTensor keys, OptionalTensor values, OptionalTensor coefficient,
     double coefficient_value, OptionalTensor min_gate, double min_gate_value,
     OptionalTensor lengths, int64_t score, double eps, bool whole_window, bool causal, bool mean,
@@ -28,7 +28,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> interact(
   const Tensor context = output(batch.shape({pair.rows(), pair.value_dim()}), dtype);
   const Tensor strength = output(rows, dtype), degree = output(rows, ScalarType::Int);
   const Tensor threshold = output(rows, dtype);
-  if (!pairs) return {context, strength, degree, threshold};
+  const Tensor moments = pair.keeps_moments()
+                             ? output(batch.shape({pair.rows(), kKeptMoments}), dtype)
+                             : nothing(states);
+  if (!pairs) return {context, strength, degree, threshold, moments};
   const Tensor row_scratch = pair.row_scratch(batch);
   with_dtype(states, [&](auto zero) {
     using T = decltype(zero);
@@ -39,6 +42,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> interact(
     params.strength = batch.view<T>(strength);
     params.degree = batch.view<int32_t>(degree);
     params.threshold = batch.view<T>(threshold);
+    if (pair.keeps_moments()) params.moments = batch.view<T>(moments);
     on_device(
         states, [&](cpu::Device& device) { device.interact(params); },
         [&](auto stream) {
@@ -46,15 +50,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> interact(
           raise_if(cuda::interact(params, stream, scratch.get()));
         });
   });
-  return {context, strength, degree, threshold};
+  return {context, strength, degree, threshold, moments};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> interact_backward(
-    Tensor grad_context, Tensor grad_strength, Tensor threshold, Tensor states, OptionalTensor keys,
-    OptionalTensor values, OptionalTensor coefficient, double coefficient_value,
-    OptionalTensor min_gate, double min_gate_value, OptionalTensor lengths, int64_t score,
-    double eps, bool whole_window, bool causal, bool mean, int64_t algorithm, bool need_rows,
-    bool need_keys) {
+    Tensor grad_context, Tensor grad_strength, Tensor threshold, OptionalTensor moments,
+    Tensor states, OptionalTensor keys, OptionalTensor values, OptionalTensor coefficient,
+    double coefficient_value, OptionalTensor min_gate, double min_gate_value,
+    OptionalTensor lengths, int64_t score, double eps, bool whole_window, bool causal, bool mean,
+    int64_t algorithm, bool need_rows, bool need_keys) {
   PairArguments pair{states,       keys,           values,  coefficient, coefficient_value,
                      min_gate,     min_gate_value, lengths, score,       eps,
                      whole_window, causal,         mean,    algorithm};
@@ -65,6 +69,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> interact_backward(
   check_argument("grad_strength", grad_strength, rows, states);
   check_argument("threshold", threshold, rows, states);
   for (Tensor* tensor : {&grad_context, &grad_strength, &threshold}) batch.include(*tensor);
+  if (moments)
+    check_argument("moments", *moments, batch.shape({pair.rows(), kKeptMoments}), states);
+  batch.include(moments);
   batch.settle();
 
   const bool pairs = pair.any_pairs(), limit_vjp = has_limit_vjp(pair.kind());
@@ -87,6 +94,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> interact_backward(
       params.grad_context = batch.const_view<T>(grad_context);
       params.grad_strength = batch.const_view<T>(grad_strength);
       params.threshold = batch.const_view<T>(threshold);
+      if (moments) params.moments = batch.const_view<T>(*moments);
       if (need_rows) {
         params.grad_states = batch.view<T>(grad_states);
         if (coefficient) params.grad_coefficient = batch.view<T>(coefficient_parts);

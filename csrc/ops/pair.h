@@ -85,6 +85,9 @@ struct PairArguments {
     return coefficient ? sum_rows(parts) : nothing(states);
   }
 
+  // Whether a forward leaves the moments of kept keys for its backward.
+  bool keeps_moments() const { return has_mass(kind()) && values && states.is_cuda(); }
+
   // For PairParams, of a score that needs it.
   Tensor row_scratch(const Batch& batch) const {
     const bool needed = has_mass(kind()) && states.is_cuda();

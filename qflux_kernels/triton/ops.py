@@ -148,6 +148,7 @@ def _forward(
         strength=states.new_zeros(batch, rows),
         degree=states.new_zeros(batch, rows, dtype=torch.int32),
         threshold=states.new_zeros(batch, rows),
+        moments=None,
     )
     if not (states.numel() and points.numel()):
         return result

@@ -57,6 +57,10 @@ def test_the_multiply_adds_of_a_pair():
     assert pairs_of("Forward<double, SoftThreshold<double>, 4", twelve) == 2
 
 
+def test_a_loop_that_stages_is_none_over_pairs():
+    assert kernels(LISTING.replace("LDS.128 R4, [R0]", "STS.128 [R0], R4"))["_Zgather"] == []
+
+
 def test_reciprocals_are_the_pairs_of_the_gate():
     loop = Loop(("FFMA R1", "MUFU.RCP R2", "MUFU.RCP R3"))
     gate = "KeyPass<float, InverseGate<float>, 4"

@@ -171,6 +171,7 @@ void interact(const py::dict& d) {
   p.strength = view<T>(d["strength"], 1);
   p.degree = view<int32_t>(d["degree"], 1);
   p.threshold = view<T>(d["threshold"], 1);
+  if (d.contains("moments")) p.moments = view<T>(d["moments"], 2);
   by_algorithm(
       d, p.pair, false,
       [&](int64_t base, void* scratch) { return cuda::interact_by(base, p, scratch, nullptr); },
@@ -184,6 +185,7 @@ void interact_backward(const py::dict& d) {
   p.grad_context = view<const T>(d["grad_context"], 2);
   p.grad_strength = view<const T>(d["grad_strength"], 1);
   p.threshold = view<const T>(d["threshold"], 1);
+  if (d.contains("moments")) p.moments = view<const T>(d["moments"], 2);
   p.grad_states = view<T>(d["grad_states"], 2);
   p.grad_keys = view<T>(d["grad_keys"], 2);
   p.grad_values = view<T>(d["grad_values"], 2);

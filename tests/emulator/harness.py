@@ -162,6 +162,11 @@ class Case:
         return self.gate or self.soft or self.mass
 
     @property
+    def keeps_moments(self) -> bool:
+        """Whether the forward leaves the moments of kept keys for the backward."""
+        return self.mass and self.value_dim is not None
+
+    @property
     def num_columns(self) -> int:
         return 2 if self.value_dim is None else self.value_dim
 
@@ -278,6 +283,8 @@ def interact(
         "degree": memory.array(case.tokens, np.int32, case.layout),
         "threshold": memory.array(case.tokens, dtype, case.layout),
     } | dict.fromkeys(omit)
+    if case.keeps_moments:
+        out["moments"] = memory.array((*case.tokens, 3), dtype, case.layout)
     emulator.interact(call | out)
     memory.check()
     return out
@@ -286,12 +293,13 @@ def interact(
 def interact_backward(
     emulator,
     inputs: Inputs,
-    threshold: np.ndarray,
+    forward: dict[str, np.ndarray],
     dtype: type = np.float64,
     before: float | None = None,
     omit: tuple[str, ...] = (),
 ) -> dict[str, np.ndarray]:
-    """The launchers on guarded memory; with `before`, adding to gradients of that value."""
+    """The launchers on guarded memory, from the results of the forward; with `before`, adding to
+    gradients of that value."""
     case, memory = inputs.case, Memory()
     call = inputs.pair(dtype, memory)
     shared = inputs.keys is None
@@ -311,7 +319,8 @@ def interact_backward(
     given = {
         "grad_context": memory.copy(inputs.grad_context.astype(dtype), case.layout),
         "grad_strength": memory.copy(inputs.grad_strength.astype(dtype), case.layout),
-        "threshold": memory.copy(threshold, case.layout),
+        "threshold": memory.copy(forward["threshold"], case.layout),
+        "moments": memory.copy(forward.get("moments"), case.layout),
         "grad_threshold": array(*case.tokens) if case.soft else None,
         "accumulate": before is not None,
         "keys_are_states": shared,

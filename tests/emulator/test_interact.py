@@ -152,8 +152,10 @@ def test_interact_matches_the_reference(emulator, case):
     close("strength", out["strength"], truth["strength"])
     np.testing.assert_array_equal(out["degree"], truth["degree"])
     assert out["threshold"].any() != case.gate or not truth["degree"].any()
+    if case.keeps_moments:
+        np.testing.assert_array_equal(out["moments"][..., 0], truth["degree"])
 
-    grads = interact_backward(emulator, inputs, out["threshold"])
+    grads = interact_backward(emulator, inputs, out)
     if case.has_coefficient_vjp:
         grads["grad_coefficient"] = grads["grad_coefficient"].sum(-1)
     if inputs.keys is None:
@@ -195,8 +197,8 @@ def test_float32_gradients(emulator, case):
     candidates = (Inputs.random(case, seed, np.float32) for seed in range(100))
     inputs = next(inputs for inputs in candidates if borderline(inputs) == 0)
     truth = expected(inputs)
-    threshold = interact(emulator, inputs, np.float32)["threshold"]
-    grads = interact_backward(emulator, inputs, threshold, np.float32)
+    out = interact(emulator, inputs, np.float32)
+    grads = interact_backward(emulator, inputs, out, np.float32)
     if case.has_coefficient_vjp:
         grads["grad_coefficient"] = grads["grad_coefficient"].sum(-1)
     if inputs.keys is None:
@@ -246,13 +248,17 @@ def test_masses_of_ordered_keys(emulator):
     np.testing.assert_array_equal(out["degree"], truth["degree"])
 
 
-def test_rounding_of_a_mass_does_not_add_up(emulator):
-    """Many equal weights share what tau loses; the strength is one all the same."""
-    inputs = Inputs.random(Case(3, keys=20_000, batch=1, causal=False, mass=True), dtype=np.float32)
+@pytest.mark.parametrize("value_dim", [None, 1])
+def test_rounding_of_a_mass_does_not_add_up(emulator, value_dim):
+    """Many equal weights share what tau loses; their sum is one all the same."""
+    case = Case(3, keys=20_000, value_dim=value_dim, batch=1, causal=False, mass=True)
+    inputs = Inputs.random(case, dtype=np.float32)
     inputs.keys[...] = inputs.keys[:, :1]
     inputs.states += 4
+    if value_dim:
+        inputs.values[...] = 1
     out = interact(emulator, inputs, np.float32)
-    np.testing.assert_allclose(out["strength"], 1, rtol=1e-5)
+    np.testing.assert_allclose(out["context" if value_dim else "strength"], 1, rtol=1e-5)
     np.testing.assert_array_equal(out["degree"], 20_000)
 
 
@@ -279,7 +285,7 @@ def test_the_order_of_threads_and_blocks_changes_no_bit(emulator, case, dtype):
 
     def everything() -> list[bytes]:
         out = interact(emulator, inputs, dtype)
-        grads = interact_backward(emulator, inputs, out["threshold"], dtype)
+        grads = interact_backward(emulator, inputs, out, dtype)
         return [array.tobytes() for array in [*out.values(), *grads.values()]]
 
     first = everything()
@@ -357,7 +363,7 @@ def test_padding_is_never_read(emulator, case):
 
     def everything(inputs: Inputs) -> dict[str, np.ndarray]:
         out = interact(emulator, inputs)
-        return out | interact_backward(emulator, inputs, out["threshold"])
+        return out | interact_backward(emulator, inputs, out)
 
     for (name, wanted), got in zip(
         everything(clean).items(), everything(dirty).values(), strict=True
@@ -406,8 +412,8 @@ def test_results_that_are_not_wanted(emulator, case):
 )
 def test_gradients_that_are_not_wanted(emulator, case):
     inputs = Inputs.random(case)
-    threshold = interact(emulator, inputs)["threshold"]
-    full = interact_backward(emulator, inputs, threshold)
+    out = interact(emulator, inputs)
+    full = interact_backward(emulator, inputs, out)
     for omit in [
         ("grad_states",),
         ("grad_states", "grad_coefficient"),
@@ -415,12 +421,12 @@ def test_gradients_that_are_not_wanted(emulator, case):
         ("grad_values",),
         ("grad_keys", "grad_values"),
     ]:
-        part = interact_backward(emulator, inputs, threshold, omit=omit)
+        part = interact_backward(emulator, inputs, out, omit=omit)
         for name in set(full) - set(omit):
             np.testing.assert_array_equal(part[name], full[name], err_msg=name)
     silent = replace(inputs, grad_strength=np.zeros_like(inputs.grad_strength))
-    wanted = interact_backward(emulator, silent, threshold)
-    got = interact_backward(emulator, inputs, threshold, omit=("grad_strength",))
+    wanted = interact_backward(emulator, silent, out)
+    got = interact_backward(emulator, inputs, out, omit=("grad_strength",))
     for name, grad in wanted.items():
         np.testing.assert_array_equal(got[name], grad, err_msg=name)
 
@@ -440,9 +446,9 @@ def test_gradients_that_are_not_wanted(emulator, case):
 )
 def test_accumulate_adds_to_the_gradients_of_states(emulator, case):
     inputs = Inputs.random(case)
-    threshold = interact(emulator, inputs)["threshold"]
-    written = interact_backward(emulator, inputs, threshold)
-    added = interact_backward(emulator, inputs, threshold, before=3.0)
+    out = interact(emulator, inputs)
+    written = interact_backward(emulator, inputs, out)
+    added = interact_backward(emulator, inputs, out, before=3.0)
     for name, grad in written.items():
         start = 3.0 if name in ("grad_states", "grad_coefficient") else 0.0
         if name == "grad_keys" and inputs.keys is None:

@@ -50,7 +50,7 @@ def test_nothing_past_an_array_is_touched(emulator, fence):
             inputs = Inputs.random(case)
             for dtype in (np.float32, np.float64):
                 out = interact(emulator, inputs, dtype)
-                interact_backward(emulator, inputs, out["threshold"], dtype)
+                interact_backward(emulator, inputs, out, dtype)
         for evolution in [*EVOLUTIONS[:4], Evolution(Case(40, soft=True), dt=1)]:
             for launches in (MANY, ONE):
                 run_evolve(emulator, evolution, launches=by(launches, evolution))
@@ -70,7 +70,7 @@ def test_empty_batches(emulator):
     for case in (Case(5, batch=0), Case(5, keys=3, value_dim=2, batch=0)):
         inputs = Inputs.random(case)
         out = interact(emulator, inputs)
-        interact_backward(emulator, inputs, out["threshold"])
+        interact_backward(emulator, inputs, out)
 
 
 def test_architectures_are_those_of_the_build(emulator):

@@ -27,9 +27,7 @@ def assert_like_pairs(emulator, inputs: Inputs, dtype: type, rtol: float) -> dic
     got, wanted = (interact(emulator, i, dtype) for i in (inputs, by_pairs(inputs)))
     np.testing.assert_array_equal(got["threshold"], wanted["threshold"])
     np.testing.assert_array_equal(got["degree"], wanted["degree"])
-    gradients = (
-        interact_backward(emulator, i, got["threshold"], dtype) for i in (inputs, by_pairs(inputs))
-    )
+    gradients = (interact_backward(emulator, i, got, dtype) for i in (inputs, by_pairs(inputs)))
     results = [got, wanted]
     for both in (results, list(gradients)):
         for name in both[0]:
@@ -101,10 +99,10 @@ def test_a_sweep_meets_few_pairs(emulator):
             rectangles = sum(case.rows // 2 * size for size in (512,))
         blocks = rectangles / 64
         emulator.count_picks()
-        threshold = interact(emulator, inputs, np.float32)["threshold"]
+        out = interact(emulator, inputs, np.float32)
         assert 0 < emulator.count_picks() / 32 <= most * blocks
         for omit in (("grad_states",), ("grad_keys",)):
-            interact_backward(emulator, inputs, threshold, np.float32, omit=omit)
+            interact_backward(emulator, inputs, out, np.float32, omit=omit)
             assert 0 < emulator.count_picks() / 32 <= 1.5 * most * blocks
 
 

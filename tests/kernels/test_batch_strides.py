@@ -112,9 +112,10 @@ class Call:
         values = self.tokens("values", KEYS, DIM) if given == "values" else None
         options = self.pair(pair, given == "states")
         points = (states, keys, values)
-        threshold = run(OPS.interact, *points, *options)[3]
+        *_, threshold, moments = run(OPS.interact, *points, *options)
         grad_context = self.tokens("grad_context", ROWS, DIM if given == "values" else 2)
-        upstream = (grad_context, self.row("grad_strength"), threshold)
+        left = (threshold, moments if moments.dim() > 1 else None)
+        upstream = (grad_context, self.row("grad_strength"), *left)
         for needs in ((True, True), (True, False), (False, True)):
             run(OPS.interact_backward, *upstream, *points, *options, *needs)
         run(

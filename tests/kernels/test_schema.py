@@ -47,6 +47,7 @@ def test_constants_are_those_of_the_kernels():
         "scores": ",".join(schema.SCORES),
         "algorithms": ",".join(ALGORITHMS),
         "tape_planes": str(schema.TAPE_PLANES),
+        "kept_moments": str(schema.KEPT_MOMENTS),
         "max_features": str(schema.MAX_FEATURES),
         "run_factor": str(past.RUN_FACTOR),
         "moments_tile": str(past.MOMENTS_TILE),
@@ -96,8 +97,8 @@ HEADS = {"dt": (STEPS,), "skip": (1,), "tape": (STEPS, schema.TAPE_PLANES)}
 TAILS = {
     "states": (ROWS, 2), "keys": (ROWS, 2), "values": (ROWS, VALUE_DIM),
     "grad_context": (ROWS, VALUE_DIM), "grad_states": (ROWS, 2), "grad_strength": (ROWS,),
-    "grad_threshold": (ROWS,), "threshold": (ROWS,), "dt": (ROWS,), "skip": (ROWS,),
-    "tape": (ROWS,),
+    "grad_threshold": (ROWS,), "threshold": (ROWS,), "moments": (ROWS, schema.KEPT_MOMENTS),
+    "dt": (ROWS,), "skip": (ROWS,), "tape": (ROWS,),
 }  # fmt: skip
 NUMBERS = {
     "coefficient_value": 0.5, "min_gate_value": 0.1, "eps": 1e-3, "whole_window": False,

@@ -319,11 +319,11 @@ def test_dispatcher():
     x = tensor(2, 2, 7).mT.requires_grad_()
     values = tensor(2, 3, 7).mT
     torch.library.opcheck(ops.triton_interact.default, (x, None, values, *pair))
-    context, strength, _, threshold = ops.triton_interact(x, None, values, *pair)
+    context, strength, _, threshold, _ = ops.triton_interact(x, None, values, *pair)
     grads = torch.randn_like(context), torch.randn_like(strength)
     torch.library.opcheck(
         ops.triton_interact_backward.default,
-        (*(t.detach() for t in (*grads, threshold)), x, None, values, *pair, True, True),
+        (*(t.detach() for t in (*grads, threshold)), None, x, None, values, *pair, True, True),
     )
     step = (2, True, 0.1, 2.0, 0.01, 0.1, 1.0)
     rest = (tensor(1, 2, 7), 0.0, None, 0.2, *pair, *step)
@@ -482,11 +482,11 @@ for dtype, score, (target, binary) in (
     lengths = torch.tensor([3])
     pair = (None, 0.5, None, 0.0, lengths, score, 1e-5, False, True, False, 0)
     for values in (None, v):
-        context, strength, _, threshold = torch.ops.qflux_kernels.triton_interact(
+        context, strength, _, threshold, _ = torch.ops.qflux_kernels.triton_interact(
             x, None, values, *pair
         )
         torch.ops.qflux_kernels.triton_interact_backward(
-            context, strength, threshold, x, None, values, *pair, True, True
+            context, strength, threshold, None, x, None, values, *pair, True, True
         )
 print(len(done))
 """

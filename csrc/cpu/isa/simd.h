@@ -70,6 +70,7 @@ QFLUX_INLINE void store(T* to, Vector<T> v) {
 // clang-format off
 template <class T> QFLUX_INLINE Vector<T> operator+(Vector<T> a, Vector<T> b) { return a.raw + b.raw; }
 template <class T> QFLUX_INLINE Vector<T> operator-(Vector<T> a, Vector<T> b) { return a.raw - b.raw; }
+template <class T> QFLUX_INLINE Vector<T> operator-(Vector<T> a) { return -a.raw; }
 template <class T> QFLUX_INLINE Vector<T> operator*(Vector<T> a, Vector<T> b) { return a.raw * b.raw; }
 template <class T> QFLUX_INLINE Vector<T> operator/(Vector<T> a, Vector<T> b) { return a.raw / b.raw; }
 // clang-format on

@@ -7,11 +7,14 @@
 //  - Scalar, Score, Params, Sizes (a TileTraits), Owner;
 //  - kColumnSums and kSums: the sums of one chunk of value columns, then those over all columns;
 //  - kLoopsColumns: a block walks all columns, instead of one block for each chunk of them;
+//  - kShowsDropped: a source that an owner sees and drops must show where it is not finite;
 //  - owners(params), sources(params), columns(params);
 //  - valid(): owners inside the sequence, the ones behind are padding;
 //  - range(owner): sources it meets; neither end decreases from one owner to the next;
 //  - load(owner, column) into registers, fetch(source, column, record) into shared memory;
-//  - accumulate(owner, record, visible, sums) and store(owner, column, last, sums).
+//  - accumulate<careful>(owner, record, visible, sums), which may take a record to be visible and,
+//    with kShowsDropped, finite unless it is to be careful;
+//  - store(owner, column, last, sums).
 #pragma once
 
 #include "pairs.cuh"
@@ -65,8 +68,9 @@ __device__ __forceinline__ void find_ranges(const Pass& pass, int first, Range (
   for_each_owner<kOwners>(pass, first, [&](int r, int n) { met[r] = pass.range(n); });
 }
 
-// Adds the sources from <= j < to of a tile that starts at `start`.
-template <bool kMasked, class Pass, int kOwners, int kSums>
+// Adds the sources from <= j < to of a tile that starts at `start`; `kCareful` unless all owners
+// see them.
+template <bool kCareful, class Pass, int kOwners, int kSums>
 __device__ __forceinline__ void add_sources(const Pass& pass,
                                             const typename Pass::Owner (&owner)[kOwners],
                                             const Range (&met)[kOwners],
@@ -74,7 +78,7 @@ __device__ __forceinline__ void add_sources(const Pass& pass,
                                             int to, typename Pass::Scalar (&sums)[kOwners][kSums]) {
   constexpr int kWidth = Pass::Sizes::kWidth, kAtOnce = Pass::Sizes::kAtOnce;
   [[maybe_unused]] constexpr int kUnroll = kUnrollOf<typename Pass::Score, typename Pass::Sizes>;
-#pragma unroll(kMasked ? 1 : kUnroll)
+#pragma unroll(kCareful ? 1 : kUnroll)
   for (int j = from; j < to; j += kAtOnce) {
     typename Pass::Scalar record[kAtOnce][kWidth];
     read_records(tile + (j - start) * kWidth, record);
@@ -82,8 +86,9 @@ __device__ __forceinline__ void add_sources(const Pass& pass,
     for (int n = 0; n < kAtOnce; ++n)
 #pragma unroll
       for (int r = 0; r < kOwners; ++r)
-        pass.accumulate(owner[r], record[n],
-                        !kMasked || ((j + n >= met[r].begin) & (j + n < met[r].end)), sums[r]);
+        pass.template accumulate<kCareful>(
+            owner[r], record[n], !kCareful || ((j + n >= met[r].begin) & (j + n < met[r].end)),
+            sums[r]);
   }
 }
 
@@ -111,28 +116,33 @@ __device__ __forceinline__ void store_owners(
   }
 }
 
-// Moves the totals of all slices into those of slice 0, in the order of the slices.
-template <class T, int kOwners, int kSums>
+// Moves the totals of all slices into those of slice 0, in the order of the slices, as many at a
+// time as have room in `shared`.
+template <int kRoom, class T, int kOwners, int kSums>
 __device__ __forceinline__ void merge_slices(int split, int slice, int group, T* shared,
                                              CompensatedSum<T> (&total)[kOwners][kSums]) {
+  constexpr int kAll = kOwners * kSums, kAtOnce = lesser(kAll, kRoom / kThreads);
   const int lane = threadIdx.x % kWarp, peers = kThreads / split;
   T* mine = shared + group * kWarp + lane;
   for (int other = 1; other < split; ++other) {
-    __syncthreads();
-    if (slice == other) {
 #pragma unroll
-      for (int n = 0; n < kOwners * kSums; ++n) {
-        mine[2 * n * peers] = total[n / kSums][n % kSums].value;
-        mine[(2 * n + 1) * peers] = total[n / kSums][n % kSums].error;
-        total[n / kSums][n % kSums] = {};
+    for (int from = 0; from < kAll; from += kAtOnce) {
+      __syncthreads();
+      if (slice == other) {
+#pragma unroll
+        for (int n = from; n < lesser(from + kAtOnce, kAll); ++n) {
+          mine[2 * (n - from) * peers] = total[n / kSums][n % kSums].value;
+          mine[(2 * (n - from) + 1) * peers] = total[n / kSums][n % kSums].error;
+          total[n / kSums][n % kSums] = {};
+        }
       }
-    }
-    __syncthreads();
-    if (slice == 0) {
+      __syncthreads();
+      if (slice == 0) {
 #pragma unroll
-      for (int n = 0; n < kOwners * kSums; ++n)
-        total[n / kSums][n % kSums].add(
-            CompensatedSum<T>{mine[2 * n * peers], mine[(2 * n + 1) * peers]});
+        for (int n = from; n < lesser(from + kAtOnce, kAll); ++n)
+          total[n / kSums][n % kSums].add(
+              CompensatedSum<T>{mine[2 * (n - from) * peers], mine[(2 * (n - from) + 1) * peers]});
+      }
     }
   }
 }
@@ -144,6 +154,15 @@ __device__ __forceinline__ unsigned turn_of(int64_t work) {
   return static_cast<uint32_t>(work) * 2654435769u >> 30;
 }
 
+// Whether all numbers of a record are finite.
+template <class T, int kWidth>
+__device__ __forceinline__ bool is_finite(const T (&record)[kWidth]) {
+  T zero = 0;
+#pragma unroll
+  for (int c = 0; c < kWidth; ++c) zero = multiply_add(record[c], T(0), zero);
+  return zero == T(0);
+}
+
 template <class Pass>
 __global__ void __launch_bounds__(kThreads, Pass::Sizes::kBlocksPerSm)
     gather(typename Pass::Params params, Schedule schedule) {
@@ -151,8 +170,6 @@ __global__ void __launch_bounds__(kThreads, Pass::Sizes::kBlocksPerSm)
   using Sizes = typename Pass::Sizes;
   constexpr int kOwners = Sizes::kOwners, kSums = Pass::kSums, kWidth = Sizes::kWidth;
   constexpr int kTile = Sizes::kTile, kChunk = Sizes::kChunk;
-  static_assert(kThreads / 2 * kOwners * kSums * 2 <= kTile * kWidth,
-                "the slices of a split pass their totals through the tile");
   using Tile = Buffer<T, kTile * kWidth>;
   QFLUX_SHARED(Tile, tile);
 
@@ -191,15 +208,21 @@ __global__ void __launch_bounds__(kThreads, Pass::Sizes::kBlocksPerSm)
         const int count = lesser(kTile, all.end - start);
         __syncthreads();
         const Pass source = anew();
-        stage<kWidth>(tile.at, count, kThreads,
-                      [&](int n, T(&record)[kWidth]) { source.fetch(start + n, column, record); });
-        __syncthreads();
+        bool finite = true;
+        stage<kWidth>(tile.at, count, kThreads, [&](int n, T(&record)[kWidth]) {
+          source.fetch(start + n, column, record);
+          if constexpr (Pass::kShowsDropped) finite &= is_finite(record);
+        });
+        if constexpr (Pass::kShowsDropped)
+          finite = __syncthreads_and(finite);
+        else
+          __syncthreads();
         for (int chunk = start + slice * kChunk; chunk < start + count; chunk += split * kChunk) {
           const int chunk_end = lesser(chunk + kChunk, start + count);
           if (chunk_end <= any.begin || chunk >= any.end) continue;
           T sums[kOwners][kSums] = {};
           Range met[kOwners] = {};
-          if (chunk >= common.begin && chunk + kChunk <= common.end) {
+          if (finite && chunk >= common.begin && chunk + kChunk <= common.end) {
             add_sources<false>(pass, owner, met, tile.at, start, chunk, chunk + kChunk, sums);
           } else {
             find_ranges(anew(), first, met);
@@ -211,7 +234,7 @@ __global__ void __launch_bounds__(kThreads, Pass::Sizes::kBlocksPerSm)
           add_to_totals(sums, total);
         }
       }
-      if (split > 1) merge_slices(split, slice, group, tile.at, total);
+      if (split > 1) merge_slices<kTile * kWidth>(split, slice, group, tile.at, total);
       const bool is_last = column + Sizes::kColumns >= column_end;
       store_owners(anew(), first, static_cast<int>(Pass::owners(params)), column, is_last,
                    slice == 0, total);

@@ -77,6 +77,7 @@ struct Largest : MassPass<T, Score> {
     __device__ __forceinline__ void add(T part) { value = larger(value, part); }
     __device__ __forceinline__ void add(const Total& other) { add(other.value); }
   };
+  template <bool kCareful>
   __device__ __forceinline__ void accumulate(const MassRow<T>& row, const T (&record)[2],
                                              bool visible, T (&sums)[kSums]) const {
     const T p = this->product(row, record, T(0));
@@ -95,6 +96,7 @@ struct Above : MassPass<T, Score> {
   using Total = CompensatedSum<T>;
 
   static __device__ __forceinline__ T start() { return T(0); }
+  template <bool kCareful>
   __device__ __forceinline__ void accumulate(const MassRow<T>& row, const T (&record)[2],
                                              bool visible, T (&sums)[kSums]) const {
     const T p = this->product(row, record, row.tau);

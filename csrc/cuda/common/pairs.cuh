@@ -12,8 +12,38 @@ struct Range {
   int begin, end;
 };
 
-__device__ __forceinline__ int lesser(int a, int b) { return a < b ? a : b; }
-__device__ __forceinline__ int greater(int a, int b) { return a > b ? a : b; }
+__device__ __forceinline__ constexpr int lesser(int a, int b) { return a < b ? a : b; }
+__device__ __forceinline__ constexpr int greater(int a, int b) { return a > b ? a : b; }
+
+// What a pair adds to a sum if it is kept. The compiler branches around more than a few
+// instructions that one comparison guards, which costs three a pair; each of these carries the
+// guard itself.
+#if defined(__CUDACC__)
+#define QFLUX_GUARDED(instruction) \
+  "{ .reg .pred kept; setp.ne.u32 kept, %1, 0; @kept " instruction "; }"
+__device__ __forceinline__ void multiply_add_if(unsigned kept, float a, float b, float& sum) {
+  asm(QFLUX_GUARDED("fma.rn.f32 %0, %2, %3, %0") : "+f"(sum) : "r"(kept), "f"(a), "f"(b));
+}
+__device__ __forceinline__ void multiply_add_if(unsigned kept, double a, double b, double& sum) {
+  asm(QFLUX_GUARDED("fma.rn.f64 %0, %2, %3, %0") : "+d"(sum) : "r"(kept), "d"(a), "d"(b));
+}
+__device__ __forceinline__ void add_if(unsigned kept, float a, float& sum) {
+  asm(QFLUX_GUARDED("add.rn.f32 %0, %0, %2") : "+f"(sum) : "r"(kept), "f"(a));
+}
+__device__ __forceinline__ void add_if(unsigned kept, double a, double& sum) {
+  asm(QFLUX_GUARDED("add.rn.f64 %0, %0, %2") : "+d"(sum) : "r"(kept), "d"(a));
+}
+#undef QFLUX_GUARDED
+#else
+template <class T>
+inline void multiply_add_if(bool kept, T a, T b, T& sum) {
+  if (kept) sum = multiply_add(a, b, sum);
+}
+template <class T>
+inline void add_if(bool kept, T a, T& sum) {
+  if (kept) sum += a;
+}
+#endif
 
 // A gate's division is work enough for one iteration; unrolled, its registers would spill.
 template <class Score, class Sizes>

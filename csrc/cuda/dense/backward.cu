@@ -14,6 +14,8 @@ const char* launch_passes(const InteractBackwardParams<T>& params, void* stream)
   const bool row_pass = (params.grad_states || params.grad_coefficient || params.grad_threshold ||
                          (Score::kMass && key_pass)) &&
                         pair.rows > 0;
+  if (Score::kMass && kValues > 0 && row_pass && !params.moments)
+    return "the backward of weights that sum to one needs the moments that the forward left";
   const char* error = nullptr;
   if (row_pass) error = launch_gather<RowPass<T, Score, kValues>>(params, pair.causal, stream);
   if (key_pass && error == nullptr)

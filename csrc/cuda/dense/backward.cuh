@@ -45,11 +45,12 @@ struct BackwardColumns {
   }
 };
 
-// No totals of columns: registers for a fourth block, those of a mass with half the rows.
-template <class T, int kValues, bool kMass>
+// No totals of columns: registers for a fourth block, those of a mass that gathers its moments too
+// with half the rows.
+template <class T, int kValues, bool kMoments>
 struct RowPassSizes : TileTraits<T, kValues, 2 + kValues, 4> {
   static constexpr int kAll = Traits<T, kValues>::kOwners;
-  static constexpr int kOwners = kMass && kAll > 1 ? kAll / 2 : kAll;
+  static constexpr int kOwners = kMoments ? kAll / 2 : kAll;
 };
 
 template <class T, class Score, int kValues>
@@ -58,9 +59,14 @@ struct RowPass : OwnsRows<T, Score, InteractBackwardParams<T>>, BackwardColumns<
   using Params = InteractBackwardParams<T>;
   using Base::Base, Base::b, Base::params, Base::visibility;
   using BackwardColumns<T, kValues>::kColumns, BackwardColumns<T, kValues>::kOwnValues;
-  using Sizes = RowPassSizes<T, kValues, Score::kMass>;
+  // The forward leaves those of values of their own.
+  static constexpr bool kMoments = Score::kMass && !kOwnValues;
+  using Sizes = RowPassSizes<T, kValues, kMoments>;
   // Of u k and, for what a limit or a mass has more, u, 1 and k.
-  static constexpr int kColumnSums = 0, kSums = Score::kMass ? 6 : Score::kLimitVjp ? 3 : 2;
+  static constexpr int kColumnSums = 0;
+  static constexpr int kSums = kMoments ? 6 : Score::kMass || Score::kLimitVjp ? 3 : 2;
+
+  static constexpr bool kShowsDropped = false;
 
   struct Owner {
     Point<T> query;
@@ -76,6 +82,7 @@ struct RowPass : OwnsRows<T, Score, InteractBackwardParams<T>>, BackwardColumns<
   __device__ __forceinline__ void fetch(int key, int column, T (&record)[Sizes::kWidth]) const {
     this->template fetch_key<Sizes::kWidth - 2>(key, column, record);
   }
+  template <bool kCareful = true>
   __device__ __forceinline__ void accumulate(const Owner& row, const T (&record)[Sizes::kWidth],
                                              bool visible, T (&sums)[kSums]) const {
     const Score score = this->score(row.limit);
@@ -86,7 +93,7 @@ struct RowPass : OwnsRows<T, Score, InteractBackwardParams<T>>, BackwardColumns<
     sums[0] = multiply_add(grad, record[0], sums[0]);
     sums[1] = multiply_add(grad, record[1], sums[1]);
     if constexpr (kSums > 2) sums[2] += grad;
-    if constexpr (Score::kMass) {
+    if constexpr (kMoments) {
       sums[3] += T(1);
       sums[4] += record[0];
       sums[5] += record[1];
@@ -98,10 +105,11 @@ struct RowPass : OwnsRows<T, Score, InteractBackwardParams<T>>, BackwardColumns<
     const bool inside = row < visibility().row_end;
     Point<T> grad{inside ? sums[0] : T(0), inside ? sums[1] : T(0)};
     if constexpr (Score::kMass) {
-      // Each walk over the keys, one for some columns, adds to the sums that know no column.
-      const T walks = static_cast<T>((this->columns(params) + kColumns - 1) / kColumns);
-      const MassSums<T> of{
-          sums[3] / walks, sums[2], {sums[4] / walks, sums[5] / walks}, {sums[0], sums[1]}};
+      const auto moment = [&](int n) {
+        if constexpr (kMoments) return sums[3 + n];
+        return params.moments.at(b, row, n);
+      };
+      const MassSums<T> of{moment(0), sums[2], {moment(1), moment(2)}, {sums[0], sums[1]}};
       if (inside) grad = mass_query_vjp(of);
       params.pair.row_plane().at(b, row) = inside ? -mass_mean(of) : T(0);
     }
@@ -139,6 +147,8 @@ struct KeyPass : OwnsKeys<T, Score, InteractBackwardParams<T>>, BackwardColumns<
   using Sizes = KeyPassSizes<T, kValues>;
   static constexpr int kColumnSums = kOwnValues ? kColumns : 0, kSums = kColumnSums + 2;
 
+  static constexpr bool kShowsDropped = false;
+
   struct Owner {
     T point[2];
     T value[kOwnValues ? kColumns : 1];
@@ -163,21 +173,24 @@ struct KeyPass : OwnsKeys<T, Score, InteractBackwardParams<T>>, BackwardColumns<
     if constexpr (Score::kMass)
       if (column == 0) record[3] = params.pair.row_plane().at(b, row);
   }
+  template <bool kCareful = true>
   __device__ __forceinline__ void accumulate(const Owner& key, const T (&record)[Sizes::kWidth],
                                              bool visible, T (&sums)[kSums]) const {
     const Score score = this->score(record[2]);
     const T p = inner_product(record[0], record[1], key.point[0], key.point[1], score.bias());
     const T grad_weight = dot<kColumns>(record + 4, kOwnValues ? key.value : key.point, record[3]);
-    if (!(visible & score.kept(p))) return;
+    const bool kept = visible & score.kept(p);
     const T grad = score.derivative(p, grad_weight), w = score.backward_weight(p);
     T& x = sums[kColumnSums];
     T& y = sums[kColumnSums + 1];
-    x = multiply_add(grad, record[0], x);
-    y = multiply_add(grad, record[1], y);
     if constexpr (kOwnValues) {
+      multiply_add_if(kept, grad, record[0], x);
+      multiply_add_if(kept, grad, record[1], y);
 #pragma unroll
-      for (int c = 0; c < kColumns; ++c) sums[c] = multiply_add(w, record[4 + c], sums[c]);
-    } else {
+      for (int c = 0; c < kColumns; ++c) multiply_add_if(kept, w, record[4 + c], sums[c]);
+    } else if (kept) {
+      x = multiply_add(grad, record[0], x);
+      y = multiply_add(grad, record[1], y);
       x = multiply_add(w, record[4], x);
       y = multiply_add(w, record[5], y);
     }

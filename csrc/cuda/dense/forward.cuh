@@ -14,9 +14,14 @@ struct Forward : OwnsRows<T, Score, InteractParams<T>> {
   using Sizes = TileTraits<T, kValues, 2 + kValues>;
   using Base::Base, Base::b, Base::params, Base::visibility;
   static constexpr bool kOwnValues = kValues > 0;
+  // The weights of a mass are one in sum: in place of the strength it gathers its kept keys.
+  static constexpr bool kKeepsMoments = Score::kMass && kOwnValues;
   static constexpr int kColumnSums = Sizes::kColumns;
-  static constexpr int kSums = kColumnSums + (kRowSums ? 2 : 0);
+  static constexpr int kStrength = kColumnSums;
+  static constexpr int kDegree = kKeepsMoments ? kStrength : kStrength + 1, kKey = kDegree + 1;
+  static constexpr int kSums = kColumnSums + (kKeepsMoments ? 3 : kRowSums ? 2 : 0);
   static constexpr bool kLoopsColumns = false;
+  static constexpr bool kShowsDropped = kOwnValues && Score::kThresholded;
 
   struct Owner {
     Point<T> query;
@@ -32,21 +37,41 @@ struct Forward : OwnsRows<T, Score, InteractParams<T>> {
   __device__ __forceinline__ void fetch(int key, int column, T (&record)[Sizes::kWidth]) const {
     this->template fetch_key<Sizes::kWidth - 2>(key, column, record);
   }
+  template <bool kCareful = true>
   __device__ __forceinline__ void accumulate(const Owner& row, const T (&record)[Sizes::kWidth],
                                              bool visible, T (&sums)[kSums]) const {
     constexpr int kValue = kOwnValues ? 2 : 0;
     const Score score = this->score(row.limit, row.rest);
     const T p = inner_product(row.query.x, row.query.y, record[0], record[1], score.bias());
     const bool kept = score.kept(p);
+    if constexpr (kShowsDropped && !kCareful) {
+      const T w = score.weight(p);
+#pragma unroll
+      for (int c = 0; c < kColumnSums; ++c) multiply_add_if(kept, w, record[kValue + c], sums[c]);
+      add_row_sums(kept, w, record, sums);
+      return;
+    }
     // What is dropped is left out of the sum only if it is finite for certain: a key below a
     // threshold is, a value of its own need not be and must show.
     if (!(visible & (kept | !Score::kThresholded | kOwnValues))) return;
     const T w = score.weight(p, kept);
 #pragma unroll
     for (int c = 0; c < kColumnSums; ++c) sums[c] = multiply_add(w, record[kValue + c], sums[c]);
-    if constexpr (kRowSums) {
-      sums[kColumnSums] += w;
-      if (kept) sums[kColumnSums + 1] += 1;
+    if constexpr (kKeepsMoments) {
+      add_row_sums(kept, w, record, sums);
+    } else if constexpr (kRowSums) {
+      sums[kStrength] += w;
+      if (kept) sums[kDegree] += 1;
+    }
+  }
+  __device__ __forceinline__ void add_row_sums(bool kept, T w, const T (&record)[Sizes::kWidth],
+                                               T (&sums)[kSums]) const {
+    if constexpr (kRowSums) add_if(kept, T(1), sums[kDegree]);
+    if constexpr (kKeepsMoments) {
+      add_if(kept, record[0], sums[kKey]);
+      add_if(kept, record[1], sums[kKey + 1]);
+    } else if constexpr (kRowSums) {
+      add_if(kept, w, sums[kStrength]);
     }
   }
   __device__ __forceinline__ void store(int row, int column, bool /*last*/,
@@ -65,9 +90,17 @@ struct Forward : OwnsRows<T, Score, InteractParams<T>> {
     if (column > 0) return;
     if constexpr (kRowSums) {
       if (params.strength)
-        params.strength.at(b, row) = visible > 0 ? scale * sums[kColumnSums] : T(0);
+        params.strength.at(b, row) =
+            visible > 0 ? scale * (kKeepsMoments ? T(1) : sums[kStrength]) : T(0);
       if (params.degree)
-        params.degree.at(b, row) = visible > 0 ? static_cast<int32_t>(sums[kColumnSums + 1]) : 0;
+        params.degree.at(b, row) = visible > 0 ? static_cast<int32_t>(sums[kDegree]) : 0;
+    }
+    if constexpr (kKeepsMoments) {
+      if (params.moments) {
+#pragma unroll
+        for (int n = 0; n < kKeptMoments; ++n)
+          params.moments.at(b, row, n) = visible > 0 ? sums[kDegree + n] : T(0);
+      }
     }
     if (!Score::kThresholded && params.threshold) params.threshold.at(b, row) = T(0);
   }
