@@ -46,7 +46,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> interact(
     on_device(
         states, [&](cpu::Device& device) { device.interact(params); },
         [&](auto stream) {
-          const PairScratch scratch(states, params.pair, false);
+          const SweepScratch scratch(states, params.pair, false);
           raise_if(cuda::interact(params, stream, scratch.get()));
         });
   });
@@ -64,8 +64,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> interact_backward(
                      whole_window, causal,         mean,    algorithm};
   Batch batch = pair.check();
   const Shape rows = batch.shape({pair.rows()});
-  check_argument("grad_context", grad_context, batch.shape({pair.rows(), pair.value_dim()}), states,
-                 Holds::kStored);
+  check_argument("grad_context", grad_context, batch.shape({pair.rows(), pair.value_dim()}),
+                 states, Holds::kStored);
   check_argument("grad_strength", grad_strength, rows, states, Holds::kStored);
   check_argument("threshold", threshold, rows, states);
   for (Tensor* tensor : {&grad_context, &grad_strength, &threshold}) batch.include(*tensor);
@@ -111,7 +111,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> interact_backward(
       on_device(
           states, [&](cpu::Device& device) { device.interact_backward(params); },
           [&](auto stream) {
-            const PairScratch scratch(states, params.pair, true);
+            const SweepScratch scratch(states, params.pair, true);
             raise_if(cuda::interact_backward(params, stream, scratch.get()));
           });
     });
