@@ -49,26 +49,13 @@ struct Strides {
   }
 };
 
-// In half precision bfloat16 comes as the integers of its bits.
-template <class T>
-Storage storage_of(const py::object& object) {
-  if (!std::is_same_v<std::remove_const_t<T>, float> || object.is_none()) return Storage::kSame;
-  const py::array array(object);
-  if (array.itemsize() != 2) return Storage::kSame;
-  return array.dtype().kind() == 'f' ? Storage::kFloat16 : Storage::kBfloat16;
-}
-
 // An array [batch][tokens], or [batch][tokens][components] with `last` 2.
 template <class T>
 View<T> view(const py::object& object, int last) {
-  const Storage storage = storage_of<T>(object);
-  T* data = storage == Storage::kSame
-                ? data_of<T>(object)
-                : static_cast<T*>(const_cast<void*>(py::array(object).data()));
+  T* data = data_of<T>(object);
   if (data == nullptr) return {};
   const Strides strides{object, last};
-  return {data,   strides.outer(),      strides.inner(), strides.trailing(0), strides.trailing(1),
-          storage};
+  return {data, strides.outer(), strides.inner(), strides.trailing(0), strides.trailing(1)};
 }
 
 template <class T>
@@ -310,7 +297,7 @@ void project_backward(const py::dict& d) {
 // In the precision of the states.
 template <void (*kF32)(const py::dict&), void (*kF64)(const py::dict&)>
 void dispatch(const py::dict& d) {
-  py::isinstance<py::array_t<double>>(d["states"]) ? kF64(d) : kF32(d);
+  py::isinstance<py::array_t<float>>(d["states"]) ? kF32(d) : kF64(d);
 }
 
 }  // namespace
