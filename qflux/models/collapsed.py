@@ -78,7 +78,7 @@ class CollapsedHead:
     def __call__(self, states: Sequence[Tensor]) -> Tensor:
         """The states `(B, C, S, 2)` that each readout reads, to logits `(B, S, V)`."""
         columns = torch.stack([state.transpose(1, 2).flatten(2) for state in states], 2)
-        if self.factors is not None:
+        if self.factors is not None and self.eps is not None:
             columns = at_least_float32(columns)
             columns = torch.cat((columns, torch.ones_like(columns[..., :1])), -1)
             columns = (self.factors @ columns[..., None])[..., 0]  # (B, S, R, F + 1)
