@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any
 
 from qflux_kernels.checks import check_choice
@@ -84,11 +85,11 @@ def make_config(preset: str, vocab_size: int, **changes: Any) -> ModelConfig:
     """
     check_choice("preset", preset, tuple(PRESETS))
     kind, values = PRESETS[preset]
-    unknown = sorted(set(changes) - set(kind.__dataclass_fields__))
+    known = [field.name for field in fields(kind)]
+    unknown = sorted(set(changes) - set(known))
     if unknown:
         raise ValueError(
-            f"preset {preset!r} has no {', '.join(unknown)}; "
-            f"allowed: {', '.join(kind.__dataclass_fields__)}"
+            f"preset {preset!r} has no {', '.join(unknown)}; allowed: {', '.join(known)}"
         )
     return kind(vocab_size=vocab_size, **{**values, **changes})
 

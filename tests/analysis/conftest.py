@@ -16,7 +16,8 @@ from qflux.text.vocabulary import CharacterVocabulary
 
 VOCABULARY = CharacterVocabulary(TEXT)
 CHANGES = {
-    "lm": {"num_cylinders": 3, "hidden_dim": 12, "value_dim": 2},
+    # Of the sharpest cylinders that a preset has, untrained rows keep one key.
+    "lm": {"num_cylinders": 3, "hidden_dim": 12, "value_dim": 2, "scale_max": 1.0},
     "flux": {"hidden_dim": 12},
     "qfnn": {"hidden_dim": 12},
 }

@@ -6,6 +6,7 @@ Each `split_...` function is a check that every rank makes; a group of processes
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import ranks
@@ -41,8 +42,7 @@ def with_gradient(score):
     """The score with its numbers of each cylinder as something to learn, and these numbers."""
     name = score.per_sequence[0]
     number = getattr(score, name).clone().requires_grad_()
-    options = {field: getattr(score, field) for field in score.__dataclass_fields__}
-    return type(score)(**{**options, name: number}), number
+    return replace(score, **{name: number}), number
 
 
 def points(*shape):
