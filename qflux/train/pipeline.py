@@ -53,6 +53,15 @@ def keep_stage(model: QuantumFluxLM, stage: int, stages: int) -> None:
         model.norm = model.head = nothing
 
 
+def _with_contiguous_gradient(tensor: Tensor) -> Tensor:
+    """The tensor, whose gradient goes back to another process, which takes no other."""
+    if not tensor.requires_grad:
+        return tensor
+    seen = tensor.view_as(tensor)
+    seen.register_hook(Tensor.contiguous)
+    return seen
+
+
 class Stage(nn.Module):
     """The part of a model between what comes from the stage before and what goes to the next.
 
@@ -68,7 +77,7 @@ class Stage(nn.Module):
 
     def forward(self, *received: Tensor) -> Tensor | tuple[Tensor, ...]:
         with self.autocast():
-            return self._forward(*received)
+            return self._forward(*map(_with_contiguous_gradient, received))
 
     def _forward(self, *received: Tensor) -> Tensor | tuple[Tensor, ...]:
         model, states = self.model, None
