@@ -17,7 +17,7 @@ import torch
 from common import environment
 from files import append_row
 from lm import MODELS, update
-from transformer import TransformerConfig
+from transformer import GATED, TransformerConfig
 
 from qflux.text.data import load_text
 from qflux.text.vocabulary import VOCABULARIES, make_vocabulary
@@ -30,7 +30,6 @@ COLUMNS = [
     "dataset", "provider", "context", "batch", "rate", "rounds", "ms_p20", "ms_p50", "ms_p80",
     "ratio", "device", "threads", "machine", "instruction_set", "torch", "python", "commit", "date",
 ]  # fmt: skip
-GATED = {"mlp": "swiglu", "conv_width": 4, "mlp_conv": True}
 
 
 def measure(

@@ -29,7 +29,7 @@ from lm import logits_of
 from state_space import StateSpaceConfig, StateSpaceModel
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformer import Transformer, TransformerConfig
+from transformer import GATED, Transformer, TransformerConfig
 from windowed import WindowedConfig, WindowedTransformer
 
 from qflux.models.base import CausalLM
@@ -118,7 +118,6 @@ BASELINES: dict[str, type[TransformerConfig]] = {
     "windowed": WindowedConfig,
     "state-space": StateSpaceConfig,
 }
-GATED = {"mlp": "swiglu", "conv_width": 4, "mlp_conv": True}
 
 
 @dataclass(frozen=True)

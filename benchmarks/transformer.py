@@ -13,6 +13,9 @@ from torch.nn import functional as F
 from qflux.models.layers import CausalConvolution
 from qflux_kernels.checks import check_choice
 
+# What QFlux has beside its geometry, for baselines that are to differ in that alone.
+GATED = {"mlp": "swiglu", "conv_width": 4, "mlp_conv": True}
+
 
 @dataclass(frozen=True)
 class TransformerConfig:

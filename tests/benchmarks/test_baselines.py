@@ -5,7 +5,7 @@ import torch
 from ablations import MixtureAttention, blocks, hierarchical_model, mixture_model, windows
 from state_space import StateSpaceConfig, StateSpaceModel, state_space
 from torch.nn import functional as F
-from transformer import Transformer, TransformerConfig
+from transformer import GATED, Transformer, TransformerConfig
 from windowed import WindowedConfig, WindowedTransformer, windowed_attention
 
 from qflux import QuantumFluxConfig
@@ -65,12 +65,11 @@ def test_chunks_of_a_state_space_are_its_recurrence(length, chunk):
 
 
 def models():
-    gated = {"mlp": "swiglu", "conv_width": 4, "mlp_conv": True}
     torch.manual_seed(0)
     return {
-        "windowed": WindowedTransformer(WindowedConfig(11, **SMALL, **gated, window=4)),
-        "state-space": StateSpaceModel(StateSpaceConfig(11, **SMALL, **gated, chunk=4)),
-        "transformer": Transformer(TransformerConfig(11, **SMALL, **gated)),
+        "windowed": WindowedTransformer(WindowedConfig(11, **SMALL, **GATED, window=4)),
+        "state-space": StateSpaceModel(StateSpaceConfig(11, **SMALL, **GATED, chunk=4)),
+        "transformer": Transformer(TransformerConfig(11, **SMALL, **GATED)),
     }
 
 
