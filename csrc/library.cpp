@@ -102,6 +102,19 @@ STABLE_TORCH_LIBRARY(qflux_kernels, m) {
       "Tensor? starts, int base, int chunk, int indexed, Tensor? coefficient, "
       "float coefficient_value, Tensor? min_gate, float min_gate_value, int score, float eps, "
       "bool mean) -> (Tensor context, Tensor strength, Tensor degree, bool served)");
+  // A further token through a layer of the language model, written behind `at` others in the
+  // buffers. The index and the moments are of tokens in front of it.
+  m.def(
+      "cache_layer(Tensor hidden, Tensor angle, Tensor? norm_weight, Tensor? norm_bias, "
+      "float norm_eps, Tensor? taps, Tensor? taps_bias, Tensor? past, Tensor inputs, "
+      "Tensor? inputs_bias, Tensor? gathered_weight, Tensor? gathered_bias, float gathered_eps, "
+      "Tensor output, Tensor? output_bias, Tensor? mlp_norm_weight, Tensor? mlp_norm_bias, "
+      "float mlp_norm_eps, Tensor? mlp_taps, Tensor? mlp_taps_bias, Tensor? mlp_past, "
+      "Tensor? mlp_inputs, Tensor? mlp_inputs_bias, Tensor? mlp_output, Tensor? mlp_output_bias, "
+      "Tensor(a!) key_buffer, Tensor(b!) value_buffer, Tensor? index, Tensor? moments, int at, "
+      "int chunk, int indexed, Tensor? coefficient, float coefficient_value, Tensor? min_gate, "
+      "float min_gate_value, int score, float eps) -> (Tensor hidden, Tensor past, "
+      "Tensor mlp_past, bool served)");
   // Texts as uint8: a str in a schema leaks in the stable ABI before torch 2.14.
   m.def("instruction_set() -> Tensor");
   m.def("cuda_architectures() -> Tensor");

@@ -226,6 +226,21 @@ class InteractionCache:
             degree[part, ..., first:] = own.degree
         return Interaction(context, strength, degree)
 
+    def prepare(self) -> tuple[Any, ...] | None:
+        """Make room for a token that the op `cache_layer` will write, and give its last arguments.
+
+        None where that op is not for this cache. `advance` takes what it wrote.
+        """
+        if self._past is None or self._padding is not None or is_served():
+            return None
+        if self._length == self.capacity:
+            self._grow(max(2 * self.capacity, SMALLEST_CAPACITY))
+        return self._past.prepare(self._buffers, self._length)
+
+    def advance(self) -> None:
+        """Take the token that stands in the room which `prepare` made."""
+        self._length += 1
+
     def truncate(self, length: int) -> None:
         """Forget all tokens but the first `length`, which is at most `len(cache)`."""
         self._length = check_integer("length", length, 0, self._length)

@@ -14,6 +14,7 @@ from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 from .schema import (
     CACHE_ATTEND,
+    CACHE_LAYER,
     COMPILED,
     EVOLVE,
     EVOLVE_BACKWARD,
@@ -111,6 +112,14 @@ def _cache_attend(given: Any) -> int:
     return interact_flops(math.prod(states[:-2]), states[-2], keys, values[-1])
 
 
+def _cache_layer(given: Any) -> int:
+    (batch, _), values = tuple(given.hidden), tuple(given.value_buffer)
+    weights = (given.inputs, given.output, given.mlp_inputs, given.mlp_output)
+    products = sum(math.prod(shape) for weight in weights if (shape := _shape(weight)))
+    pairs = interact_flops(math.prod(values[:2]), 1, given.at + 1, values[-1])
+    return 2 * batch * products + pairs
+
+
 FORMULAS: dict[Op, Callable[[Any], int]] = {
     INTERACT: _interact,
     INTERACT_BACKWARD: _interact_backward,
@@ -120,6 +129,7 @@ FORMULAS: dict[Op, Callable[[Any], int]] = {
     PROJECT_NORM: _project_norm,
     PROJECT_NORM_BACKWARD: _project_norm_backward,
     CACHE_ATTEND: _cache_attend,
+    CACHE_LAYER: _cache_layer,
 }
 
 

@@ -181,6 +181,21 @@ class Past:
             context, strength = context.to(dtype), strength.to(dtype)
         return Interaction(context, strength, degree)
 
+    def prepare(self, buffers: list[torch.Tensor], length: int) -> tuple[Any, ...] | None:
+        """The last arguments of `cache_layer` for a token behind `length` others, or None."""
+        if self._wild is not None or self._half or self._mean or len(buffers) != 2:
+            return None
+        if self._indexes:
+            wanted = max(length + 1 - KEPT_BACK, 0) // self._chunk * self._chunk
+            if wanted > self._indexed:
+                self._extend_index(buffers, wanted)
+        if self._sums:
+            self._extend_moments(buffers, length)
+        return (
+            *buffers, self.index, self.moments, length, self._chunk, self._indexed,
+            *self._arguments[:-1],
+        )  # fmt: skip
+
     def _extend_index(self, buffers: list[torch.Tensor], end: int) -> None:
         # Of the runs that are there, those stay which the new number has too.
         there = self._runs(self._indexed)

@@ -322,6 +322,51 @@ CACHE_ATTEND = Op(
 )
 
 
+# A further token through a layer of the language model (csrc/cpu/decode/layer.h), written behind
+# `at` others in the buffers of its cache.
+def _norm(name: str) -> tuple[Field, ...]:
+    fields = Field(f"{name}_weight", "Tensor?"), Field(f"{name}_bias", "Tensor?")
+    return (*fields, Field(f"{name}_eps", "float"))
+
+
+def _linear(name: str, optional: str = "") -> tuple[Field, ...]:
+    return Field(name, f"Tensor{optional}"), Field(f"{name}_bias", "Tensor?")
+
+
+CACHE_LAYER = Op(
+    "cache_layer",
+    (
+        Field("hidden", "Tensor"),  # (B, H)
+        Field("angle", "Tensor"),  # (C,)
+        *_norm("norm"),
+        *_linear("taps", "?"),  # (H, 1, width); None: no convolution
+        Field("past", "Tensor?"),  # (B, width - 1, H), the inputs of the convolution so far
+        *_linear("inputs"),  # of queries and keys, values, gates, and own values or not
+        *_norm("gathered"),
+        *_linear("output"),
+        *_norm("mlp_norm"),
+        *_linear("mlp_taps", "?"),
+        Field("mlp_past", "Tensor?"),
+        *_linear("mlp_inputs", "?"),  # of gates and what passes them; None: no MLP
+        *_linear("mlp_output", "?"),
+        Field("key_buffer", "Tensor"),  # (B, C, room, 2), written at `at`
+        Field("value_buffer", "Tensor"),
+        Field("index", "Tensor?"),
+        Field("moments", "Tensor?"),
+        Field("at", "int"),
+        Field("chunk", "int"),
+        Field("indexed", "int"),
+        *(field for field in PAIR if field.name not in (*_NOT_CACHED, "mean")),
+    ),
+    (
+        Field("hidden", "Tensor"),
+        Field("past", "Tensor"),
+        Field("mlp_past", "Tensor"),
+        Field("served", "bool"),
+    ),
+)
+
+
 def _text(name: str) -> Op:
     """A text as uint8: a str in a schema leaks in the stable ABI before torch 2.14."""
     return Op(name, (), (Field("text", "Tensor"),))
@@ -339,6 +384,7 @@ COMPILED_OPS = (
     CACHE_INDEX_UNIT,
     CACHE_INDEX,
     CACHE_ATTEND,
+    CACHE_LAYER,
     _text("instruction_set"),
     _text("cuda_architectures"),
     _text("constants"),

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
 #include <memory>
 
@@ -67,6 +68,92 @@ void each(int64_t count, const Body& body) {
     for (int64_t n = begin; n < end; ++n) body(n);
   });
 }
+
+// Loops one after the other, with what one thread does between them, in one wake-up of the pool.
+// Thread 0 goes through `run(crew)`; in what it hands to `crew.share(count, body)` the others take
+// part. Each takes the same items in every call, whose memory its core has seen, and then what
+// others have left: no thread has to be there but the first.
+class Crew {
+ public:
+  // At most so many loops, and threads.
+  static constexpr int kLoops = 8;
+  static constexpr int64_t kThreads = 16;
+
+  // With as many threads, or one, where waking others takes longer than they would save.
+  template <class Run>
+  static void work(bool together, const Run& run) {
+    Crew crew(together ? std::min(thread_count(), kThreads) : 1);
+    if (crew.threads_ == 1) return run(crew);
+    parallel_for(0, crew.threads_, 1, [&](int64_t begin, int64_t end) {
+      if (begin == 0) {
+        run(crew);
+        crew.finished_.store(true, std::memory_order_release);
+      }
+      for (int64_t me = std::max<int64_t>(begin, 1); me < end; ++me) crew.help(me);
+    });
+  }
+
+  template <class Body>
+  void share(int64_t count, const Body& body) {
+    Loop& loop = loops_[opened_++];
+    loop.count = count;
+    loop.body = &body;
+    loop.part = [](const void* self, int64_t n) { (*static_cast<const Body*>(self))(n); };
+    loop.open.store(true, std::memory_order_release);
+    take(loop, 0);
+    for (int64_t done = 0; done < count;) {
+      done = 0;
+      for (int64_t t = 0; t < threads_; ++t)
+        done += loop.lanes[t].done.load(std::memory_order_acquire);
+    }
+  }
+
+ private:
+  // Items t, t + threads and so on; and how many items thread t has done, of whatever lane.
+  struct alignas(64) Lane {
+    std::atomic<int64_t> next{0}, done{0};
+  };
+  struct Loop {
+    std::atomic<bool> open{false};
+    int64_t count = 0;
+    const void* body = nullptr;
+    void (*part)(const void*, int64_t) = nullptr;
+    Lane lanes[kThreads];
+  };
+
+  explicit Crew(int64_t threads) : threads_(threads) {}
+
+  void take(Loop& loop, int64_t me) {
+    int64_t done = 0;
+    for (int64_t n = 0; n < threads_; ++n) {
+      const int64_t owner = (me + n) % threads_;
+      Lane& lane = loop.lanes[owner];
+      for (;;) {
+        const int64_t item = owner + threads_ * lane.next.fetch_add(1, std::memory_order_relaxed);
+        if (item >= loop.count) break;
+        loop.part(loop.body, item);
+        ++done;
+      }
+    }
+    loop.lanes[me].done.store(done, std::memory_order_release);
+  }
+  void help(int64_t me) {
+    for (Loop& loop : loops_) {
+      while (!loop.open.load(std::memory_order_acquire)) {
+        if (finished_.load(std::memory_order_acquire)) return;
+#if defined(__x86_64__)
+        __builtin_ia32_pause();
+#endif
+      }
+      take(loop, me);
+    }
+  }
+
+  const int64_t threads_;
+  std::atomic<bool> finished_{false};
+  int opened_ = 0;
+  Loop loops_[kLoops];
+};
 
 // A long loop in chunks that one thread takes at a time.
 struct Chunks {

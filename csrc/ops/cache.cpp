@@ -1,89 +1,15 @@
 // The ops of a cache on a CPU: tokens into its buffers, an index of its keys, and what the last
 // rows gather. Keys and values are planes: (*batch, tokens, columns) whose tokens follow one
 // another in memory. Buffers, moments and index are written in place.
+#include "cache.h"
+
 #include <torch/csrc/stable/library.h>
 
 #include <tuple>
 
-#include "../cpu/decode/decode.h"
-#include "../math/sweep.h"
-#include "pair.h"
-
 namespace qflux {
 namespace {
 namespace ops {
-
-void check_planes(const char* name, const Tensor& tensor) {
-  const int64_t token = tensor.dim() - 2;
-  STD_TORCH_CHECK(tensor.size(token) <= 1 || tensor.stride(token) == 1, "qflux_kernels: ", name,
-                  " must have tokens that follow one another in memory");
-}
-
-// Of `columns` numbers for each sequence, contiguous.
-int64_t check_records(const char* name, const Tensor& tensor, const Batch& batch,
-                      const Shape& record, ScalarType dtype) {
-  Shape shape = batch.shape();
-  shape.insert(shape.end(), record.begin(), record.end());
-  check_shape(name, tensor, shape);
-  STD_TORCH_CHECK(tensor.is_contiguous() && tensor.scalar_type() == dtype, "qflux_kernels: ", name,
-                  " must be contiguous and of its dtype");
-  return tensor.size(batch.shape().size());
-}
-
-// The keys and values of a cache, with what of the tokens stands in front.
-struct CacheArguments {
-  Tensor keys;
-  OptionalTensor values, starts;
-  int64_t base;
-
-  int64_t tokens() const { return keys.size(keys.dim() - 2); }
-  Batch check() {
-    check_states(keys);
-    Batch batch(keys, 2);
-    check_planes("keys", keys);
-    if (values) {
-      check_argument("values", *values, batch.shape({tokens(), -1}), keys);
-      check_planes("values", *values);
-    }
-    if (starts) check_argument("starts", *starts, batch.shape(), keys, true);
-    STD_TORCH_CHECK(base >= 0, "qflux_kernels: base must be >= 0, got ", base);
-    return batch;
-  }
-  void include(Batch& batch) {
-    batch.include(keys);
-    batch.include(values);
-    batch.include(starts);
-  }
-  template <class T>
-  cpu::CachedKeys<T> cached(const Batch& batch) const {
-    cpu::CachedKeys<T> c{};
-    c.outer = batch.outer();
-    c.inner = batch.inner();
-    c.base = base;
-    c.end = base + tokens();
-    c.value_dim = values ? values->size(values->dim() - 1) : 2;
-    c.points = batch.const_view<T>(keys);
-    if (values) c.values = batch.const_view<T>(*values);
-    c.start = batch.per_sequence<int64_t>(starts, 0);
-    return c;
-  }
-};
-
-cpu::CachedMoments moments_of(const OptionalTensor& moments, const Batch& batch) {
-  if (!moments) return {};
-  return {static_cast<Moments*>(moments->data_ptr()),
-          check_records("moments", *moments, batch, {-1, 6}, ScalarType::Double)};
-}
-cpu::CachedIndex index_of(const OptionalTensor& index, const Batch& batch, int64_t chunk,
-                          int64_t tokens) {
-  if (!index) return {};
-  constexpr int64_t kLeaves = cpu::kIndexFan * cpu::kLeaf;
-  STD_TORCH_CHECK(chunk > 0 && chunk % kLeaves == 0 && chunk <= kLeaves * cpu::kIndexFan,
-                  "qflux_kernels: chunk must be a multiple of ", kLeaves, " up to ",
-                  kLeaves * cpu::kIndexFan, ", got ", chunk);
-  return {static_cast<uint8_t*>(index->data_ptr()),
-          check_records("index", *index, batch, {-1}, ScalarType::Byte), chunk, tokens};
-}
 
 template <class T>
 bool copy_tame(const Tensor& to, const Tensor& from, const Batch& batch, int64_t at) {

@@ -28,6 +28,7 @@ class LayerCache:
     the states so far, and how many those are. present, positions: of the tokens that are read now,
     as in `ModelCache`. replaying: whether these tokens' keys are in the cache already.
     convolutions, sums: the names that inputs will have, and whether there will be such sums.
+    step: the layer's `LayerStep`, once it was asked for.
     """
 
     evolution: EvolutionCache | None = None
@@ -39,6 +40,7 @@ class LayerCache:
     replaying: bool = False
     convolutions: tuple[str, ...] = ()
     sums: bool = False
+    step: Any = None
 
     def interactions(self) -> list[InteractionCache]:
         """All caches of points."""

@@ -8,6 +8,7 @@ from .base import CausalLM, Reading
 from .cache import ModelCache
 from .config import QuantumFluxConfig
 from .embedding import CylinderEmbedding, PhaseRotation, flatten_states, rotate
+from .fused import goes_alone, step
 from .layers import CausalConvolution, EvolutionLayer
 
 
@@ -58,7 +59,13 @@ class QuantumFluxLM(CausalLM):
             if return_layers or self.moves:
                 states = rotate(states, angle)
             pasts = [None] * len(self.layers) if cache is None else cache.layers
+            alone = not (self.training or return_layers) and goes_alone(hidden, cache)
             for layer, past in zip(self.layers, pasts, strict=True):
+                if alone and past is not None:
+                    further = step(layer, hidden, angle, past)
+                    if further is not None:
+                        hidden = further
+                        continue
                 states, hidden, record = layer(states, hidden, angle, return_layers, past)
                 if record is not None:
                     layers.append(record)

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from qflux_kernels import EvolutionCache, InteractionCache, evolve, interact, project_norm
 from qflux_kernels.arguments import is_eager
@@ -36,6 +35,7 @@ from .embedding import (
 from .layers import dynamic_skip
 from .memory import ConnectionMemory
 from .output import LayerRecord
+from .plain import is_plain
 
 # For so many tokens a column of the collapsed head, making it costs less than it saves.
 MANY_TOKENS = 4
@@ -331,30 +331,6 @@ class PublishedLayer(nn.Module):
         return move_radius(moved, strength, self.radius, bounds)
 
 
-def _is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether calling a module does what its kind and its parameters tell, and nothing else.
-
-    An adapter or a quantised layer in its place, hooks, a replaced `forward` and tensors that are
-    more than numbers, such as quantised or distributed ones, do more.
-    """
-    of_all = nn.modules.module
-    return (
-        type(module) is kind
-        and "forward" not in module.__dict__
-        and not (
-            module._forward_hooks
-            or module._forward_pre_hooks
-            or module._backward_hooks
-            or module._backward_pre_hooks
-            or of_all._global_forward_hooks
-            or of_all._global_forward_pre_hooks
-            or of_all._global_backward_hooks
-            or of_all._global_backward_pre_hooks
-        )
-        and not any(map(is_traceable_wrapper_subclass, module._parameters.values()))
-    )
-
-
 class Readout(nn.Module):
     """States projected to the hidden width, normalised if asked.
 
@@ -374,7 +350,7 @@ class Readout(nn.Module):
         features = flatten_states(states)
         if self.norm is None:
             return self.projection(features)
-        plain = _is_plain(self.projection, nn.Linear) and _is_plain(self.norm, nn.LayerNorm)
+        plain = is_plain(self.projection, nn.Linear) and is_plain(self.norm, nn.LayerNorm)
         if not (self.fuses and plain):
             return self.norm(self.projection(features))
         return project_norm(
@@ -501,22 +477,22 @@ class PublishedLM(CausalLM, WithConstants):
         if states.is_cuda and torch.cuda.is_current_stream_capturing():
             return False  # making one waits for the device
         readouts: Any = self.readouts
-        if not _is_plain(self.head, nn.Linear):
+        if not is_plain(self.head, nn.Linear):
             return False
         weights = self.head.in_features * self.head.out_features
         if len(readouts) == 1 and readouts[0].norm is None and weights < FEW_WEIGHTS:
             return False
         linear, norms = [self.head], []
         for readout in readouts:
-            if not (readout.fuses and _is_plain(readout, Readout)):
+            if not (readout.fuses and is_plain(readout, Readout)):
                 return False
             linear.append(readout.projection)
             norms += [] if readout.norm is None else [readout.norm]
         return (
             len(norms) in (0, len(readouts))
-            and all(_is_plain(module, nn.LayerNorm) for module in norms)
+            and all(is_plain(module, nn.LayerNorm) for module in norms)
             and all(
-                _is_plain(module, nn.Linear)
+                is_plain(module, nn.Linear)
                 and module.weight.dtype == states.dtype
                 and is_eager(module.weight.detach())
                 for module in linear

@@ -13,16 +13,12 @@ namespace {
 
 // Rows that a thread takes at a time.
 constexpr int64_t kRows = 8;
-// Keys in front of a row among which the search for its threshold starts, and among which it goes
-// on.
-constexpr int64_t kWindow = 256, kWideWindow = 512;
-constexpr int kWindowSteps = 4;
-// How far a threshold may be from that among some keys, for one of them that is kept: relative to
-// its distance from the largest pair.
-constexpr double kBand = 1;
 // A walk costs about as many pairs as the root of the keys times this; a search, so many walks.
 constexpr double kWalk = 64;
 constexpr int64_t kSearch = 3;
+// Half the band in which a threshold is sought, as a part of the way in which a normal distribution
+// falls by a factor of e there; and how many times wider the one is that follows a miss.
+constexpr double kBand = 0.35, kWider = 2;
 // Bound on the rounding of a bias, relative to it and to the threshold.
 template <class T>
 constexpr double kBiasUnit = sizeof(T) == 4 ? 0x1p-20 : 0x1p-48;
@@ -92,18 +88,22 @@ class SequenceRows {
               index_view<T>(index.memory + n * index.stride + run.first / index.chunk * unit, count,
                             params.keys.value_dim));
       }
-      int64_t nodes = 0, leaves = 0;
+      int64_t nodes = 0, most = 0;
       for (const IndexView<T>& tree : trees_) {
         nodes += tree.nodes;
-        leaves += tree.size[0];
+        most += tree.size[0] + kPadding;
       }
-      int32_t* at = scratch_.places.get(2 * nodes + leaves + 1);
-      T* reach = scratch_.reaches.get(2 * leaves);
+      int32_t* at = scratch_.places.get(nodes + 2 * most);
+      T* reach = scratch_.reaches.get(4 * most);
       for (const IndexView<T>& tree : trees_) {
-        const int64_t size = tree.size[0];
-        cuts_.push_back({at, at + tree.nodes, reach, reach + size, at + tree.nodes + size});
-        at += 2 * tree.nodes + size;
-        reach += 2 * size;
+        const int64_t size = tree.size[0] + kPadding;
+        Cut<T> cut{};
+        cut.nodes = at;
+        cut.open = {at + tree.nodes, reach, reach + size, 0};
+        cut.next = {at + tree.nodes + size, reach + 2 * size, reach + 3 * size, 0};
+        cuts_.push_back(cut);
+        at += tree.nodes + 2 * size;
+        reach += 4 * size;
       }
     }
   }
@@ -142,6 +142,8 @@ class SequenceRows {
   }
 
  private:
+  static constexpr T kInfinity = std::numeric_limits<T>::infinity();
+
   KeyPlanes<T> tail(int64_t first) const { return planes_of(params_.keys, b_, first); }
 
   // As interact finds them, to the bit.
@@ -171,10 +173,23 @@ class SequenceRows {
     return {q.x, q.y, T(0), tau, tau, rest, tau, tau};
   }
 
+  // A walk from the roots on.
+  void begin(size_t n) {
+    Cut<T>& cut = cuts_[n];
+    cut.open.places[0] = 0;
+    cut.open.count = 1;
+    cut.height = trees_[n].height + 1;
+    cut.node_count = 0;
+    std::fill(std::begin(cut.sums), std::end(cut.sums), 0.0);
+  }
   // Where the boundary of a row cuts the trees.
   T cut(const Query<T>& query) {
-    T top = -std::numeric_limits<T>::infinity();
-    for (size_t n = 0; n < trees_.size(); ++n) loops_.decode.cut(trees_[n], query, &cuts_[n], &top);
+    T top = -kInfinity;
+    for (size_t n = 0; n < trees_.size(); ++n)
+      for (begin(n); cuts_[n].height > 0;) {
+        loops_.decode.descend(trees_[n], query, &cuts_[n], &top);
+        loops_.decode.decide(trees_[n], query, &cuts_[n], &top);
+      }
     return top;
   }
   // What a row gathers of the keys that it sees, with the trees cut for it.
@@ -184,17 +199,35 @@ class SequenceRows {
     loops_.decode.run_context(tail(covered_), start_ + seen - covered_, query, sums, context);
   }
 
-  // A row whose weights sum to one. The trees are cut once by a band that is likely to have the
-  // threshold, and what is in the band is left for the search.
+  // A row whose weights sum to one. The trees are cut by a band around a guess, and what is in the
+  // band is left for the search.
   void search(Point<T> q, int64_t seen, Mass<T>* sums, double* context) {
+    const int64_t near = start_ + seen - covered_;
+    Spread<T> spread{-kInfinity, 0, 0};
+    loops_.decode.run_spread(tail(covered_), near, q, &spread);
     ThresholdSearch<T> search;
-    double width = start_search(q, seen, search);
+    const double lower = mass_bound(spread.top);
+    double low = lower, high = spread.top, width = 0;
+    if (trees_.empty()) {
+      search.start(lower, lower);
+    } else {
+      search.start(lower, normal_guess(spread, seen, &width));
+      low = search.tau - width;
+      high = search.tau + width;
+    }
     PairBand<T> band{};
-    for (bool there = false;;) {
-      if (!there || search.tau < band.low || search.tau > band.high) {
-        find_band(q, seen, search.tau, width, &band);
-        width = std::max(std::abs(double(band.above.top) - search.tau) / 4, width);
-        there = true;
+    find_band(q, near, low, high, &band);
+    for (;;) {
+      if (search.tau < band.low || search.tau > band.high) {
+        // Where it was not, and beyond the bound or as far as the search goes at once.
+        if (search.tau < band.low) {
+          high = band.low;
+          low = std::max(search.lower(), high - (width *= kWider));
+        } else {
+          low = band.high;
+          high = low + (width *= kWider);
+        }
+        find_band(q, near, low, high, &band);
       }
       if (!search.update(mass_at(q, search, band))) continue;
       if (search.tau < band.low || search.tau > band.high) continue;
@@ -206,20 +239,35 @@ class SequenceRows {
     sums->excess = 1;
   }
 
-  void find_band(Point<T> q, int64_t seen, T tau, double width, PairBand<T>* band) {
-    Query<T> query = mass_query(q, tau, T(0));
-    query.low = band->low = static_cast<T>(tau - width);
-    query.high = band->high = static_cast<T>(tau + width);
-    band->count = 0;
-    band->above = {0, 0, cut(query)};
-    int64_t room_for = start_ + seen - covered_ + kPadding;
-    for (const Cut<T>& cut : cuts_) room_for += cut.leaf_count * kLeaf;
-    band->products = scratch_.products.get(room_for);
-    for (size_t n = 0; n < trees_.size(); ++n) loops_.decode.cut_band(trees_[n], cuts_[n], q, band);
-    loops_.decode.run_band(tail(covered_), start_ + seen - covered_, q, band);
+  // The threshold of so many keys if their q . k were normal, as those of this spread seem to be;
+  // and half of the band in which it may be.
+  static double normal_guess(const Spread<T>& spread, int64_t count, double* width) {
+    // At u deviations above the mean it is count deviation (density(u) - u tail(u)) = 1, where the
+    // difference is about density(u) / (u^2 + 1).
+    constexpr double kDensity = 0.3989422804014327;
+    const double most = static_cast<double>(count) * spread.deviation * kDensity;
+    double u = 0;
+    for (int n = 0; n < 4 && most > 1; ++n)
+      u = std::sqrt(2 * std::log(std::max(most / (u * u + 1), 1.0)));
+    const double tau = spread.mean + u * spread.deviation;
+    *width = kBand * spread.deviation / (u + 0.5) + kBiasUnit<T> * std::abs(tau) + 1.0 / count;
+    return tau;
   }
 
-  // The mass above a threshold that lies in the band.
+  void find_band(Point<T> q, int64_t near, double low, double high, PairBand<T>* band) {
+    Query<T> query = mass_query(q, T(0), T(0));
+    query.low = band->low = below(static_cast<T>(low));
+    query.high = band->high = -below(static_cast<T>(-high));
+    band->count = 0;
+    band->above = {0, 0, cut(query)};
+    int64_t room_for = near + kPadding;
+    for (const Cut<T>& cut : cuts_) room_for += cut.open.count * kLeaf;
+    band->products = scratch_.products.get(room_for);
+    for (size_t n = 0; n < trees_.size(); ++n) loops_.decode.cut_band(trees_[n], cuts_[n], q, band);
+    loops_.decode.run_band(tail(covered_), near, q, band);
+  }
+
+  // The mass above a threshold of nodes that are kept whole and of sorted pairs.
   Mass<T> mass_at(Point<T> q, const ThresholdSearch<T>& at, const PairBand<T>& band) const {
     Mass<T> sums = band.above;
     const double tau = double(at.tau) + at.rest;
@@ -230,47 +278,6 @@ class SequenceRows {
     }
     loops_.decode.band_mass(band, mass_query(q, at.tau, at.rest), &sums);
     return sums;
-  }
-
-  // Where a search starts: the threshold among the last keys that the row sees, as if all were like
-  // these; among few, and then once among more. Returns how far off that may be.
-  double start_search(Point<T> q, int64_t seen, ThresholdSearch<T>& search) const {
-    const T highest = std::numeric_limits<T>::infinity();
-    T tau = highest, rest = 0;
-    Mass<T> sums{0, 0, -highest};
-    const auto evaluate = [&](int64_t window) {
-      const int64_t count = std::min(window, seen), begin = start_ + seen - count;
-      sums.excess = sums.count = 0;
-      loops_.decode.run_mass(tail(begin), count, mass_query(q, tau, rest), &sums);
-      return static_cast<double>(count);
-    };
-    const auto root = [&](double more) {
-      return sums.count > 0 ? power_law_root(tau, sums.excess * more, sums.count * more, sums.top)
-                            : double(tau);
-    };
-    double count = evaluate(kWindow);
-    const double least = mass_bound(sums.top);
-    search.start(least, least);
-    for (int n = 0; n < kWindowSteps; ++n) {
-      tau = search.tau;
-      rest = search.rest;
-      evaluate(kWindow);
-      if (search.update(sums)) break;
-    }
-    const double all = static_cast<double>(seen);
-    double guess = root(std::min(all, double(kWideWindow)) / count);
-    if (seen > kWideWindow) {
-      tau = static_cast<T>(guess);
-      rest = 0;
-      count = evaluate(kWideWindow);
-      guess = root(all / count);
-    }
-    const double lower = search.lower();
-    search = ThresholdSearch<T>();
-    search.start(lower, guess);
-    // By the keys that it was found from.
-    const double share = std::min(1.0, kBand / std::sqrt(sums.count + 1));
-    return share * std::abs(double(sums.top) - search.tau);
   }
 
   void write(int64_t row, int64_t seen, const Mass<T>& sums, const double* context) const {
@@ -345,24 +352,36 @@ void extend_index(const CachedKeys<T>& keys, const CachedIndex& index, bool exac
 }
 
 template <class T>
+CachedAttention<T>::CachedAttention(const CachedRows<T>& params) : params_(params) {
+  const CachedIndex& index = params.index;
+  if (index.tokens == 0) return;
+  runs_ = runs_of(index.tokens, index.chunk);
+  unit_ = index_unit<T>(index.chunk, params.keys.value_dim);
+}
+
+template <class T>
+bool CachedAttention<T>::run(int64_t sequence, int64_t first, int64_t last) const {
+  return SequenceRows<T>(params_, sequence, runs_, unit_).run(first, last);
+}
+
+template <class T>
+int64_t CachedAttention<T>::row_pairs() const {
+  const int64_t covered = params_.index.tokens;
+  const double walks = kWalk * std::sqrt(static_cast<double>(covered));
+  const int64_t pairs = params_.keys.end - covered + static_cast<int64_t>(walks);
+  return has_mass(params_.pair.score) ? kSearch * pairs : pairs;
+}
+
+template <class T>
 bool attend(const CachedRows<T>& params) {
   const PairParams<T>& p = params.pair;
-  const int64_t covered = params.index.tokens;
-  const double walks = kWalk * std::sqrt(static_cast<double>(covered));
-  const int64_t pairs = params.keys.end - covered + static_cast<int64_t>(walks);
   const int64_t rows = std::min(kRows, p.rows);
-  std::vector<Range> runs;
-  int64_t unit = 0;
-  if (covered > 0) {
-    runs = runs_of(covered, params.index.chunk);
-    unit = index_unit<T>(params.index.chunk, params.keys.value_dim);
-  }
+  const CachedAttention<T> attention(params);
   int32_t refused = 0;
-  for_each_block(p.batch(), ceil_div(p.rows, kRows), false,
-                 grain_for(rows * pairs * (has_mass(p.score) ? kSearch : 1)),
+  for_each_block(p.batch(), ceil_div(p.rows, kRows), false, grain_for(rows * attention.row_pairs()),
                  [&](int64_t n, int64_t block) {
                    const Range range = tile_range(block, kRows, p.rows);
-                   if (!SequenceRows<T>(params, n, runs, unit).run(range.first, range.last))
+                   if (!attention.run(n, range.first, range.last))
                      __atomic_store_n(&refused, 1, __ATOMIC_RELAXED);
                  });
   return refused == 0;
@@ -371,6 +390,7 @@ bool attend(const CachedRows<T>& params) {
 #define QFLUX_INSTANTIATE(T)                                                         \
   template void extend_moments(const CachedKeys<T>&, int64_t, const CachedMoments&); \
   template void extend_index(const CachedKeys<T>&, const CachedIndex&, bool);        \
+  template class CachedAttention<T>;                                                 \
   template bool attend(const CachedRows<T>&)
 
 QFLUX_INSTANTIATE(float);

@@ -1,8 +1,11 @@
 // What the ops of a cache do: the last rows of causal sequences against an index of their keys.
 #pragma once
 
+#include <vector>
+
 #include "../../math/statistics.h"
 #include "../../params.h"
+#include "../parallel.h"
 
 namespace qflux::cpu {
 
@@ -66,5 +69,21 @@ struct CachedRows {
 // pair treat right: not finite or very large. The keys and values must be tame (math/sweep.h).
 template <class T>
 bool attend(const CachedRows<T>& params);
+
+// The same by sequences: rows first .. last - 1 of one, from any thread. `params` stay where they
+// are.
+template <class T>
+class CachedAttention {
+ public:
+  explicit CachedAttention(const CachedRows<T>& params);
+  bool run(int64_t sequence, int64_t first, int64_t last) const;
+  // About as many pairs as a row costs.
+  int64_t row_pairs() const;
+
+ private:
+  const CachedRows<T>& params_;
+  std::vector<Range> runs_;
+  int64_t unit_ = 0;  // bytes of the index for a chunk
+};
 
 }  // namespace qflux::cpu

@@ -3,6 +3,7 @@
 
 #include "decode.h"
 #include "dense.h"
+#include "matvec.h"
 #include "projection.h"
 #include "statistics.h"
 #include "sweep.h"
@@ -18,6 +19,7 @@ struct Loops {
   TreeLoops<T> tree;
   DecodeLoops<T> decode;
   ProjectionLoops<T> projection;
+  MatvecLoops<T> matvec;
 };
 
 struct InstructionSet {

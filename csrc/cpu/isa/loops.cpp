@@ -7,6 +7,7 @@
 #include "decode-inl.h"
 #include "dense-inl.h"
 #include "dispatch.h"
+#include "matvec-inl.h"
 #include "projection-inl.h"
 #include "statistics-inl.h"
 #include "sweep-inl.h"
@@ -17,7 +18,8 @@ namespace {
 
 template <class T>
 constexpr Loops<T> kLoops = {dense::kLoops<T>, statistics::kLoops<T>, sweep::kLoops<T>,
-                             tree::kLoops<T>,  decode::kLoops<T>,     projection::kLoops<T>};
+                             tree::kLoops<T>,  decode::kLoops<T>,     projection::kLoops<T>,
+                             matvec::kLoops<T>};
 
 }  // namespace
 

@@ -1,0 +1,59 @@
+// A further token through a layer of the language model (qflux/models/layers.py) behind a cache:
+//
+//   u = conv(norm(h));   q, k, v, gate[, own] = inputs(u);   q, k turned by the token's angle
+//   k, v join the cache;   c = what q gathers there
+//   h = h + output(norm(c + own) silu(gate))
+//   g, u = mlp_inputs(mlp_conv(mlp_norm(h)));   h = h + mlp_output(silu(g) u)
+//
+// on vectors of a few hundred numbers, where a call of an operation costs more than what it does.
+#pragma once
+
+#include "decode.h"
+
+namespace qflux::cpu {
+
+template <class T>
+struct NormParams {
+  const T *weight, *bias;  // null: one, and zero
+  double eps;
+};
+
+// A causal convolution of each channel with `width` taps; width 1 for none.
+template <class T>
+struct ConvolutionParams {
+  int64_t width;
+  const T *weight, *bias;  // [channels][width], [channels] or null
+  const T* past;           // [batch][width - 1][channels]: the inputs so far
+  T* next;                 // the same with this token's
+};
+
+template <class T>
+struct LinearParams {
+  const T *weight, *bias;  // [rows][columns], [rows] or null
+  int64_t rows, columns;
+};
+
+template <class T>
+struct LayerParams {
+  int64_t batch, hidden, cylinders, value_dim;
+  const T* angle;  // [cylinders]
+  NormParams<T> norm, gathered_norm, mlp_norm;
+  ConvolutionParams<T> convolution, mlp_convolution;
+  LinearParams<T> inputs, output;
+  // Without weights: there is no MLP.
+  LinearParams<T> mlp_inputs, mlp_output;
+  bool own;       // values of the token's own have a projection; else they are what others get
+  bool averages;  // a row's weights sum to one; else what it gathers is divided by its degree
+  // Of the cache with room for this token, which is the last; the rest of it the layer writes.
+  CachedRows<T> rows;
+  View<T> keys, values;  // the buffers of the cache
+  const T* in;           // [batch][hidden]
+  T* out;
+};
+
+// False, and what was written is void, where an operator has to treat what is not finite or very
+// large.
+template <class T>
+bool step_layer(const LayerParams<T>& params);
+
+}  // namespace qflux::cpu
