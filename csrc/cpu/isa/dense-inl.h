@@ -91,27 +91,34 @@ class RowSums {
   using V = Vector<T>;
 
  public:
-  QFLUX_INLINE void begin_tile() {
-    each_column<kCount>([&](auto n) QFLUX_INLINE_LAMBDA { part_[0][n] = part_[1][n] = V(T(0)); });
-  }
-  // A pair of vector r: its derivative d, and its key.
-  template <class Index>
-  QFLUX_INLINE void add(Index r, const Mask<T>* visible, Mask<T> kept, V d, V kx, V ky) {
-    V* part = part_[r];
-    part[0] = add_kept(visible, kept, d, kx, part[0]);
-    part[1] = add_kept(visible, kept, d, ky, part[1]);
-    if constexpr (kCount > 2) part[2] = add_where(kept, d, part[2]);
-    if constexpr (Score::kMass) {
-      part[3] = add_where(kept, V(T(1)), part[3]);
-      part[4] = add_where(kept, kx, part[4]);
-      part[5] = add_where(kept, ky, part[5]);
+  static constexpr int kCount = Score::kMass ? 6 : Score::kLimitVjp ? 3 : 2;
+
+  // Those of a tile of keys, apart: with an object whose methods are called they would be in
+  // memory.
+  struct Tile {
+    V part[kVectors][kCount];
+
+    QFLUX_INLINE Tile() {
+      each_column<kCount>([&](auto n) QFLUX_INLINE_LAMBDA { part[0][n] = part[1][n] = V(T(0)); });
     }
-  }
-  QFLUX_INLINE void end_tile() {
+    // A pair of vector r: its derivative d, and its key.
+    template <class Index>
+    QFLUX_INLINE void add(Index r, const Mask<T>* visible, Mask<T> kept, V d, V kx, V ky) {
+      part[r][0] = add_kept(visible, kept, d, kx, part[r][0]);
+      part[r][1] = add_kept(visible, kept, d, ky, part[r][1]);
+      if constexpr (kCount > 2) part[r][2] = add_where(kept, d, part[r][2]);
+      if constexpr (Score::kMass) {
+        part[r][3] = add_where(kept, V(T(1)), part[r][3]);
+        part[r][4] = add_where(kept, kx, part[r][4]);
+        part[r][5] = add_where(kept, ky, part[r][5]);
+      }
+    }
+  };
+  QFLUX_INLINE void add(const Tile& tile) {
     V parts[kCount][kVectors];
     each_column<kCount>([&](auto n) QFLUX_INLINE_LAMBDA {
-      parts[n][0] = part_[0][n];
-      parts[n][1] = part_[1][n];
+      parts[n][0] = tile.part[0][n];
+      parts[n][1] = tile.part[1][n];
     });
     add_parts(totals_, parts);
   }
@@ -130,8 +137,6 @@ class RowSums {
   }
 
  private:
-  static constexpr int kCount = Score::kMass ? 6 : Score::kLimitVjp ? 3 : 2;
-  V part_[kVectors][kCount];
   Total<T> totals_[kCount][kVectors];
 };
 
@@ -230,7 +235,7 @@ void backward_rows_narrow(const Sequence<T>& s, int64_t first, int64_t last,
     });
     RowSums<Score, T> sums;
     for (int64_t tile = 0; tile < group.highest(); tile += kTile) {
-      sums.begin_tile();
+      typename RowSums<Score, T>::Tile of_tile;
       each_key<Values::kApart>(
           group, tile, tile + kTile,
           [&](auto r, int64_t j, const Mask<T>* visible) QFLUX_INLINE_LAMBDA {
@@ -238,9 +243,9 @@ void backward_rows_narrow(const Sequence<T>& s, int64_t first, int64_t last,
             const V p = query.product(r, kx, ky);
             const Mask<T> kept = kept_and_visible(query.pair[r].kept(p), visible);
             const V d = query.pair[r].derivative(p, values.dot(grad[r], j, kx, ky, gs[r]));
-            sums.add(r, visible, kept, d, kx, ky);
+            of_tile.add(r, visible, kept, d, kx, ky);
           });
-      sums.end_tile();
+      sums.add(of_tile);
     }
     sums.take_all(group, first, out);
   }
@@ -424,15 +429,15 @@ void backward_rows_values(const Sequence<T>& s, int64_t first, int64_t last,
       const EachKey<T> each{group, tile};
       dot_columns<true, T>(each, s.grad, s.row_stride, s.values, s.value_stride, s.value_dim,
                            s.grad_strength, upstream);
-      sums.begin_tile();
+      typename RowSums<Score, T>::Tile of_tile;
       each([&](auto r, int64_t j, const Mask<T>* visible) QFLUX_INLINE_LAMBDA {
         const V kx(s.key_x[j]), ky(s.key_y[j]);
         const V p = query.product(r, kx, ky);
         const Mask<T> kept = kept_and_visible(query.pair[r].kept(p), visible);
-        sums.add(r, visible, kept, query.pair[r].derivative(p, load(upstream[j - tile][r])), kx,
-                 ky);
+        of_tile.add(r, visible, kept, query.pair[r].derivative(p, load(upstream[j - tile][r])), kx,
+                    ky);
       });
-      sums.end_tile();
+      sums.add(of_tile);
     }
     sums.take_all(group, first, out);
   }
