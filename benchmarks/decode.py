@@ -1,16 +1,19 @@
 """Decoding: prefill, latency of a token and bytes of the cache, against the context.
 
 python benchmarks/decode.py [--contexts 1024 4096 16384] [--batches 1 32] [--tokens 32]
-python benchmarks/decode.py --contexts 16384 102400 1048576 --batches 1 --prefill-to 0
+python benchmarks/decode.py --contexts 1024 16384 102400 1048576 --batches 1 --prefill-to 0 \
+    --output CSV --plot SVG
 python benchmarks/decode.py --stream 1048576
 python benchmarks/decode.py --heads 256 4096 50257 --threads 1
 
 `lm` is the default model with its cache; `transformer` is that of `transformer.py`, of nearly as
-many parameters, with keys and values in a buffer and `scaled_dot_product_attention`. Weights are
-as they start. The two take turns, so that other work on the machine meets both; a turn has eight
-tokens, since one that finds the other's keys in the caches of the processor tells nothing of a
-model that decodes alone. One thread (`--threads 1`) is timed by its processor time, several by the
-wall clock.
+many parameters, with keys and values in a buffer and `scaled_dot_product_attention`. `windowed` and
+`state-space` are what a transformer becomes with attention to the last 256 tokens only and with
+Mamba-2's recurrence: they keep as much of any past, and are beside the others for what that costs.
+Weights are as they start. All take turns, so that other work on the machine meets each of them; a
+turn has eight tokens, since one that finds another's keys in the caches of the processor tells
+nothing of a model that decodes alone. One thread (`--threads 1`) is timed by its processor time,
+several by the wall clock.
 
 A context beyond `--prefill-to` is not read: caches are filled with what they would have. For `lm`
 that is keys and values of a prompt, drawn again for all positions and turned as these turn keys;
@@ -32,12 +35,18 @@ import resource
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from common import environment, percentile
+from files import append_row
+from lm_curves import save_svg, svg_pyplot
+from state_space import StateSpaceConfig, StateSpaceModel
 from torch import Tensor
 from transformer import Transformer, TransformerConfig, TransformerLayer
+from windowed import WindowedConfig, WindowedTransformer
 
 from qflux import QuantumFluxConfig, make_config, make_model
 from qflux.models.base import CausalLM
@@ -115,6 +124,63 @@ def transformer(batch: int, context: int) -> Decoder:
     return Decoder(read, fill, lambda: past.nbytes, _count(model))
 
 
+def windowed(batch: int, context: int) -> Decoder:
+    del context
+    torch.manual_seed(0)
+    config = WindowedConfig(vocab_size=VOCABULARY)
+    model = WindowedTransformer(config).eval()
+    shape = batch, config.num_heads, config.window - 1, config.hidden_dim // config.num_heads
+    past: list[Any] = [None] * config.num_layers
+    length = 0
+
+    def read(ids: Tensor) -> Tensor:
+        nonlocal length
+        x = model.embedding(ids)
+        for n, layer in enumerate(model.layers):
+            told, past[n] = layer.advance(layer.attention_norm(x), past[n], length)
+            x = behind(layer, x, told)
+        length += ids.shape[1]
+        return model.head(model.norm(x[:, -1]))
+
+    def fill(count: int) -> None:
+        nonlocal length
+        kept = min(count, shape[2])
+        past[:] = [torch.randn(2, *shape)[..., :kept, :].unbind(0) for _ in past]
+        length = count
+
+    return Decoder(read, fill, lambda: _bytes(past), _count(model))
+
+
+def recurrent(batch: int, context: int) -> Decoder:
+    del context
+    torch.manual_seed(0)
+    config = StateSpaceConfig(vocab_size=VOCABULARY)
+    model = StateSpaceModel(config).eval()
+    state: list[Any] = [None] * config.num_layers
+
+    def read(ids: Tensor) -> Tensor:
+        x = model.embedding(ids)
+        for n, layer in enumerate(model.layers):
+            told, state[n] = layer.advance(layer.attention_norm(x), state[n])
+            x = behind(layer, x, told)
+        return model.head(model.norm(x[:, -1]))
+
+    def fill(count: int) -> None:
+        read(torch.randint(VOCABULARY, (batch, min(count, CHUNK))))
+
+    return Decoder(read, fill, lambda: _bytes([state]), _count(model))
+
+
+def behind(layer: TransformerLayer, x: Tensor, told: Tensor) -> Tensor:
+    """The rest of a layer without convolutions, behind what tokens told one another."""
+    x = x + layer.output(told)
+    return x + layer.down(F.gelu(layer.up(layer.mlp_norm(x))))
+
+
+def _bytes(kept: list[Any]) -> int:
+    return sum(tensor.nbytes for tensors in kept for tensor in tensors)
+
+
 def attend(layer: TransformerLayer, x: Tensor, past: Tensor, length: int) -> Tensor:
     """A layer on tokens `(B, n, H)` behind `length` others, whose keys and values are `past`."""
     joint = layer.inputs(layer.attention_norm(x))
@@ -129,8 +195,7 @@ def attend(layer: TransformerLayer, x: Tensor, past: Tensor, length: int) -> Ten
     gathered = F.scaled_dot_product_attention(
         queries, past[0, :, :, :end], past[1, :, :, :end], attn_mask=mask
     )
-    x = x + layer.output(gathered.transpose(1, 2).flatten(2))
-    return x + layer.down(F.gelu(layer.up(layer.mlp_norm(x))))
+    return behind(layer, x, gathered.transpose(1, 2).flatten(2))
 
 
 def turn(x: Tensor, angle: Tensor) -> Tensor:
@@ -140,7 +205,15 @@ def turn(x: Tensor, angle: Tensor) -> Tensor:
     return torch.cat((left * cos - right * sin, left * sin + right * cos), -1)
 
 
-PROVIDERS = {"lm": flux, "transformer": transformer}
+PROVIDERS = {
+    "lm": flux, "transformer": transformer, "windowed": windowed, "state-space": recurrent,
+}  # fmt: skip
+COLUMNS = [
+    "batch", "context", "provider", "parameters", "prefill_s", "p50_ms", "p99_ms", "tokens_per_s",
+    "bytes_per_token", "device", "threads", "machine", "instruction_set", "torch", "python",
+    "commit", "date",
+]  # fmt: skip
+SHOWN = COLUMNS[:9]
 
 
 def clock() -> float:
@@ -270,6 +343,8 @@ def parse(line: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=32, help="tokens to time")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--prefill-to", type=int, default=16384, help="longest context to read")
+    parser.add_argument("--output", type=Path, help="append rows to this CSV")
+    parser.add_argument("--plot", type=Path, help="SVG to write: milliseconds over the context")
     parser.add_argument("--stream", type=int, help="tokens of a stream to time instead")
     parser.add_argument("--heads", type=int, nargs="+", help="vocabularies to time instead")
     options = parser.parse_args(line)
@@ -296,19 +371,52 @@ def main(line: list[str] | None = None) -> None:
         return stream(options.stream)
     if options.heads is not None:
         return heads(options.heads, options.tokens)
-    print("batch,context,provider,parameters,prefill_s,p50_ms,p99_ms,tokens_per_s,bytes_per_token")
+    pyplot = None if options.plot is None else svg_pyplot("decode.py --plot")
+    print(",".join(SHOWN))
+    rows: list[dict[str, object]] = []
     for batch in options.batches:
         for context in options.contexts:
-            for name, row in measure(
-                batch, context, options.tokens, context <= options.prefill_to
-            ).items():
-                prefill = "" if math.isnan(row["prefill"]) else f"{row['prefill']:.3f}"
-                print(
-                    f"{batch},{context},{name},{row['parameters']},{prefill},"
-                    f"{1e3 * row['p50']:.3f},{1e3 * row['p99']:.3f},{row['tokens_per_s']:.1f},"
-                    f"{row['bytes_per_token']:.0f}",
-                    flush=True,
-                )
+            reads = context <= options.prefill_to
+            for name, found in measure(batch, context, options.tokens, reads).items():
+                row = {**about, "batch": batch, "context": context, "provider": name}
+                row |= shown(found)
+                rows.append({column: row[column] for column in COLUMNS})
+                print(",".join(str(row[column]) for column in SHOWN), flush=True)
+                if options.output is not None:
+                    append_row(options.output, COLUMNS, rows[-1])
+    if options.plot is not None:
+        plot(pyplot, rows, options.plot)
+
+
+def shown(found: dict[str, float]) -> dict[str, object]:
+    """The numbers of a provider as a row has them."""
+    prefill = found["prefill"]
+    return {
+        "parameters": int(found["parameters"]),
+        "prefill_s": "" if math.isnan(prefill) else f"{prefill:.3f}",
+        "p50_ms": f"{1e3 * found['p50']:.3f}",
+        "p99_ms": f"{1e3 * found['p99']:.3f}",
+        "tokens_per_s": f"{found['tokens_per_s']:.1f}",
+        "bytes_per_token": f"{found['bytes_per_token']:.0f}",
+    }
+
+
+def plot(pyplot: Any, rows: list[dict[str, Any]], path: Path) -> None:
+    """Draw the median time of a token over the context, a panel for each batch."""
+    batches = list(dict.fromkeys(row["batch"] for row in rows))
+    figure, panels = pyplot.subplots(
+        1, len(batches), figsize=(5.5 * len(batches), 3.6), layout="constrained", squeeze=False
+    )
+    for axes, batch in zip(panels[0], batches, strict=True):
+        for name in PROVIDERS:
+            own = [row for row in rows if row["batch"] == batch and row["provider"] == name]
+            times = [float(row["p50_ms"]) for row in own]
+            axes.loglog([row["context"] for row in own], times, "o-", label=name)
+        title = "one sequence" if batch == 1 else f"{batch} sequences"
+        axes.set(title=title, xlabel="tokens before", ylabel="milliseconds a token")
+        axes.grid(True, alpha=0.3)
+        axes.legend(fontsize="small")
+    save_svg(figure, path)
 
 
 if __name__ == "__main__":

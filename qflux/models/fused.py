@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import torch
@@ -60,13 +61,14 @@ class LayerStep:
             kinds += _convolution(mlp.conv)
         modules = [module for module, _ in kinds]
         self._kinds = kinds
-        self._bound = [
+        bound: list[tuple[dict[str, Any], str, Any]] = [
             (where, name, part)
             for module in modules
             for where in (module._modules, module._parameters)
             for name, part in where.items()
         ]
-        self._bound += [(module.__dict__, "forward", None) for module in modules]
+        bound += [(module.__dict__, "forward", None) for module in modules]
+        self._where, self._names, self._parts = zip(*bound, strict=True)
         self._hooks = [
             hooks
             for module in modules
@@ -101,9 +103,9 @@ class LayerStep:
         attention, inputs = cache.attention, cache.inputs
         if not self.possible or attention is None or len(inputs) != len(cache.convolutions):
             return None
-        if any(self._hooks) or not all(
-            where.get(name) is part for where, name, part in self._bound
-        ):
+        # By functions that need no frame of Python's: this is asked for every token.
+        found = map(dict.get, self._where, self._names)
+        if any(self._hooks) or not all(map(operator.is_, found, self._parts)):
             return None
         prepared = attention.prepare()
         if prepared is None:
@@ -122,7 +124,7 @@ class LayerStep:
     def _plain(self) -> bool:
         return all(is_plain(module, kind) for module, kind in self._kinds) and all(
             is_eager(part.detach()) and part.is_contiguous()
-            for _, _, part in self._bound
+            for part in self._parts
             if isinstance(part, Tensor)
         )
 
