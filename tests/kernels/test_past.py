@@ -189,6 +189,21 @@ def test_adversarial_points_keep_the_degrees(name):
             assert apart <= 1e-10 * largest
 
 
+@pytest.mark.parametrize("scale", [0.001, 1.0, 300.0, -2.0])
+@pytest.mark.parametrize("case", ["one point last", "one point first", "far last", "far first"])
+def test_a_threshold_is_found_where_the_last_keys_tell_nothing_of_it(by_index, case, scale):
+    keys = torch.randn(3, 3000, 2, dtype=F64)
+    part = slice(2300, None) if case.endswith("last") else slice(0, 2300)
+    keys[:, part] = 0.3 if case.startswith("one") else keys[:, part] + 20
+    states = torch.randn(3, 3000, 2, dtype=F64)
+    score = Sparsemax(scale)
+    cache = InteractionCache(score=score, batch_shape=(3,), dtype=F64)
+    cache.append(keys)
+    found = cache.attend(states[:, 2998:])
+    whole = interact(states[:, 2998:], keys, causal=True, score=score, backend="reference")
+    close(found, whole)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_float32_is_judged_as_the_operator_is(by_index, score, dtype):
     states, keys, values = tokens(2700, dtype)

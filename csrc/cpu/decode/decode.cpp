@@ -17,8 +17,9 @@ constexpr int64_t kRows = 8;
 constexpr double kWalk = 64;
 constexpr int64_t kSearch = 3;
 // Half the band in which a threshold is sought, as a part of the way in which a normal distribution
-// falls by a factor of e there; and how many times wider the one is that follows a miss.
-constexpr double kBand = 0.35, kWider = 2;
+// falls by a factor of e there; how many times wider the one is that follows a miss; and how many
+// of them reach as far as the threshold may be.
+constexpr double kBand = 0.35, kWider = 2, kSteps = 16;
 // Bound on the rounding of a bias, relative to it and to the threshold.
 template <class T>
 constexpr double kBiasUnit = sizeof(T) == 4 ? 0x1p-20 : 0x1p-48;
@@ -88,22 +89,18 @@ class SequenceRows {
               index_view<T>(index.memory + n * index.stride + run.first / index.chunk * unit, count,
                             params.keys.value_dim));
       }
-      int64_t nodes = 0, most = 0;
+      int64_t nodes = 0, leaves = 0;
       for (const IndexView<T>& tree : trees_) {
         nodes += tree.nodes;
-        most += tree.size[0] + kPadding;
+        leaves += tree.size[0];
       }
-      int32_t* at = scratch_.places.get(nodes + 2 * most);
-      T* reach = scratch_.reaches.get(4 * most);
+      int32_t* at = scratch_.places.get(2 * nodes + leaves + 1);
+      T* reach = scratch_.reaches.get(2 * leaves);
       for (const IndexView<T>& tree : trees_) {
-        const int64_t size = tree.size[0] + kPadding;
-        Cut<T> cut{};
-        cut.nodes = at;
-        cut.open = {at + tree.nodes, reach, reach + size, 0};
-        cut.next = {at + tree.nodes + size, reach + 2 * size, reach + 3 * size, 0};
-        cuts_.push_back(cut);
-        at += tree.nodes + 2 * size;
-        reach += 4 * size;
+        const int64_t size = tree.size[0];
+        cuts_.push_back({at, at + tree.nodes, reach, reach + size, at + tree.nodes + size});
+        at += 2 * tree.nodes + size;
+        reach += 2 * size;
       }
     }
   }
@@ -173,23 +170,10 @@ class SequenceRows {
     return {q.x, q.y, T(0), tau, tau, rest, tau, tau};
   }
 
-  // A walk from the roots on.
-  void begin(size_t n) {
-    Cut<T>& cut = cuts_[n];
-    cut.open.places[0] = 0;
-    cut.open.count = 1;
-    cut.height = trees_[n].height + 1;
-    cut.node_count = 0;
-    std::fill(std::begin(cut.sums), std::end(cut.sums), 0.0);
-  }
   // Where the boundary of a row cuts the trees.
   T cut(const Query<T>& query) {
     T top = -kInfinity;
-    for (size_t n = 0; n < trees_.size(); ++n)
-      for (begin(n); cuts_[n].height > 0;) {
-        loops_.decode.descend(trees_[n], query, &cuts_[n], &top);
-        loops_.decode.decide(trees_[n], query, &cuts_[n], &top);
-      }
+    for (size_t n = 0; n < trees_.size(); ++n) loops_.decode.cut(trees_[n], query, &cuts_[n], &top);
     return top;
   }
   // What a row gathers of the keys that it sees, with the trees cut for it.
@@ -219,14 +203,12 @@ class SequenceRows {
     find_band(q, near, low, high, &band);
     for (;;) {
       if (search.tau < band.low || search.tau > band.high) {
-        // Where it was not, and beyond the bound or as far as the search goes at once.
-        if (search.tau < band.low) {
-          high = band.low;
-          low = std::max(search.lower(), high - (width *= kWider));
-        } else {
-          low = band.high;
-          high = low + (width *= kWider);
-        }
+        // Beside the band, and in a few steps as far as it may be.
+        const bool lower_down = search.tau < band.low;
+        const double most = lower_down ? band.low - search.lower() : band.above.top - band.high;
+        width = std::max(kWider * width, most / kSteps);
+        low = lower_down ? std::max(search.lower(), band.low - width) : band.high;
+        high = lower_down ? band.low : band.high + width;
         find_band(q, near, low, high, &band);
       }
       if (!search.update(mass_at(q, search, band))) continue;
@@ -261,7 +243,7 @@ class SequenceRows {
     band->count = 0;
     band->above = {0, 0, cut(query)};
     int64_t room_for = near + kPadding;
-    for (const Cut<T>& cut : cuts_) room_for += cut.open.count * kLeaf;
+    for (const Cut<T>& cut : cuts_) room_for += cut.leaf_count * kLeaf;
     band->products = scratch_.products.get(room_for);
     for (size_t n = 0; n < trees_.size(); ++n) loops_.decode.cut_band(trees_[n], cuts_[n], q, band);
     loops_.decode.run_band(tail(covered_), near, q, band);

@@ -85,146 +85,71 @@ QFLUX_INLINE void prefetch(const T* from, int64_t count) {
     __builtin_prefetch(from + n);
 }
 
-// The lanes of a mask, one behind the other; a whole vector is written. Returns their number.
+// Height after height, so that what is fetched meanwhile is there when its height comes.
 template <class T>
-QFLUX_INLINE int64_t store_lanes(Mask<T> mask, Vector<T> v, T* to) {
-  const uint32_t bits = lane_bits(mask);
-#if defined(__AVX512F__)
-  if constexpr (sizeof(T) == 4)
-    _mm512_storeu_ps(to, _mm512_maskz_compress_ps(static_cast<__mmask16>(bits), (__m512)v.raw));
-  else
-    _mm512_storeu_pd(to, _mm512_maskz_compress_pd(static_cast<__mmask8>(bits), (__m512d)v.raw));
-  return __builtin_popcount(bits);
-#else
-  if (!bits) return 0;
-  T lane[Vector<T>::kWidth];
-  store(lane, v);
-  int64_t count = 0;
-  for (int l = 0; l < Vector<T>::kWidth; ++l) {
-    to[count] = lane[l];
-    count += (bits >> l) & 1;
-  }
-  return count;
-#endif
-}
-
-// A step of a walk: a vector of nodes at a time is decided by a row.
-template <class T>
-class Decision {
+void cut(const IndexView<T>& index, const Query<T>& query, Cut<T>* out, T* top) {
   using V = Vector<T>;
-
- public:
-  QFLUX_INLINE Decision(const IndexView<T>& index, const Query<T>& query, int32_t first,
-                        Cut<T>* cut, T* top)
-      : index_(index),
-        low_(query.low),
-        high_(query.high),
-        most_(*top),
-        first_(first),
-        before_(cut->node_count),
-        cut_(cut),
-        top_(top) {}
-
-  // Nodes of these spans, those that `valid` has a bit for; place(lane) is where one stands among
-  // those of its height. What stays undecided joins `open`, and fetch(place) is called for it.
-  template <class Place, class Fetch>
-  QFLUX_INLINE void add(const Reach<V>& span, uint32_t valid, Spans<T>* open, const Place& place,
-                        const Fetch& fetch) {
-    const uint32_t above = lane_bits(less(high_, span.low)) & valid;
-    const uint32_t stays = valid & ~(above | lane_bits(less(span.high, low_)));
-    most_ = select(mask_of<T>(above), larger(span.high, most_), most_);
-    for (uint32_t left = above; left; left &= left - 1) {
-      const int32_t node = first_ + place(__builtin_ctz(left));
-      prefetch(index_.moments + node * index_.width, index_.width);
-      cut_->nodes[cut_->node_count++] = node;
+  const V qx(query.x), qy(query.y), low(query.low), high(query.high);
+  V most(*top);
+  T lows[kIndexFan], highs[kIndexFan];
+  int64_t nodes = 0, leaves = 0, begin = 0, end = 1;
+  // Of the blocks of children to look at, the place of each among those of its height.
+  int32_t* const blocks = out->blocks;
+  blocks[0] = 0;
+  for (int height = index.height; height >= 0; --height) {
+    int64_t next = end;
+    for (int64_t block = begin; block < end; ++block) {
+      const int32_t place = blocks[block] * kIndexFan, node = index.first[height] + place;
+      const int32_t count = index.size[height] - place;
+      const uint32_t all = count >= kIndexFan ? 0xffffu : (1u << count) - 1u;
+      uint32_t above = 0, below = 0;
+      for (int r = 0; r < kIndexFan; r += V::kWidth) {
+        const T* const from = index.box(node) + r;
+        const Box<V> wide{load(from),
+                          load(from + kIndexFan),
+                          load(from + 2 * kIndexFan),
+                          load(from + 3 * kIndexFan),
+                          load(from + 4 * kIndexFan),
+                          load(from + 5 * kIndexFan)};
+        const Reach<V> span = reach(wide, qx, qy);
+        const uint32_t whole = lane_bits(less(high, span.low)) & (all >> r);
+        most = select(mask_of<T>(whole), larger(span.high, most), most);
+        above |= whole << r;
+        below |= lane_bits(less(span.high, low)) << r;
+        store(lows + r, span.low);
+        store(highs + r, span.high);
+      }
+      for (uint32_t left = above; left; left &= left - 1) {
+        const int32_t at = node + __builtin_ctz(left);
+        prefetch(index.moments + at * index.width, index.width);
+        out->nodes[nodes++] = at;
+      }
+      for (uint32_t left = all & ~(above | below); left; left &= left - 1) {
+        const int l = __builtin_ctz(left);
+        if (height == 0) {
+          prefetch(index.leaf(place + l), 2 * kLeaf);
+          out->leaves[leaves] = place + l;
+          out->low[leaves] = lows[l];
+          out->high[leaves++] = highs[l];
+        } else {
+          prefetch(index.box(index.first[height - 1] + (place + l) * kIndexFan), 6 * kIndexFan);
+          blocks[next++] = place + l;
+        }
+      }
     }
-    int64_t at = open->count;
-    for (uint32_t left = stays; left; left &= left - 1) {
-      const int32_t here = place(__builtin_ctz(left));
-      fetch(here);
-      open->places[at++] = here;
-    }
-    store_lanes(mask_of<T>(stays), span.low, open->low + open->count);
-    store_lanes(mask_of<T>(stays), span.high, open->high + open->count);
-    open->count = at;
+    begin = end;
+    end = next;
   }
-  QFLUX_INLINE void finish() {
-    for (int64_t n = before_; n < cut_->node_count; ++n)
-      for (int m = 0; m < kColumnMoments; ++m)
-        cut_->sums[m] += index_.moments[cut_->nodes[n] * index_.width + m];
-    T lane[V::kWidth];
-    store(lane, most_);
-    for (int l = 0; l < V::kWidth; ++l) *top_ = lane[l] > *top_ ? lane[l] : *top_;
-  }
-
- private:
-  const IndexView<T>& index_;
-  const V low_, high_;
-  V most_;
-  const int32_t first_;
-  const int64_t before_;
-  Cut<T>* const cut_;
-  T* const top_;
-};
-
-QFLUX_INLINE uint32_t first_bits(int64_t count) { return count >= 32 ? ~0u : (1u << count) - 1u; }
-
-template <class T>
-void decide(const IndexView<T>& index, const Query<T>& query, Cut<T>* cut, T* top) {
-  using V = Vector<T>;
-  Spans<T> all = cut->open;
-  Decision<T> decision(index, query, index.first[cut->height], cut, top);
-  cut->open.count = 0;
-  for (int64_t n = 0; n < all.count; n += V::kWidth) {
-    int32_t places[V::kWidth];
-    for (int l = 0; l < V::kWidth; ++l) places[l] = n + l < all.count ? all.places[n + l] : 0;
-    decision.add(
-        {load(all.low + n), load(all.high + n)}, first_bits(lesser(V::kWidth, all.count - n)),
-        &cut->open, [&](int l) { return places[l]; },
-        [&](int32_t place) {
-          if (cut->height == 0)
-            prefetch(index.leaf(place), 2 * kLeaf);
-          else
-            prefetch(index.box(index.first[cut->height - 1] + place * kIndexFan), 6 * kIndexFan);
-        });
-  }
-  decision.finish();
-}
-
-template <class T>
-void descend(const IndexView<T>& index, const Query<T>& query, Cut<T>* cut, T* top) {
-  using V = Vector<T>;
-  const V qx(query.x), qy(query.y);
-  const int height = --cut->height;
-  Decision<T> decision(index, query, index.first[height], cut, top);
-  cut->next.count = 0;
-  for (int64_t n = 0; n < cut->open.count; ++n) {
-    const int32_t begin = cut->open.places[n] * kIndexFan;
-    const uint32_t all = first_bits(lesser(kIndexFan, index.size[height] - begin));
-    for (int r = 0; r < kIndexFan; r += V::kWidth) {
-      const T* const from = index.box(index.first[height] + begin) + r;
-      const Box<V> box{load(from),
-                       load(from + kIndexFan),
-                       load(from + 2 * kIndexFan),
-                       load(from + 3 * kIndexFan),
-                       load(from + 4 * kIndexFan),
-                       load(from + 5 * kIndexFan)};
-      decision.add(
-          reach(box, qx, qy), (all >> r) & first_bits(V::kWidth), &cut->next,
-          [&](int l) { return begin + r + l; }, [](int32_t) {});
-    }
-  }
-  decision.finish();
-  const Spans<T> spare = cut->open;
-  cut->open = cut->next;
-  cut->next = spare;
-}
-
-template <class T>
-QFLUX_INLINE void add_top(Vector<T> top, Mass<T>* out) {
-  T lane[Vector<T>::kWidth];
-  store(lane, top);
-  for (int l = 0; l < Vector<T>::kWidth; ++l) out->top = lane[l] > out->top ? lane[l] : out->top;
+  out->node_count = nodes;
+  out->leaf_count = leaves;
+  double sums[kColumnMoments] = {};
+  for (int64_t n = 0; n < nodes; ++n)
+    for (int m = 0; m < kColumnMoments; ++m)
+      sums[m] += index.moments[out->nodes[n] * index.width + m];
+  for (int m = 0; m < kColumnMoments; ++m) out->sums[m] = sums[m];
+  T lane[V::kWidth];
+  store(lane, most);
+  for (int l = 0; l < V::kWidth; ++l) *top = lane[l] > *top ? lane[l] : *top;
 }
 
 // What a row keeps of vectors of keys.
@@ -282,25 +207,10 @@ QFLUX_INLINE void each_part(int64_t count, const Body& body) {
 }
 
 template <class T>
-void run_mass(const KeyPlanes<T>& keys, int64_t count, const Query<T>& query, Mass<T>* out) {
-  using V = Vector<T>;
-  Kept<T> kept(query);
-  V top(out->top);
-  each_part<T>(count, [&](int64_t begin, int64_t whole, int64_t rest) QFLUX_INLINE_LAMBDA {
-    const T *x = keys.x + begin, *y = keys.y + begin;
-    for (int64_t n = 0; n < whole; ++n, x += V::kWidth, y += V::kWidth) {
-      const V p = kept.product(load(x), load(y));
-      top = larger(p, top);
-      kept.add(p);
-    }
-    if (rest) {
-      const V p = kept.product(load_some(x, rest, T(NAN)), load_some(y, rest, T(NAN)));
-      top = larger(p, top);
-      kept.add(p);
-    }
-    kept.take(out);
-  });
-  add_top(top, out);
+QFLUX_INLINE void add_top(Vector<T> top, Mass<T>* out) {
+  T lane[Vector<T>::kWidth];
+  store(lane, top);
+  for (int l = 0; l < Vector<T>::kWidth; ++l) out->top = lane[l] > out->top ? lane[l] : out->top;
 }
 
 template <class T>
@@ -468,16 +378,15 @@ void cut_context(const IndexView<T>& index, const Cut<T>& cut, const Query<T>& q
     }
   };
   add(cut.nodes, cut.node_count);
-  const Spans<T>& open = cut.open;
-  for (int64_t n = 0; n < open.count;) {
+  for (int64_t n = 0; n < cut.leaf_count;) {
     int32_t whole[kListed], crossed[kListed];
     int64_t wholes = 0, crosses = 0;
-    for (; n < open.count && wholes < kListed && crosses < kListed; ++n) {
-      const int32_t leaf = open.places[n];
-      if (open.low[n] > query.high) {
+    for (; n < cut.leaf_count && wholes < kListed && crosses < kListed; ++n) {
+      const int32_t leaf = cut.leaves[n];
+      if (cut.low[n] > query.high) {
         prefetch(index.moments + leaf * index.width, index.width);
         whole[wholes++] = leaf;
-      } else if (!(open.high[n] < query.low)) {
+      } else if (!(cut.high[n] < query.low)) {
         prefetch(index.leaf(leaf), lesser(2 + index.value_dim, 8) * kLeaf);
         crossed[crosses++] = leaf;
       }
@@ -493,6 +402,29 @@ void cut_context(const IndexView<T>& index, const Cut<T>& cut, const Query<T>& q
   out->count += moments[0];
   for (int64_t c = 0; c < index.value_dim; ++c)
     context[c] += weighed(moments + (c + 1) * kColumnMoments, query.x, query.y, offset);
+}
+
+// The lanes of a mask, one behind the other; a whole vector is written. Returns their number.
+template <class T>
+QFLUX_INLINE int64_t store_lanes(Mask<T> mask, Vector<T> v, T* to) {
+  const uint32_t bits = lane_bits(mask);
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4)
+    _mm512_storeu_ps(to, _mm512_maskz_compress_ps(static_cast<__mmask16>(bits), (__m512)v.raw));
+  else
+    _mm512_storeu_pd(to, _mm512_maskz_compress_pd(static_cast<__mmask8>(bits), (__m512d)v.raw));
+  return __builtin_popcount(bits);
+#else
+  if (!bits) return 0;
+  T lane[Vector<T>::kWidth];
+  store(lane, v);
+  int64_t count = 0;
+  for (int l = 0; l < Vector<T>::kWidth; ++l) {
+    to[count] = lane[l];
+    count += (bits >> l) & 1;
+  }
+  return count;
+#endif
 }
 
 // Pairs on their way into a band.
@@ -542,8 +474,8 @@ class Sorted {
 template <class T>
 void cut_band(const IndexView<T>& index, const Cut<T>& cut, Point<T> query, PairBand<T>* band) {
   Sorted<T> sorted(query, band);
-  for (int64_t n = 0; n < cut.open.count; ++n) {
-    const T* const keys = index.leaf(cut.open.places[n]);
+  for (int64_t n = 0; n < cut.leaf_count; ++n) {
+    const T* const keys = index.leaf(cut.leaves[n]);
     for (int64_t k = 0; k < kLeaf; k += Vector<T>::kWidth)
       sorted.add(load(keys + k), load(keys + kLeaf + k));
     if (n % kListed == kListed - 1) sorted.take();
@@ -575,9 +507,9 @@ void band_mass(const PairBand<T>& band, const Query<T>& query, Mass<T>* out) {
 }
 
 template <class T>
-constexpr DecodeLoops<T> kLoops = {build_leaves<T>, build_nodes<T>, decide<T>,     descend<T>,
-                                   cut_context<T>,  run_context<T>, cut_band<T>,   run_band<T>,
-                                   band_mass<T>,    run_mass<T>,    run_spread<T>, run_gate<T>};
+constexpr DecodeLoops<T> kLoops = {build_leaves<T>, build_nodes<T>, cut<T>,      cut_context<T>,
+                                   run_context<T>,  cut_band<T>,    run_band<T>, band_mass<T>,
+                                   run_spread<T>,   run_gate<T>};
 
 }  // namespace decode
 }  // namespace

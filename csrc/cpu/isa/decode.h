@@ -41,23 +41,14 @@ struct Query {
   QFLUX_INLINE double offset() const { return double(shift) + double(rest) - double(bias); }
 };
 
-// Nodes of one height, as many in a lane each: where they stand among those of the height, and the
-// intervals of their q . k. A vector more is written behind the last.
-template <class T>
-struct Spans {
-  int32_t* places;
-  T *low, *high;
-  int64_t count;
-};
-
-// A walk of an index from the roots down, a height at a time: nodes that the row keeps whole, and
-// those of the height that are not decided. There is room for all of them.
+// What a walk of an index leaves: nodes that a row keeps whole, and leaves that its boundary
+// crosses, with the intervals of their q . k. There is room for all of them.
 template <class T>
 struct Cut {
-  int32_t* nodes;
-  Spans<T> open, next;
-  int height;  // of the open nodes; one more than the roots' before the first step
-  int64_t node_count = 0;
+  int32_t *nodes, *leaves;
+  T *low, *high;
+  int32_t* blocks;  // for the walk, a number for each node and one more
+  int64_t node_count = 0, leaf_count = 0;
   double sums[kColumnMoments] = {};  // of the nodes: of 1, x, y
 };
 
@@ -86,24 +77,19 @@ struct DecodeLoops {
                        bool exact_points);
   void (*build_nodes)(const IndexView<T>&, int height, bool exact_points);
 
-  // Decides the open nodes by a row: what it keeps whole is summed, what it drops is gone. Fetches
-  // what the next step reads of the others. The largest q . k of kept nodes joins `top`.
-  void (*decide)(const IndexView<T>&, const Query<T>&, Cut<T>*, T* top);
-  // One height further: the children of the open nodes, decided alike.
-  void (*descend)(const IndexView<T>&, const Query<T>&, Cut<T>*, T* top);
+  // A walk for a row; the largest q . k of the nodes that it keeps whole joins `top`.
+  void (*cut)(const IndexView<T>&, const Query<T>&, Cut<T>*, T* top);
   // What a row, or one with a boundary inside that of the cut, keeps of it; or of `count` keys in
   // planes. Both add to their results.
   void (*cut_context)(const IndexView<T>&, const Cut<T>&, const Query<T>&, Mass<T>*,
                       double* context);
   void (*run_context)(const KeyPlanes<T>&, int64_t count, const Query<T>&, Mass<T>*,
                       double* context);
-  // The pairs of open leaves of a cut, or of keys in planes, that join a band of q . k; and the
-  // mass of its products.
+  // The pairs of leaves of a cut, or of keys in planes, that join a band of q . k; and the mass of
+  // its products.
   void (*cut_band)(const IndexView<T>&, const Cut<T>&, Point<T> query, PairBand<T>*);
   void (*run_band)(const KeyPlanes<T>&, int64_t count, Point<T> query, PairBand<T>*);
   void (*band_mass)(const PairBand<T>&, const Query<T>&, Mass<T>*);
-  // The mass alone.
-  void (*run_mass)(const KeyPlanes<T>&, int64_t count, const Query<T>&, Mass<T>*);
   void (*run_spread)(const KeyPlanes<T>&, int64_t count, Point<T> query, Spread<T>*);
   // Context and mass of a row of the inverse gate.
   void (*run_gate)(const KeyPlanes<T>&, int64_t count, Point<T> query, T eps, T min_gate, Mass<T>*,
