@@ -114,19 +114,10 @@ std::tuple<Tensor, Tensor, Tensor, bool> cache_attend(
     OptionalTensor starts, int64_t base, int64_t chunk, int64_t indexed, OptionalTensor coefficient,
     double coefficient_value, OptionalTensor min_gate, double min_gate_value, int64_t score,
     double eps, bool mean) {
-  PairArguments pair{states};
-  pair.keys = keys;
-  pair.values = values;
-  pair.coefficient = coefficient;
-  pair.coefficient_value = coefficient_value;
-  pair.min_gate = min_gate;
-  pair.min_gate_value = min_gate_value;
-  pair.score = score;
-  pair.eps = eps;
-  pair.causal = true;
-  pair.mean = mean;
-  Batch batch = pair.check();
   CacheArguments cache{keys, values, starts, base};
+  PairArguments pair = cached_pair(states, cache, coefficient, coefficient_value, min_gate,
+                                   min_gate_value, score, eps, mean);
+  Batch batch = pair.check();
   cache.check();
   batch.include(cache.starts);
   batch.settle();
@@ -136,10 +127,8 @@ std::tuple<Tensor, Tensor, Tensor, bool> cache_attend(
   if (cache.values) check_planes("values", *cache.values);
 
   const int64_t rows = pair.rows(), tokens = cache.tokens();
-  const bool statistics = is_thresholded(pair.kind()) && !has_mass(pair.kind());
   STD_TORCH_CHECK(rows <= tokens, "qflux_kernels: there are ", rows, " rows for ", tokens, " keys");
-  STD_TORCH_CHECK(bool(moments) == statistics,
-                  "qflux_kernels: moments come with a score that has statistics");
+  check_moments(pair, moments);
   STD_TORCH_CHECK(indexed >= 0 && indexed <= base + tokens - rows + 1 && (!indexed || index),
                   "qflux_kernels: ", indexed, " indexed tokens cannot be in front of all ", rows,
                   " rows behind ", base + tokens, " tokens");

@@ -63,6 +63,30 @@ struct CacheArguments {
   }
 };
 
+// The last rows of causal sequences against the keys of a cache, with their score.
+inline PairArguments cached_pair(const Tensor& states, const CacheArguments& cache,
+                                 const OptionalTensor& coefficient, double coefficient_value,
+                                 const OptionalTensor& min_gate, double min_gate_value,
+                                 int64_t score, double eps, bool mean) {
+  PairArguments pair{states};
+  pair.keys = cache.keys;
+  pair.values = cache.values;
+  pair.coefficient = coefficient;
+  pair.coefficient_value = coefficient_value;
+  pair.min_gate = min_gate;
+  pair.min_gate_value = min_gate_value;
+  pair.score = score;
+  pair.eps = eps;
+  pair.causal = true;
+  pair.mean = mean;
+  return pair;
+}
+inline void check_moments(const PairArguments& pair, const OptionalTensor& moments) {
+  const bool statistics = is_thresholded(pair.kind()) && !has_mass(pair.kind());
+  STD_TORCH_CHECK(bool(moments) == statistics,
+                  "qflux_kernels: moments come with a score that has statistics");
+}
+
 inline cpu::CachedMoments moments_of(const OptionalTensor& moments, const Batch& batch) {
   if (!moments) return {};
   return {static_cast<Moments*>(moments->data_ptr()),

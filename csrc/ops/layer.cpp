@@ -120,22 +120,12 @@ std::tuple<Tensor, Tensor, Tensor, bool> cache_layer(
 
   const Tensor keys = torch::stable::narrow(key_buffer, 2, 0, at + 1);
   const Tensor values = torch::stable::narrow(value_buffer, 2, 0, at + 1);
-  PairArguments pair{torch::stable::narrow(key_buffer, 2, at, 1)};
-  pair.keys = keys;
-  pair.values = values;
-  pair.coefficient = coefficient;
-  pair.coefficient_value = coefficient_value;
-  pair.min_gate = min_gate;
-  pair.min_gate_value = min_gate_value;
-  pair.score = score;
-  pair.eps = eps;
-  pair.causal = true;
-  Batch sequences = pair.check();
   CacheArguments cache{keys, values, std::nullopt, 0};
+  PairArguments pair = cached_pair(torch::stable::narrow(key_buffer, 2, at, 1), cache, coefficient,
+                                   coefficient_value, min_gate, min_gate_value, score, eps, false);
+  Batch sequences = pair.check();
   cache.check();
-  const bool mass = has_mass(pair.kind());
-  STD_TORCH_CHECK(bool(moments) == (is_thresholded(pair.kind()) && !mass),
-                  "qflux_kernels: moments come with a score that has statistics");
+  check_moments(pair, moments);
   STD_TORCH_CHECK(indexed >= 0 && indexed <= at && (!indexed || index), "qflux_kernels: ", indexed,
                   " indexed tokens cannot be in front of a token behind ", at);
   sequences.settle();
@@ -165,7 +155,7 @@ std::tuple<Tensor, Tensor, Tensor, bool> cache_layer(
       p.mlp_inputs = linear<T>(mlp_inputs, mlp_inputs_bias);
       p.mlp_output = linear<T>(mlp_output, mlp_output_bias);
       p.own = inputs.size(0) > plain;
-      p.averages = mass;
+      p.averages = has_mass(pair.kind());
       p.rows.pair = pair.params<T>(sequences);
       p.rows.keys = cache.cached<T>(sequences);
       p.rows.moments = moments_of(moments, sequences);
