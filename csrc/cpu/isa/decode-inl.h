@@ -82,7 +82,7 @@ void build_nodes(const IndexView<T>& index, int height, bool exact_points) {
 template <class T>
 QFLUX_INLINE void prefetch(const T* from, int64_t count) {
   for (int64_t n = 0; n < count; n += 64 / static_cast<int64_t>(sizeof(T)))
-    __builtin_prefetch(from + n, 0, 2);
+    __builtin_prefetch(from + n);
 }
 
 // Height after height, so that what is fetched meanwhile is there when its height comes.
