@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
+#include <exception>
 #include <memory>
 
 namespace qflux::cpu {
@@ -86,8 +87,8 @@ class Crew {
     if (crew.threads_ == 1) return run(crew);
     parallel_for(0, crew.threads_, 1, [&](int64_t begin, int64_t end) {
       if (begin == 0) {
+        const Finish finish{crew.finished_};
         run(crew);
-        crew.finished_.store(true, std::memory_order_release);
       }
       for (int64_t me = std::max<int64_t>(begin, 1); me < end; ++me) crew.help(me);
     });
@@ -106,9 +107,15 @@ class Crew {
       for (int64_t t = 0; t < threads_; ++t)
         done += loop.lanes[t].done.load(std::memory_order_acquire);
     }
+    if (failed_.load(std::memory_order_acquire)) std::rethrow_exception(error_);
   }
 
  private:
+  // However the first thread ends, the others stop waiting for it.
+  struct Finish {
+    std::atomic<bool>& finished;
+    ~Finish() { finished.store(true, std::memory_order_release); }
+  };
   // Items t, t + threads and so on; and how many items thread t has done, of whatever lane.
   struct alignas(64) Lane {
     std::atomic<int64_t> next{0}, done{0};
@@ -131,7 +138,11 @@ class Crew {
       for (;;) {
         const int64_t item = owner + threads_ * lane.next.fetch_add(1, std::memory_order_relaxed);
         if (item >= loop.count) break;
-        loop.part(loop.body, item);
+        try {
+          loop.part(loop.body, item);
+        } catch (...) {
+          if (!failed_.exchange(true)) error_ = std::current_exception();
+        }
         ++done;
       }
     }
@@ -150,7 +161,8 @@ class Crew {
   }
 
   const int64_t threads_;
-  std::atomic<bool> finished_{false};
+  std::atomic<bool> finished_{false}, failed_{false};
+  std::exception_ptr error_;
   int opened_ = 0;
   Loop loops_[kLoops];
 };
