@@ -215,19 +215,35 @@ def test_padding_many_sequences_training_and_gradients_go_by_modules(steps, monk
     assert not steps
 
 
-@pytest.mark.parametrize("number", [float("nan"), float("inf"), 1e19])
+def recorded(monkeypatch, model, ids):
+    """The operator, and by name what its first call was given for the last of these tokens."""
+    given, real = [], fused_module._STEP
+    monkeypatch.setattr(fused_module, "_STEP", lambda *a: (given.append(a), real(*a))[1])
+    go_on(model, ids, ids.shape[1] - 1)
+    names = torch.ops.qflux_kernels.cache_layer.default._schema.arguments
+    return real, dict(zip([argument.name for argument in names], given[0], strict=True))
+
+
+@pytest.mark.parametrize("row", [0, 2 * 3, 4 * 3], ids=["query", "key", "value"])
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), 1e25])
+def test_what_is_not_tame_is_not_served(monkeypatch, number, row):
+    ids = torch.randint(0, VOCABULARY, (1, 6))
+    real, usual = recorded(monkeypatch, build(torch.float32), ids)
+    bias = usual["inputs_bias"].detach().clone()
+    bias[row] = number
+    assert real(*usual.values())[3] and not real(*(usual | {"inputs_bias": bias}).values())[3]
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
 def test_what_is_not_tame_goes_by_modules(steps, monkeypatch, number):
     model = build()
-    with torch.no_grad():
-        model.embedding.phase[3] += 0.1
-        model.projection.bias.zero_()
     ids = torch.tensor([[1, 2, 4, 5, 3, 1, 2]])
     with torch.no_grad():
-        model.layers[0].attention.inputs.bias[4 * 3] = number  # of a value
-    assert not any(steps)
+        model.layers[1].attention.inputs.bias[4 * 3] = number  # of a value
     found = go_on(model, ids, 3)
     expected = by_modules(model, ids, 3, monkeypatch)
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10, equal_nan=True)
+    assert steps == [True] * 4  # in the first layer alone
 
 
 def test_operations_are_counted_as_those_of_the_modules(monkeypatch):
@@ -246,13 +262,8 @@ def test_operations_are_counted_as_those_of_the_modules(monkeypatch):
 
 
 def test_the_op_refuses_what_would_leave_its_memory(monkeypatch):
-    model, given = build(torch.float32), []
     ids = torch.randint(0, VOCABULARY, (1, 6))
-    real = fused_module._STEP
-    monkeypatch.setattr(fused_module, "_STEP", lambda *a: (given.append(a), real(*a))[1])
-    go_on(model, ids, 5)
-    names = torch.ops.qflux_kernels.cache_layer.default._schema.arguments
-    usual = dict(zip([argument.name for argument in names], given[0], strict=True))
+    real, usual = recorded(monkeypatch, build(torch.float32), ids)
     hidden, buffer = usual["hidden"], usual["key_buffer"]
     for changes, message in (
         ({"hidden": hidden[0]}, "hidden must have shape"),
