@@ -183,26 +183,16 @@ def _bytes(kept: list[Any]) -> int:
 
 def attend(layer: TransformerLayer, x: Tensor, past: Tensor, length: int) -> Tensor:
     """A layer on tokens `(B, n, H)` behind `length` others, whose keys and values are `past`."""
-    joint = layer.inputs(layer.attention_norm(x))
-    parts = joint.unflatten(-1, (3, layer.heads, -1)).permute(2, 0, 3, 1, 4)
+    queries, keys, values = layer.project(layer.attention_norm(x))
     end = length + x.shape[1]
-    position = torch.arange(length, end)
-    angle = position[:, None] * layer.rotary.frequency
-    queries, keys = (turn(points, angle) for points in parts[:2])
-    past[0, :, :, length:end], past[1, :, :, length:end] = keys, parts[2]
+    queries, keys = layer.rotary(queries, length), layer.rotary(keys, length)
+    past[0, :, :, length:end], past[1, :, :, length:end] = keys, values
     # No mask for one token, which sees all.
-    mask = None if x.shape[1] == 1 else position[:, None] >= torch.arange(end)
+    mask = None if x.shape[1] == 1 else torch.arange(length, end)[:, None] >= torch.arange(end)
     gathered = F.scaled_dot_product_attention(
         queries, past[0, :, :, :end], past[1, :, :, :end], attn_mask=mask
     )
     return behind(layer, x, gathered.transpose(1, 2).flatten(2))
-
-
-def turn(x: Tensor, angle: Tensor) -> Tensor:
-    """Rotary positions, as `transformer.Rotary` has them, at angles `(n, width / 2)`."""
-    left, right = x.chunk(2, -1)
-    cos, sin = angle.cos(), angle.sin()
-    return torch.cat((left * cos - right * sin, left * sin + right * cos), -1)
 
 
 PROVIDERS = {

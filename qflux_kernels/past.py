@@ -147,7 +147,7 @@ class Past:
         indexed = 0
         if self._indexes:
             # All rows see what is in front of the first of them.
-            wanted = max(length - max(rows, KEPT_BACK), 0) // self._chunk * self._chunk
+            wanted = self._wanted(length, rows)
             if rows >= FEW_ROWS:
                 most = 2 * max(wanted, self._fitting(length - rows)) >= length
                 if length < self._many_from or not most:
@@ -186,7 +186,7 @@ class Past:
         if self._wild is not None or self._half or self._mean or len(buffers) != 2:
             return None
         if self._indexes:
-            wanted = max(length + 1 - KEPT_BACK, 0) // self._chunk * self._chunk
+            wanted = self._wanted(length + 1, 1)
             if wanted > self._indexed:
                 self._extend_index(buffers, wanted)
         if self._sums:
@@ -235,6 +235,10 @@ class Past:
             sizes += [size] * count
             size //= RUN_FACTOR
         return sizes
+
+    def _wanted(self, length: int, rows: int) -> int:
+        """How many of so many tokens the index has for the last rows: what all of these see."""
+        return max(length - max(rows, KEPT_BACK), 0) // self._chunk * self._chunk
 
     def _fitting(self, length: int) -> int:
         """How many tokens the runs have that end there or in front of it."""

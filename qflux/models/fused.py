@@ -60,7 +60,6 @@ class LayerStep:
             kinds += [(part, nn.Linear) for part in (mlp.input, mlp.output)]
             kinds += _convolution(mlp.conv)
         modules = [module for module, _ in kinds]
-        self._kinds = kinds
         bound: list[tuple[dict[str, Any], str, Any]] = [
             (where, name, part)
             for module in modules
@@ -74,7 +73,9 @@ class LayerStep:
             for module in modules
             for hooks in (module._forward_hooks, module._forward_pre_hooks)
         ]
-        self.possible = attention is not None and layer.evolution is None and self._plain()
+        self.possible = (
+            attention is not None and layer.evolution is None and _plain(kinds, self._parts)
+        )
         if attention is None or not self.possible:
             return
         self._front = (*_norm(layer.attention_norm), *_taps(attention.conv))
@@ -121,13 +122,6 @@ class LayerStep:
             inputs[name] = past if name == "attention" else mlp_past
         return out[:, None]
 
-    def _plain(self) -> bool:
-        return all(is_plain(module, kind) for module, kind in self._kinds) and all(
-            is_eager(part.detach()) and part.is_contiguous()
-            for part in self._parts
-            if isinstance(part, Tensor)
-        )
-
 
 def step(layer: Any, hidden: Tensor, angle: Tensor, cache: LayerCache) -> Tensor | None:
     """`LayerStep` of a layer, which stays in its cache."""
@@ -136,6 +130,15 @@ def step(layer: Any, hidden: Tensor, angle: Tensor, cache: LayerCache) -> Tensor
     if cache.step is None:
         cache.step = LayerStep(layer)
     return cache.step(hidden, angle, cache)
+
+
+def _plain(kinds: list[tuple[Any, type[nn.Module]]], parts: tuple[Any, ...]) -> bool:
+    """Whether modules are of their kinds and no more, with weights that are plain tensors."""
+    return all(is_plain(module, kind) for module, kind in kinds) and all(
+        is_eager(part.detach()) and part.is_contiguous()
+        for part in parts
+        if isinstance(part, Tensor)
+    )
 
 
 def _convolution(module: Any) -> list[tuple[Any, type[nn.Module]]]:

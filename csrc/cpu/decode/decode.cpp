@@ -347,11 +347,11 @@ bool CachedAttention<T>::run(int64_t sequence, int64_t first, int64_t last) cons
 }
 
 template <class T>
-int64_t CachedAttention<T>::row_pairs() const {
-  const int64_t covered = params_.index.tokens;
+int64_t row_pairs(const CachedRows<T>& params) {
+  const int64_t covered = params.index.tokens;
   const double walks = kWalk * std::sqrt(static_cast<double>(covered));
-  const int64_t pairs = params_.keys.end - covered + static_cast<int64_t>(walks);
-  return has_mass(params_.pair.score) ? kSearch * pairs : pairs;
+  const int64_t pairs = params.keys.end - covered + static_cast<int64_t>(walks);
+  return has_mass(params.pair.score) ? kSearch * pairs : pairs;
 }
 
 template <class T>
@@ -360,7 +360,7 @@ bool attend(const CachedRows<T>& params) {
   const int64_t rows = std::min(kRows, p.rows);
   const CachedAttention<T> attention(params);
   int32_t refused = 0;
-  for_each_block(p.batch(), ceil_div(p.rows, kRows), false, grain_for(rows * attention.row_pairs()),
+  for_each_block(p.batch(), ceil_div(p.rows, kRows), false, grain_for(rows * row_pairs(params)),
                  [&](int64_t n, int64_t block) {
                    const Range range = tile_range(block, kRows, p.rows);
                    if (!attention.run(n, range.first, range.last))
@@ -372,6 +372,7 @@ bool attend(const CachedRows<T>& params) {
 #define QFLUX_INSTANTIATE(T)                                                         \
   template void extend_moments(const CachedKeys<T>&, int64_t, const CachedMoments&); \
   template void extend_index(const CachedKeys<T>&, const CachedIndex&, bool);        \
+  template int64_t row_pairs(const CachedRows<T>&);                                  \
   template class CachedAttention<T>;                                                 \
   template bool attend(const CachedRows<T>&)
 

@@ -65,6 +65,10 @@ struct CachedRows {
   View<int32_t> degree;
 };
 
+// About as many pairs as a row costs.
+template <class T>
+int64_t row_pairs(const CachedRows<T>& params);
+
 // What the rows gather. False, and what was written is void, for rows that only loops over every
 // pair treat right: not finite or very large. The keys and values must be tame (math/sweep.h).
 template <class T>
@@ -77,8 +81,6 @@ class CachedAttention {
  public:
   explicit CachedAttention(const CachedRows<T>& params);
   bool run(int64_t sequence, int64_t first, int64_t last) const;
-  // About as many pairs as a row costs.
-  int64_t row_pairs() const;
 
  private:
   const CachedRows<T>& params_;

@@ -73,7 +73,7 @@ class Step {
   bool run() {
     bool tame = true;
     const int64_t sequences = p_.batch * p_.cylinders;
-    const bool together = sequences * CachedAttention<T>(p_.rows).row_pairs() >= kPairs;
+    const bool together = sequences * row_pairs(p_.rows) >= kPairs;
     Crew::work(together, [&](Crew& crew) { tame = run(crew); });
     return tame;
   }
