@@ -99,7 +99,8 @@ STABLE_TORCH_LIBRARY(qflux_kernels, m) {
       "int score, int chunk, int tokens) -> ()");
   m.def(
       "cache_attend(Tensor states, Tensor keys, Tensor? values, Tensor? index, Tensor? moments, "
-      "Tensor? starts, int base, int chunk, int indexed, Tensor? coefficient, "
+      "Tensor(a!)? tangents, Tensor? starts, int base, int chunk, int indexed, Tensor? "
+      "coefficient, "
       "float coefficient_value, Tensor? min_gate, float min_gate_value, int score, float eps, "
       "bool mean) -> (Tensor context, Tensor strength, Tensor degree, bool served)");
   // A further token through a layer of the language model, written behind `at` others in the
@@ -111,7 +112,8 @@ STABLE_TORCH_LIBRARY(qflux_kernels, m) {
       "Tensor output, Tensor? output_bias, Tensor? mlp_norm_weight, Tensor? mlp_norm_bias, "
       "float mlp_norm_eps, Tensor? mlp_taps, Tensor? mlp_taps_bias, Tensor? mlp_past, "
       "Tensor? mlp_inputs, Tensor? mlp_inputs_bias, Tensor? mlp_output, Tensor? mlp_output_bias, "
-      "Tensor(a!) key_buffer, Tensor(b!) value_buffer, Tensor? index, Tensor? moments, int at, "
+      "Tensor(a!) key_buffer, Tensor(b!) value_buffer, Tensor? index, Tensor? moments, Tensor(c!)? "
+      "tangents, int at, "
       "int chunk, int indexed, Tensor? coefficient, float coefficient_value, Tensor? min_gate, "
       "float min_gate_value, int score, float eps) -> (Tensor hidden, Tensor past, "
       "Tensor mlp_past, bool served)");

@@ -18,6 +18,9 @@ CHUNK = 512
 RUN_FACTOR = 2
 # Tokens whose moments are one record: kMomentsTile in csrc/cpu/isa/statistics.h.
 MOMENTS_TILE = 512
+# What thresholds of a mass leave for the search of later ones: kTangentNumbers in
+# csrc/cpu/isa/decode.h.
+TANGENT_NUMBERS = 208
 # Tokens in front of a row among which the search for its threshold starts.
 WINDOW = 512
 # So many rows are worth their own loops. More share those of `interact`, unless an index has most
@@ -63,6 +66,7 @@ class Past:
         self._chunk = CHUNK
         self._kernel = SCORES.index(score.kernel)
         self._indexes = kind.thresholded
+        self._mass = kind.mass
         self._sums = kind.thresholded and not kind.mass
         self._many_from = MANY_MASSES_FROM if kind.mass else MANY_ROWS_FROM
         self._unit = torch.ops.qflux_kernels.cache_index_unit(
@@ -71,6 +75,8 @@ class Past:
         self._starts = starts
         self.index: torch.Tensor | None = None  # (*batch, bytes)
         self.moments: torch.Tensor | None = None  # (*batch, records, 6)
+        # (*batch, TANGENT_NUMBERS), zeros at first
+        self.tangents: torch.Tensor | None = None
         self._batch = tuple(batch)
         # Tokens in the index, and tokens in the moments.
         self._indexed = self._summed = 0
@@ -81,12 +87,15 @@ class Past:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of index and moments, with the room that is still free."""
-        return sum(t.nbytes for t in (self.index, self.moments) if t is not None)
+        """Bytes of index, moments and tangents, with the room that is still free."""
+        parts = self.index, self.moments, self.tangents
+        return sum(part.nbytes for part in parts if part is not None)
 
     def grow(self, capacity: int, allocate: Allocate) -> None:
         """Make room for so many tokens, or raise and leave all as it was."""
-        index, moments = self.index, self.moments
+        index, moments, tangents = self.index, self.moments, self.tangents
+        if self._mass and tangents is None:
+            tangents = allocate((*self._batch, TANGENT_NUMBERS), self._wide).zero_()
         if self._indexes:
             index = allocate((*self._batch, capacity // self._chunk * self._unit), torch.uint8)
             used = self._indexed // self._chunk * self._unit
@@ -97,7 +106,7 @@ class Past:
             if self.moments is not None:
                 used = self._summed // MOMENTS_TILE + 2
                 moments[..., :used, :] = self.moments[..., :used, :]
-        self.index, self.moments = index, moments
+        self.index, self.moments, self.tangents = index, moments, tangents
 
     def append(self, buffers: list[torch.Tensor], given: list[torch.Tensor], length: int) -> None:
         """Put tokens into the buffers behind `length` others."""
@@ -123,6 +132,8 @@ class Past:
         """Forget all tokens but the first `length`."""
         self._summed = min(self._summed, length)
         self._indexed = self._fitting(length)
+        if self.tangents is not None:
+            self.tangents.zero_()
         if self._wild is not None and self._wild >= length:
             self._wild = None
 
@@ -130,7 +141,7 @@ class Past:
         """That of a cache whose sequence b is sequence `index[b]` of this one."""
         new = object.__new__(Past)
         new.__dict__.update(self.__dict__)
-        for name in ("index", "moments", "_starts"):
+        for name in ("index", "moments", "tangents", "_starts"):
             tensor = getattr(self, name)
             setattr(new, name, None if tensor is None else tensor.index_select(0, index))
         new._batch = (len(index), *self._batch[1:])
@@ -171,8 +182,8 @@ class Past:
             keys = self._part(buffers[0], base, length)
             values = self._part(buffers[1], base, length) if len(buffers) == 2 else None
         context, strength, degree, served = _ATTEND(
-            states, keys, values, self.index, self.moments, self._starts, base, self._chunk,
-            indexed, *self._arguments,
+            states, keys, values, self.index, self.moments, self.tangents, self._starts, base,
+            self._chunk, indexed, *self._arguments,
         )  # fmt: skip
         if not served:
             return None
@@ -192,7 +203,7 @@ class Past:
         if self._sums:
             self._extend_moments(buffers, length)
         return (
-            *buffers, self.index, self.moments, length, self._chunk, self._indexed,
+            *buffers, self.index, self.moments, self.tangents, length, self._chunk, self._indexed,
             *self._arguments[:-1],
         )  # fmt: skip
 

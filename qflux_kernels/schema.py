@@ -312,6 +312,7 @@ CACHE_ATTEND = Op(
         *_CACHED,
         Field("index", "Tensor?", 0),
         Field("moments", "Tensor?", 0),
+        Field("tangents", "Tensor?", 0),  # (*batch, 208), written in place
         _STARTS,
         Field("base", "int"),
         Field("chunk", "int"),
@@ -353,6 +354,7 @@ CACHE_LAYER = Op(
         Field("value_buffer", "Tensor"),
         Field("index", "Tensor?"),
         Field("moments", "Tensor?"),
+        Field("tangents", "Tensor?"),
         Field("at", "int"),
         Field("chunk", "int"),
         Field("indexed", "int"),

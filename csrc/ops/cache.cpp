@@ -111,9 +111,9 @@ void cache_index(Tensor index, Tensor keys, OptionalTensor values, OptionalTenso
 
 std::tuple<Tensor, Tensor, Tensor, bool> cache_attend(
     Tensor states, Tensor keys, OptionalTensor values, OptionalTensor index, OptionalTensor moments,
-    OptionalTensor starts, int64_t base, int64_t chunk, int64_t indexed, OptionalTensor coefficient,
-    double coefficient_value, OptionalTensor min_gate, double min_gate_value, int64_t score,
-    double eps, bool mean) {
+    OptionalTensor tangents, OptionalTensor starts, int64_t base, int64_t chunk, int64_t indexed,
+    OptionalTensor coefficient, double coefficient_value, OptionalTensor min_gate,
+    double min_gate_value, int64_t score, double eps, bool mean) {
   CacheArguments cache{keys, values, starts, base};
   PairArguments pair = cached_pair(states, cache, coefficient, coefficient_value, min_gate,
                                    min_gate_value, score, eps, mean);
@@ -144,6 +144,7 @@ std::tuple<Tensor, Tensor, Tensor, bool> cache_attend(
       params.pair = pair.params<T>(batch);
       params.keys = cache.cached<T>(batch);
       params.moments = moments_of(moments, batch);
+      params.tangents = tangents_of<T>(tangents, batch);
       if (indexed) params.index = index_of(index, batch, chunk, indexed);
       params.context = batch.view<T>(context);
       params.strength = batch.view<T>(strength);

@@ -92,6 +92,13 @@ inline cpu::CachedMoments moments_of(const OptionalTensor& moments, const Batch&
   return {static_cast<Moments*>(moments->data_ptr()),
           check_records("moments", *moments, batch, {-1, 6}, ScalarType::Double)};
 }
+template <class T>
+T* tangents_of(const OptionalTensor& tangents, const Batch& batch) {
+  if (!tangents) return nullptr;
+  constexpr ScalarType kType = sizeof(T) == 4 ? ScalarType::Float : ScalarType::Double;
+  check_records("tangents", *tangents, batch, {cpu::kTangentNumbers}, kType);
+  return static_cast<T*>(tangents->data_ptr());
+}
 inline cpu::CachedIndex index_of(const OptionalTensor& index, const Batch& batch, int64_t chunk,
                                  int64_t tokens) {
   if (!index) return {};

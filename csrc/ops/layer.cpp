@@ -73,9 +73,9 @@ std::tuple<Tensor, Tensor, Tensor, bool> cache_layer(
     OptionalTensor mlp_taps, OptionalTensor mlp_taps_bias, OptionalTensor mlp_past,
     OptionalTensor mlp_inputs, OptionalTensor mlp_inputs_bias, OptionalTensor mlp_output,
     OptionalTensor mlp_output_bias, Tensor key_buffer, Tensor value_buffer, OptionalTensor index,
-    OptionalTensor moments, int64_t at, int64_t chunk, int64_t indexed, OptionalTensor coefficient,
-    double coefficient_value, OptionalTensor min_gate, double min_gate_value, int64_t score,
-    double eps) {
+    OptionalTensor moments, OptionalTensor tangents, int64_t at, int64_t chunk, int64_t indexed,
+    OptionalTensor coefficient, double coefficient_value, OptionalTensor min_gate,
+    double min_gate_value, int64_t score, double eps) {
   check_shape("hidden", hidden, {-1, -1});
   hidden = torch::stable::contiguous(hidden);
   const int64_t batch = hidden.size(0), width = hidden.size(1);
@@ -159,6 +159,7 @@ std::tuple<Tensor, Tensor, Tensor, bool> cache_layer(
       p.rows.pair = pair.params<T>(sequences);
       p.rows.keys = cache.cached<T>(sequences);
       p.rows.moments = moments_of(moments, sequences);
+      p.rows.tangents = tangents_of<T>(tangents, sequences);
       if (indexed) p.rows.index = index_of(index, sequences, chunk, indexed);
       p.keys = sequences.view<T>(key_buffer);
       p.values = sequences.view<T>(value_buffer);

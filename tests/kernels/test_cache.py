@@ -45,14 +45,14 @@ def make(score, dtype=torch.float64, **options):
     return InteractionCache(score=score, dtype=dtype, **options)
 
 
-def past_bytes(score, capacity):
+def past_bytes(score, capacity, wide=8):
     """What thresholds have beside the tokens, on a CPU and in float64: an index of each 512 of
-    them and, if by statistics, six numbers."""
+    them and, if by statistics, six numbers, else 208 of `wide` bytes for all."""
     kind = score.kind
     if not kind.thresholded:
         return 0
     tiles, unit = capacity // 512, torch.ops.qflux_kernels.cache_index_unit(True, WIDTH, 512)
-    return 6 * (tiles * unit + (0 if kind.mass else 48 * (tiles + 2)))
+    return 6 * (tiles * unit + (208 * wide if kind.mass else 48 * (tiles + 2)))
 
 
 def draw(low, high):
@@ -158,7 +158,7 @@ def test_half_precision_is_how_a_cache_stores(score, dtype):
         assert found.context.dtype == found.strength.dtype == dtype
         assert torch.equal(found.degree, full.degree[..., i : i + 8])
         torch.testing.assert_close(found.context, full.context[..., i : i + 8, :])
-    assert cache.nbytes == 64 * 6 * (2 + WIDTH) * 2 + past_bytes(score, 64)
+    assert cache.nbytes == 64 * 6 * (2 + WIDTH) * 2 + past_bytes(score, 64, wide=4)
 
 
 def test_padding_is_seen_by_nobody(score):

@@ -318,6 +318,88 @@ def test_memory_that_cannot_grow_leaves_the_cache_as_it_was(monkeypatch, score):
     assert all(map(torch.equal, again, expected))
 
 
+def fed(score, length=3000, further=120):
+    """A cache with an index after so many tokens one by one, the tokens, and its last results."""
+    states, keys, values = tokens(length + further)
+    cache, found = make(score), None
+    cache.append(keys[..., :length, :], values[..., :length, :])
+    for at in range(length, length + further):
+        cache.append(keys[..., at : at + 1, :], values[..., at : at + 1, :])
+        found = cache.attend(states[..., at : at + 1, :])
+    return cache, (states, keys, values), found
+
+
+def threshold_of(score, query, keys):
+    """The threshold (*batch, 1) of q . k among all keys, of scores that sum to one above it."""
+    scale = score.scale.to(F64)[..., None]
+    ordered = (scale * (query @ keys.mT).squeeze(-2)).sort(-1, descending=True).values
+    count = torch.arange(1, ordered.shape[-1] + 1)
+    levels = (ordered.cumsum(-1) - 1) / count
+    return levels.amax(-1, keepdim=True)
+
+
+def test_thresholds_leave_tangents_that_bound_later_ones(by_index):
+    score = SCORES["sparsemax"]
+    cache, (states, keys, values), found = fed(score)
+    length = len(cache)
+    close(found, rows_of(states, keys, values, score, length - 1, length))
+    x, y, inverse, rest = cache._past.tangents.split([64, 64, 64, 16], -1)
+    assert (inverse > 0).sum(-1).min() > 16
+    scale = score.scale.to(F64)[..., None]
+    for query in (states[..., -1:, :], torch.randn(*BATCH, 1, 2, dtype=F64)):
+        qx, qy = (scale * query.squeeze(-2)).unbind(-1)
+        of_sets = qx[..., None] * x + qy[..., None] * y - inverse
+        highest = of_sets.where(inverse > 0, -math.inf).amax(-1, keepdim=True)
+        tau = threshold_of(score, query, keys)
+        assert (highest <= tau + 1e-9).all()
+        # In units of 1 / n, n keys kept: the part of the whole weight that the bound is off by.
+        kept = 1 / (scale * (query @ keys.mT).squeeze(-2) > tau).sum(-1, keepdim=True)
+        assert ((tau - highest) / kept).median() < 0.5
+    # What the next rows expect of them.
+    assert rest[..., 1].median() < 0.5
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf, -1e30, 1e30, 70.0, 0.5])
+def test_tangents_say_where_to_look_and_not_what_is_there(by_index, number):
+    score = SCORES["sparsemax"]
+    cache, (states, keys, values), _ = fed(score, further=20)
+    for part in (slice(0, 192), slice(128, 192), slice(192, 208), slice(0, 208)):
+        cache._past.tangents[..., part] = number
+        for _ in range(3):
+            length = len(cache)
+            found = cache.attend(states[..., length - 2 : length, :])
+            close(found, rows_of(states, keys, values, score, length - 2, length))
+
+
+def test_calls_at_one_length_have_the_same_bits(by_index):
+    cache, (states, keys, values), _ = fed(SCORES["sparsemax"], further=40)
+    length = len(cache)
+    query = states[..., length - 1 :, :]
+    found = cache.attend(query)
+    cache.attend(states[..., length - 3 :, :])
+    cache.attend(torch.randn(*BATCH, 1, 2, dtype=F64))
+    assert all(map(torch.equal, cache.attend(query), found))
+    # What was found counts when a token has come.
+    before = cache._past.tangents[..., :192].clone()
+    cache.append(keys[..., :1, :], values[..., :1, :])
+    cache.attend(query)
+    assert (cache._past.tangents[..., :192] != before).any()
+
+
+def test_tangents_go_with_their_sequence_and_end_with_their_keys(by_index):
+    cache, *_ = fed(SCORES["sparsemax"], further=20)
+    tangents = cache._past.tangents.clone()
+    cache.reorder(torch.tensor([1, 1]))
+    assert torch.equal(cache._past.tangents, tangents[[1, 1]]) and tangents.any()
+    cache.truncate(2000)
+    assert not cache._past.tangents.any()
+    # Many rows of a sequence are several threads': they leave none.
+    cache.attend(torch.randn(*BATCH, 12, 2, dtype=F64))
+    assert not cache._past.tangents.any()
+    cache.attend(torch.randn(*BATCH, 1, 2, dtype=F64))
+    assert cache._past.tangents.any()
+
+
 def test_other_backends_have_no_index():
     assert InteractionCache(backend="reference")._past is None
     assert InteractionCache(backend="cpu")._past is not None
@@ -333,9 +415,10 @@ def test_the_ops_refuse_what_would_leave_their_memory():
     states = torch.randn(1, 1, 2)
 
     def attend(**given):
-        names = ("states", "keys", "values", "index", "moments", "starts", "base", "chunk")
-        usual = dict(zip(names, (states, keys, None, index, moments, None, 0, 512), strict=True))
-        return ops.cache_attend(*(usual | given).values(), given.pop("indexed", 0), *rest)
+        usual = {"states": states, "keys": keys, "values": None, "index": index,
+                 "moments": moments, "tangents": None, "starts": None, "base": 0, "chunk": 512,
+                 "indexed": 0}  # fmt: skip
+        return ops.cache_attend(*(usual | given).values(), *rest)
 
     for call, message in (
         (lambda: ops.cache_append(buffer, None, keys, None, 0), "room for 8 tokens, and 1024"),
@@ -349,8 +432,9 @@ def test_the_ops_refuse_what_would_leave_their_memory():
         (lambda: attend(states=torch.randn(1, 1025, 2)), "1025 rows for 1024"),
         (lambda: attend(keys=keys.contiguous()), "tokens that follow one another"),
         (lambda: attend(moments=None), "moments come with"),
-        (lambda: ops.cache_attend(states, keys, None, index, moments, None, 0, 512, 1536, *rest),
-         "1536 indexed tokens"),
+        (lambda: attend(indexed=1536), "1536 indexed tokens"),
+        (lambda: attend(tangents=torch.zeros(1, 100)), r"tangents must have shape \(1, 208\)"),
+        (lambda: attend(tangents=torch.zeros(1, 208, dtype=F64)), "tangents must be contiguous"),
     ):  # fmt: skip
         with pytest.raises(RuntimeError, match=message):
             call()

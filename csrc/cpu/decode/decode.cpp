@@ -20,6 +20,10 @@ constexpr int64_t kSearch = 3;
 // falls by a factor of e there; how many times wider the one is that follows a miss; and how many
 // of them reach as far as the threshold may be.
 constexpr double kBand = 0.35, kWider = 2, kSteps = 16;
+// Rows that leave tangents before these say where a threshold is; how fast it is forgotten how far
+// above them thresholds were, in 1 / n, and below which distance one adds nothing.
+constexpr int kTrusted = 16;
+constexpr double kForget = 0.8, kWorth = 0.02;
 // Bound on the rounding of a bias, relative to it and to the threshold.
 template <class T>
 constexpr double kBiasUnit = sizeof(T) == 4 ? 0x1p-20 : 0x1p-48;
@@ -65,6 +69,68 @@ Scratch<T>& scratch() {
   thread_local Scratch<T> mine;
   return mine;
 }
+
+// The tangents that a sequence has, if it keeps any, as one of its rows meets them. What a row
+// finds joins them when tokens have come behind `end` of them: rows at one length have one guess,
+// whichever were there before, and so the same bits again.
+template <class T>
+class Tangents {
+ public:
+  Tangents(const Loops<T>& loops, T* numbers, Point<T> query, int64_t end)
+      : numbers_(numbers), end_(static_cast<T>(end)) {
+    if (!numbers_) return;
+    if (found(kInverse) > 0 && found(kEnd) != end_) take_found();
+    highest_ = loops.decode.highest_tangent(numbers_, query);
+  }
+
+  // Below the threshold, by as much as rounding may put it above, or minus infinity.
+  double bound() const {
+    return highest_.threshold - kBiasUnit<T> * std::abs(double(highest_.threshold));
+  }
+  // Whether the threshold is likely to be no further above the bound than reach().
+  bool trusted() const { return highest_.inverse > 0 && numbers_[2 * kTangents + kTrusted] > 0; }
+  double reach() const { return found(kFarthest) * highest_.inverse; }
+
+  void add(const KeptMass<T>& mass, double tau) const {
+    if (!numbers_ || found(kInverse) > 0) return;
+    const double inverse = 1 / mass.count;
+    const double distance =
+        highest_.inverse > 0 ? (tau - highest_.threshold) / highest_.inverse : 0;
+    found(kX) = static_cast<T>(mass.x * inverse);
+    found(kY) = static_cast<T>(mass.y * inverse);
+    found(kInverse) = static_cast<T>(inverse);
+    found(kDistance) = static_cast<T>(distance);
+    found(kEnd) = end_;
+  }
+
+ private:
+  // Numbers behind the tangents: the place of the next; by how many times 1 / n thresholds were
+  // above the bound lately; and what was found at the length `end`.
+  enum Number { kNext, kFarthest, kX, kY, kInverse, kDistance, kEnd };
+  static_assert(kEnd < kTangentNumbers - 3 * kTangents, "room for them");
+
+  T& found(Number number) const { return numbers_[3 * kTangents + number]; }
+
+  void take_found() const {
+    const bool enough = numbers_[2 * kTangents + kTrusted] > 0;
+    const double distance = found(kDistance);
+    found(kFarthest) =
+        static_cast<T>(enough ? std::max(distance, kForget * found(kFarthest)) : distance);
+    if (!enough || distance >= kWorth) {
+      T& next = found(kNext);
+      const int at = next > 0 && next < kTangents ? static_cast<int>(next) : 0;
+      numbers_[at] = found(kX);
+      numbers_[kTangents + at] = found(kY);
+      numbers_[2 * kTangents + at] = found(kInverse);
+      next = static_cast<T>(at + 1);
+    }
+    found(kInverse) = 0;
+  }
+
+  T* const numbers_;
+  const T end_;
+  Tangent<T> highest_{-std::numeric_limits<T>::infinity(), T(0)};
+};
 
 // Rows of one sequence.
 template <class T>
@@ -114,7 +180,7 @@ class SequenceRows {
       const int64_t seen = std::max<int64_t>(visible_.visible_keys(row), 0);
       const T tau = limit[row - first];
       std::fill(context.begin(), context.end(), 0.0);
-      Mass<T> sums{0, 0, -std::numeric_limits<T>::infinity()};
+      KeptMass<T> sums{{0, 0, -std::numeric_limits<T>::infinity()}};
       Point<T> q{};
       visit_score(p_.score, [&](auto tag) {
         using Score = typename decltype(tag)::template of<T>;
@@ -177,7 +243,7 @@ class SequenceRows {
     return top;
   }
   // What a row gathers of the keys that it sees, with the trees cut for it.
-  void gather(const Query<T>& query, int64_t seen, Mass<T>* sums, double* context) const {
+  void gather(const Query<T>& query, int64_t seen, KeptMass<T>* sums, double* context) const {
     for (size_t n = 0; n < trees_.size(); ++n)
       loops_.decode.cut_context(trees_[n], cuts_[n], query, sums, context);
     loops_.decode.run_context(tail(covered_), start_ + seen - covered_, query, sums, context);
@@ -185,8 +251,9 @@ class SequenceRows {
 
   // A row whose weights sum to one. The trees are cut by a band around a guess, and what is in the
   // band is left for the search.
-  void search(Point<T> q, int64_t seen, Mass<T>* sums, double* context) {
+  void search(Point<T> q, int64_t seen, KeptMass<T>* sums, double* context) {
     const int64_t near = start_ + seen - covered_;
+    const Tangents<T> tangents(loops_, tangents_, q, params_.keys.end);
     Spread<T> spread{-kInfinity, 0, 0};
     loops_.decode.run_spread(tail(covered_), near, q, &spread);
     ThresholdSearch<T> search;
@@ -195,8 +262,13 @@ class SequenceRows {
     if (trees_.empty()) {
       search.start(lower, lower);
     } else {
-      search.start(lower, normal_guess(spread, seen, &width));
-      low = search.tau - width;
+      double guess = normal_guess(spread, seen, &width);
+      low = std::max(guess - width, tangents.bound());
+      if (tangents.trusted()) {
+        low = guess = tangents.bound();
+        width = std::min(2 * width, tangents.reach() + 2 * kBiasUnit<T> * std::abs(guess));
+      }
+      search.start(lower, std::max(guess, low));
       high = search.tau + width;
     }
     PairBand<T> band{};
@@ -213,11 +285,12 @@ class SequenceRows {
       }
       if (!search.update(mass_at(q, search, band))) continue;
       if (search.tau < band.low || search.tau > band.high) continue;
-      *sums = {0, 0, band.above.top};
+      *sums = {{0, 0, band.above.top}};
       std::fill(context, context + params_.keys.value_dim, 0.0);
       gather(mass_query(q, search.tau, search.rest), seen, sums, context);
       if (search.update(*sums)) break;
     }
+    if (!trees_.empty()) tangents.add(*sums, double(search.tau) + search.rest);
     sums->excess = 1;
   }
 
@@ -280,6 +353,9 @@ class SequenceRows {
   const int64_t covered_;     // tokens in front of this one are in trees, or padding
   std::vector<IndexView<T>> trees_;
   std::vector<Cut<T>> cuts_;
+  // Few rows are one thread's, which alone may write.
+  T* const tangents_ =
+      params_.tangents && p_.rows <= kRows ? params_.tangents + n_ * kTangentNumbers : nullptr;
   Scratch<T>& scratch_ = scratch<T>();
 };
 

@@ -61,6 +61,9 @@ struct CachedRows {
   CachedKeys<T> keys;
   CachedMoments moments;  // of scores with statistics
   CachedIndex index;      // of tokens that all rows see
+  // [batch][kTangentNumbers] of a mass (isa/decode.h), from which few rows start and to which they
+  // add; zeros at first. Or null.
+  T* tangents = nullptr;
   View<T> context, strength;
   View<int32_t> degree;
 };

@@ -152,8 +152,8 @@ void cut(const IndexView<T>& index, const Query<T>& query, Cut<T>* out, T* top) 
   for (int l = 0; l < V::kWidth; ++l) *top = lane[l] > *top ? lane[l] : *top;
 }
 
-// What a row keeps of vectors of keys.
-template <class T>
+// What a row keeps of vectors of keys; with `kPoints` the sum of the keys too.
+template <class T, bool kPoints = false>
 class Kept {
   using V = Vector<T>;
 
@@ -166,14 +166,16 @@ class Kept {
         shift_(query.shift),
         rest_(query.rest) {}
 
-  QFLUX_INLINE V product(V kx, V ky) const { return inner_product(x_, y_, kx, ky, bias_); }
   // The weight of pairs of this product; that of NaN is zero.
-  QFLUX_INLINE V add(V p) {
+  QFLUX_INLINE V add(V p) { return add(p, less(compare_, p)); }
+  QFLUX_INLINE V add_keys(V kx, V ky) {
+    const V p = inner_product(x_, y_, kx, ky, bias_);
     const Mask<T> kept = less(compare_, p);
-    const V w = where(kept, (p - shift_) - rest_);
-    sum_ = sum_ + w;
-    count(kept, counter_);
-    return w;
+    if constexpr (kPoints) {
+      kx_ = kx_ + where(kept, kx);
+      ky_ = ky_ + where(kept, ky);
+    }
+    return add(p, kept);
   }
   QFLUX_INLINE void take(Mass<T>* out) {
     out->excess += total(sum_);
@@ -181,10 +183,23 @@ class Kept {
     sum_ = V(T(0));
     counter_ = typename V::Bits{};
   }
+  QFLUX_INLINE void take_points(KeptMass<T>* out) {
+    take(out);
+    out->x += total(kx_);
+    out->y += total(ky_);
+    kx_ = ky_ = V(T(0));
+  }
 
  private:
+  QFLUX_INLINE V add(V p, Mask<T> kept) {
+    const V w = where(kept, (p - shift_) - rest_);
+    sum_ = sum_ + w;
+    count(kept, counter_);
+    return w;
+  }
+
   const V x_, y_, bias_, compare_, shift_, rest_;
-  V sum_ = V(T(0));
+  V sum_ = V(T(0)), kx_ = V(T(0)), ky_ = V(T(0));
   typename V::Bits counter_ = typename V::Bits{};
 };
 
@@ -211,6 +226,30 @@ QFLUX_INLINE void add_top(Vector<T> top, Mass<T>* out) {
   T lane[Vector<T>::kWidth];
   store(lane, top);
   for (int l = 0; l < Vector<T>::kWidth; ++l) out->top = lane[l] > out->top ? lane[l] : out->top;
+}
+
+template <class T>
+Tangent<T> highest_tangent(const T* tangents, Point<T> query) {
+  using V = Vector<T>;
+  static_assert(kTangents % V::kWidth == 0, "whole vectors of tangents");
+  constexpr T kInfinity = std::numeric_limits<T>::infinity();
+  const V qx(query.x), qy(query.y);
+  V highest(-kInfinity), inverse(T(0));
+  for (int n = 0; n < kTangents; n += V::kWidth) {
+    const T* const at = tangents + n;
+    const V of = load(at + 2 * kTangents);
+    const V p = multiply_add(qx, load(at), multiply_add(qy, load(at + kTangents), V(T(0)) - of));
+    const Mask<T> higher = both(less(highest, p), less(V(T(0)), of));
+    highest = select(higher, p, highest);
+    inverse = select(higher, of, inverse);
+  }
+  T lane[V::kWidth], lane_inverse[V::kWidth];
+  store(lane, highest);
+  store(lane_inverse, inverse);
+  Tangent<T> best{-kInfinity, T(0)};
+  for (int l = 0; l < V::kWidth; ++l)
+    if (lane[l] > best.threshold) best = {lane[l], lane_inverse[l]};
+  return best;
 }
 
 template <class T>
@@ -245,27 +284,27 @@ void run_spread(const KeyPlanes<T>& keys, int64_t count, Point<T> query, Spread<
   out->deviation = square_root(squares / size > mean * mean ? squares / size - mean * mean : 0.0);
 }
 
-template <class T, int kCount>
+// With `kFirst` the mass too, as here in all that goes by columns.
+template <class T, int kCount, bool kFirst>
 void run_columns(const KeyPlanes<T>& keys, int64_t count, const Query<T>& query, const T* values,
-                 Mass<T>* out, double* context) {
+                 KeptMass<T>* out, double* context) {
   using V = Vector<T>;
-  Kept<T> kept(query);
+  Kept<T, kFirst> kept(query);
   each_part<T>(count, [&](int64_t begin, int64_t whole, int64_t rest) QFLUX_INLINE_LAMBDA {
     V sums[kCount];
     for (int c = 0; c < kCount; ++c) sums[c] = V(T(0));
     const T *x = keys.x + begin, *y = keys.y + begin, *v = values + begin;
     for (int64_t n = 0; n < whole; ++n, x += V::kWidth, y += V::kWidth, v += V::kWidth) {
-      const V w = kept.add(kept.product(load(x), load(y)));
+      const V w = kept.add_keys(load(x), load(y));
       for (int c = 0; c < kCount; ++c)
         sums[c] = multiply_add(w, load(v + c * keys.stride), sums[c]);
     }
     if (rest) {
-      const V w = kept.add(kept.product(load_some(x, rest, T(NAN)), load_some(y, rest, T(NAN))));
+      const V w = kept.add_keys(load_some(x, rest, T(NAN)), load_some(y, rest, T(NAN)));
       for (int c = 0; c < kCount; ++c)
         sums[c] = multiply_add(w, load_some(v + c * keys.stride, rest, T(0)), sums[c]);
     }
-    Mass<T> unused{};
-    kept.take(out ? out : &unused);
+    if constexpr (kFirst) kept.take_points(out);
     for (int c = 0; c < kCount; ++c) context[c] += total(sums[c]);
   });
 }
@@ -280,11 +319,12 @@ QFLUX_INLINE void each_columns(int64_t value_dim, const Body& body) {
 }
 
 template <class T>
-void run_context(const KeyPlanes<T>& keys, int64_t count, const Query<T>& query, Mass<T>* out,
+void run_context(const KeyPlanes<T>& keys, int64_t count, const Query<T>& query, KeptMass<T>* out,
                  double* context) {
   each_columns(keys.value_dim, [&](auto columns, int64_t c) QFLUX_INLINE_LAMBDA {
-    run_columns<T, decltype(columns)::kValue>(keys, count, query, keys.values + c * keys.stride,
-                                              c == 0 ? out : nullptr, context + c);
+    constexpr int kCount = decltype(columns)::kValue;
+    const auto call = c == 0 ? run_columns<T, kCount, true> : run_columns<T, kCount, false>;
+    call(keys, count, query, keys.values + c * keys.stride, out, context + c);
   });
 }
 
@@ -339,30 +379,29 @@ void run_gate(const KeyPlanes<T>& keys, int64_t count, Point<T> query, T eps, T 
   });
 }
 
-template <class T, int kCount>
+template <class T, int kCount, bool kFirst>
 void leaf_columns(const IndexView<T>& index, const int32_t* leaves, int64_t count,
-                  const Query<T>& query, int64_t column, Mass<T>* out, double* context) {
+                  const Query<T>& query, int64_t column, KeptMass<T>* out, double* context) {
   using V = Vector<T>;
-  Kept<T> kept(query);
+  Kept<T, kFirst> kept(query);
   V sums[kCount];
   for (int c = 0; c < kCount; ++c) sums[c] = V(T(0));
   for (int64_t n = 0; n < count; ++n) {
     const T* const keys = index.leaf(leaves[n]);
     const T* const values = keys + (2 + column) * kLeaf;
     for (int64_t k = 0; k < kLeaf; k += V::kWidth) {
-      const V w = kept.add(kept.product(load(keys + k), load(keys + kLeaf + k)));
+      const V w = kept.add_keys(load(keys + k), load(keys + kLeaf + k));
       for (int c = 0; c < kCount; ++c)
         sums[c] = multiply_add(w, load(values + c * kLeaf + k), sums[c]);
     }
   }
-  Mass<T> unused{};
-  kept.take(out ? out : &unused);
+  if constexpr (kFirst) kept.take_points(out);
   for (int c = 0; c < kCount; ++c) context[c] += total(sums[c]);
 }
 
 template <class T>
-void cut_context(const IndexView<T>& index, const Cut<T>& cut, const Query<T>& query, Mass<T>* out,
-                 double* context) {
+void cut_context(const IndexView<T>& index, const Cut<T>& cut, const Query<T>& query,
+                 KeptMass<T>* out, double* context) {
   using D = Vector<double>;
   constexpr int64_t kFew = 64;
   double few[kFew];
@@ -393,13 +432,16 @@ void cut_context(const IndexView<T>& index, const Cut<T>& cut, const Query<T>& q
     }
     add(whole, wholes);
     each_columns(index.value_dim, [&](auto columns, int64_t c) QFLUX_INLINE_LAMBDA {
-      leaf_columns<T, decltype(columns)::kValue>(index, crossed, crosses, query, c,
-                                                 c == 0 ? out : nullptr, context + c);
+      constexpr int kCount = decltype(columns)::kValue;
+      const auto call = c == 0 ? leaf_columns<T, kCount, true> : leaf_columns<T, kCount, false>;
+      call(index, crossed, crosses, query, c, out, context + c);
     });
   }
   const double offset = query.offset();
   out->excess += weighed(moments, query.x, query.y, offset);
   out->count += moments[0];
+  out->x += moments[1];
+  out->y += moments[2];
   for (int64_t c = 0; c < index.value_dim; ++c)
     context[c] += weighed(moments + (c + 1) * kColumnMoments, query.x, query.y, offset);
 }
@@ -507,9 +549,9 @@ void band_mass(const PairBand<T>& band, const Query<T>& query, Mass<T>* out) {
 }
 
 template <class T>
-constexpr DecodeLoops<T> kLoops = {build_leaves<T>, build_nodes<T>, cut<T>,      cut_context<T>,
-                                   run_context<T>,  cut_band<T>,    run_band<T>, band_mass<T>,
-                                   run_spread<T>,   run_gate<T>};
+constexpr DecodeLoops<T> kLoops = {build_leaves<T>,    build_nodes<T>, cut<T>,      cut_context<T>,
+                                   run_context<T>,     cut_band<T>,    run_band<T>, band_mass<T>,
+                                   highest_tangent<T>, run_spread<T>,  run_gate<T>};
 
 }  // namespace decode
 }  // namespace

@@ -62,6 +62,16 @@ struct PairBand {
   Mass<T> above;
 };
 
+// The threshold of a mass over scores q . k is the largest of q . m - 1 / n over all sets of keys,
+// n of mean m: a convex function of q that every set touches or bounds from below. Sets that rows
+// kept stay, in planes of so many: m, 1 / n (zero: none), then numbers of who searches.
+constexpr int kTangents = 64;
+constexpr int kTangentNumbers = 3 * kTangents + 16;
+template <class T>
+struct Tangent {
+  T threshold, inverse;  // q . m - 1 / n and 1 / n, which is zero where there is none
+};
+
 // Of the q . k of some keys.
 template <class T>
 struct Spread {
@@ -81,15 +91,16 @@ struct DecodeLoops {
   void (*cut)(const IndexView<T>&, const Query<T>&, Cut<T>*, T* top);
   // What a row, or one with a boundary inside that of the cut, keeps of it; or of `count` keys in
   // planes. Both add to their results.
-  void (*cut_context)(const IndexView<T>&, const Cut<T>&, const Query<T>&, Mass<T>*,
+  void (*cut_context)(const IndexView<T>&, const Cut<T>&, const Query<T>&, KeptMass<T>*,
                       double* context);
-  void (*run_context)(const KeyPlanes<T>&, int64_t count, const Query<T>&, Mass<T>*,
+  void (*run_context)(const KeyPlanes<T>&, int64_t count, const Query<T>&, KeptMass<T>*,
                       double* context);
   // The pairs of leaves of a cut, or of keys in planes, that join a band of q . k; and the mass of
   // its products.
   void (*cut_band)(const IndexView<T>&, const Cut<T>&, Point<T> query, PairBand<T>*);
   void (*run_band)(const KeyPlanes<T>&, int64_t count, Point<T> query, PairBand<T>*);
   void (*band_mass)(const PairBand<T>&, const Query<T>&, Mass<T>*);
+  Tangent<T> (*highest_tangent)(const T* tangents, Point<T> query);
   void (*run_spread)(const KeyPlanes<T>&, int64_t count, Point<T> query, Spread<T>*);
   // Context and mass of a row of the inverse gate.
   void (*run_gate)(const KeyPlanes<T>&, int64_t count, Point<T> query, T eps, T min_gate, Mass<T>*,

@@ -17,6 +17,11 @@ struct Mass {
   double excess = 0, count = 0;  // sum of q . k - tau, and of 1
   T top;                         // the largest q . k met, or a bound on it; not below the row's own
 };
+// The same with the sum of the keys.
+template <class T>
+struct KeptMass : Mass<T> {
+  double x = 0, y = 0;
+};
 
 // Of a row's gradient: sums of 1, u, k, u k with u = g . v.
 struct KeptSums {
