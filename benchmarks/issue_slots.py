@@ -91,13 +91,15 @@ def machine_code(unit: str, arch: str, tool: str) -> str:
 
 
 def readable(names: list[str]) -> list[str]:
-    """The passes that kernels are made of, as C++ spells them."""
+    """The passes that kernels are made of, as C++ spells them, and whether of a part of sources."""
     listed = subprocess.run(
         ["c++filt", *names], check=True, capture_output=True, text=True
     ).stdout.splitlines()
-    found = [re.search(r"gather<qflux::cuda::(.+?)>\s*>?\(", name) for name in listed]
+    found = [re.search(r"gather<qflux::cuda::(.+), (true|false)>\(", name) for name in listed]
     return [
-        match[1].replace("qflux::", "") if match else name
+        match[1].replace("qflux::", "") + (", a part" if match[2] == "true" else "")
+        if match
+        else name
         for match, name in zip(found, listed, strict=True)
     ]
 

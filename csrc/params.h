@@ -88,6 +88,9 @@ struct PairParams {
   // [batch][rows], scratch of a score with kMass on a GPU: what tau lost by rounding in a forward,
   // and the gradient that the key pass takes for that of the strength in a backward.
   T* row_scratch = nullptr;
+  // Scratch of partial_bytes() (cuda/common/launch.h), so that a GPU may divide the sources of a
+  // pass among blocks. Null: it does not.
+  T* partials = nullptr;
 
   QFLUX_INLINE int64_t batch() const { return outer * inner; }
   QFLUX_INLINE BatchIndex index(int64_t n) const { return {n / inner, n % inner}; }

@@ -91,7 +91,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> evolve(
       on_device(
           states, [&](cpu::Device& device) { evolve_forward(device, params); },
           [&](auto stream) {
-            const SweepScratch scratch(states, params.pair, false);
+            const PairScratch scratch(states, params.pair, false);
             raise_if(cuda::evolve(params, stream, scratch.get()));
           });
     });
@@ -146,8 +146,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> evolve_backward(
       on_device(
           grad_states, [&](cpu::Device& device) { qflux::evolve_backward(device, params); },
           [&](auto stream) {
-            const SweepScratch sweep(grad_states, params.forward.pair, true);
-            raise_if(cuda::evolve_backward(params, stream, sweep.get()));
+            const PairScratch pairs(grad_states, params.forward.pair, true);
+            raise_if(cuda::evolve_backward(params, stream, pairs.get()));
           });
     });
   }

@@ -46,7 +46,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> interact(
     on_device(
         states, [&](cpu::Device& device) { device.interact(params); },
         [&](auto stream) {
-          const SweepScratch scratch(states, params.pair, false);
+          const PairScratch scratch(states, params.pair, false);
           raise_if(cuda::interact(params, stream, scratch.get()));
         });
   });
@@ -108,7 +108,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> interact_backward(
       on_device(
           states, [&](cpu::Device& device) { device.interact_backward(params); },
           [&](auto stream) {
-            const SweepScratch scratch(states, params.pair, true);
+            const PairScratch scratch(states, params.pair, true);
             raise_if(cuda::interact_backward(params, stream, scratch.get()));
           });
     });

@@ -100,20 +100,28 @@ struct PairArguments {
   }
 };
 
-// What a sweep on a GPU needs, if the pairs are met by one.
-class SweepScratch {
+// What meeting the pairs on a GPU needs: a sweep its scratch, which get() returns, and passes over
+// all pairs their partials, which come into the params.
+class PairScratch {
  public:
   template <class T>
-  SweepScratch(const Tensor& like, const PairParams<T>& pair, bool backward) {
+  PairScratch(const Tensor& like, PairParams<T>& pair, bool backward) {
     // No crossover is measured on a GPU yet: kAuto is dense there.
-    if (pair.algorithm != Algorithm::kSweep || pair.score != ScoreKind::kHardThreshold) return;
-    const int64_t bytes = cuda::sweep_bytes(pair, backward);
-    if (bytes > 0) memory_ = empty(like, {bytes}, ScalarType::Byte);
+    const bool sweeps =
+        pair.algorithm == Algorithm::kSweep && pair.score == ScoreKind::kHardThreshold;
+    sweep_ = allocate(like, sweeps ? cuda::sweep_bytes(pair, backward) : 0);
+    partials_ = allocate(like, sweep_ ? 0 : cuda::partial_bytes(pair, backward));
+    pair.partials = pointer<T>(partials_);
   }
-  void* get() const { return memory_ ? memory_->data_ptr() : nullptr; }
+  void* get() const { return pointer<void>(sweep_); }
 
  private:
-  OptionalTensor memory_;
+  static OptionalTensor allocate(const Tensor& like, int64_t bytes) {
+    if (bytes == 0) return std::nullopt;
+    return empty(like, {bytes}, ScalarType::Byte);
+  }
+
+  OptionalTensor sweep_, partials_;
 };
 
 }  // namespace qflux

@@ -8,6 +8,7 @@
 #include <utility>
 #include <vector>
 
+#include "../../csrc/cuda/common/gather.cuh"
 #include "../../csrc/cuda/common/launch.h"
 #include "../../csrc/cuda/evolve/step.h"
 #include "../../csrc/cuda/projection/project.h"
@@ -126,11 +127,24 @@ cuda::Launches launches(const py::dict& d) {
   return static_cast<cuda::Launches>(d["launches"].cast<int>());
 }
 
+// How a pass over pairs of floats divides its work.
+py::dict schedule(int64_t batch, int owners, int64_t sources, int column_blocks) {
+  using Sizes = cuda::TileTraits<float, cuda::kNarrow, 2 + cuda::kNarrow>;
+  cuda::Schedule s = cuda::schedule_of<Sizes>(batch, owners, sources, column_blocks, false);
+  cuda::divide_sources<Sizes>(s, sources);
+  py::dict d;
+  d["works"] = batch * s.owner_blocks * column_blocks;
+  d["parts"] = s.parts;
+  d["part_sources"] = s.part_sources;
+  d["tile"] = Sizes::kTile;
+  return d;
+}
+
 void check(const char* error) {
   if (error != nullptr) throw std::runtime_error(error);
 }
 
-// Scratch of a sweep, full of NaN and guarded on both sides.
+// Scratch full of NaN and guarded on both sides.
 class Scratch {
  public:
   explicit Scratch(int64_t bytes) : bytes_(bytes), memory_(bytes + 2 * kGuard + kAlignment, 0xff) {
@@ -152,12 +166,19 @@ class Scratch {
   unsigned char* start_;
 };
 
-// Runs call(base, scratch) where the dict asks for a sweep, else otherwise().
+// Runs call(base, scratch) where the dict asks for a sweep, else otherwise(), with partials unless
+// it says that there are none.
 template <class T, class Call, class Otherwise>
-void by_algorithm(const py::dict& d, const PairParams<T>& pair, bool backward, const Call& call,
+void by_algorithm(const py::dict& d, PairParams<T>& pair, bool backward, const Call& call,
                   const Otherwise& otherwise) {
   const int64_t base = d.contains("sweep_base") ? d["sweep_base"].cast<int64_t>() : 0;
-  if (base == 0) return check(otherwise());
+  if (base == 0) {
+    const bool divides = !d.contains("divides") || d["divides"].cast<bool>();
+    Scratch partials(divides ? cuda::partial_bytes(pair, backward) : 0);
+    if (partials.bytes() > 0) pair.partials = static_cast<T*>(partials.data());
+    check(otherwise());
+    return partials.check();
+  }
   Scratch scratch(cuda::sweep_bytes_by(base, pair, backward));
   check(call(base, scratch.bytes() > 0 ? scratch.data() : nullptr));
   scratch.check();
@@ -214,7 +235,7 @@ void threshold_backward(const py::dict& d) {
 }
 
 template <class T, class Params>
-void evolve_by(const py::dict& d, const PairParams<T>& pair, bool backward, const Params& p) {
+void evolve_by(const py::dict& d, PairParams<T>& pair, bool backward, const Params& p) {
   by_algorithm(
       d, pair, backward,
       [&](int64_t base, void* scratch) {
@@ -317,6 +338,7 @@ PYBIND11_MODULE(qflux_emulator, m) {
         machine.max_shared_bytes = max_shared_bytes;
       },
       py::arg("order"), py::arg("max_blocks"), py::arg("max_shared_bytes") = 227 * 1024);
+  m.def("schedule", &schedule);
   m.attr("SWEEP_BASE") = cuda::kSweepBase;
   m.def("count_launches", [] { return std::exchange(emulator::machine().launches, 0); });
   m.def("sweep_bytes", [](const py::dict& d, bool backward) {

@@ -27,8 +27,11 @@ struct Schedule {
   int64_t batch;
   int owner_blocks, column_blocks;
   bool reversed;  // the last owners first: under a causal mask they meet the most
-  // 1 << split_bits warps of a block share the same owners, each with its part of the sources.
+  // 1 << split_bits warps of a block share the same owners, each with its slice of the sources.
   int split_bits;
+  // The sources are met in so many parts of so many, each by a block of its own. What it finds lies
+  // in `partials` of the params until merge_parts adds it up.
+  int parts = 1, part_sources = 0;
 };
 
 template <class Numbers, int kSize>
@@ -163,7 +166,42 @@ __device__ __forceinline__ bool is_finite(const T (&record)[kWidth]) {
   return zero == T(0);
 }
 
+// What a part of the sources gave to the sums of an owner at one step through the columns.
+template <class T, int kSums>
+struct Partials {
+  T* data;  // [part][sequence][step][sum][value, error][owner]
+  int64_t batch, steps, owners;
+
+  __device__ __forceinline__ T* at(int part, int64_t sequence, int64_t step, int owner) const {
+    return data + ((part * batch + sequence) * steps + step) * (2 * kSums * owners) + owner;
+  }
+  __device__ __forceinline__ void set(T* at, const CompensatedSum<T> (&sums)[kSums]) const {
+#pragma unroll
+    for (int n = 0; n < kSums; ++n) {
+      at[2 * n * owners] = sums[n].value;
+      at[(2 * n + 1) * owners] = sums[n].error;
+    }
+  }
+  __device__ __forceinline__ void add_to(CompensatedSum<T> (&sums)[kSums], const T* at) const {
+#pragma unroll
+    for (int n = 0; n < kSums; ++n)
+      sums[n].add(CompensatedSum<T>{at[2 * n * owners], at[(2 * n + 1) * owners]});
+  }
+};
+
 template <class Pass>
+QFLUX_INLINE int64_t column_steps(const typename Pass::Params& params) {
+  return (Pass::columns(params) + Pass::Sizes::kColumns - 1) / Pass::Sizes::kColumns;
+}
+template <class Pass>
+__device__ __forceinline__ Partials<typename Pass::Scalar, Pass::kSums> partials_of(
+    const typename Pass::Params& params) {
+  return {params.pair.partials, params.pair.batch(), column_steps<Pass>(params),
+          Pass::owners(params)};
+}
+
+// `kDivided`: the schedule has more than one part.
+template <class Pass, bool kDivided>
 __global__ void __launch_bounds__(kThreads, Pass::Sizes::kBlocksPerSm)
     gather(typename Pass::Params params, Schedule schedule) {
   using T = typename Pass::Scalar;
@@ -175,12 +213,14 @@ __global__ void __launch_bounds__(kThreads, Pass::Sizes::kBlocksPerSm)
 
   const int split = 1 << schedule.split_bits;
   const int per_block = (kThreads * kOwners) >> schedule.split_bits;
-  const int64_t works = schedule.batch * schedule.owner_blocks * schedule.column_blocks;
+  const int parts = kDivided ? schedule.parts : 1;
+  const int64_t works = schedule.batch * schedule.owner_blocks * parts * schedule.column_blocks;
 
   for (int64_t work = blockIdx.x; work < works; work += gridDim.x) {
     // Owner blocks change slowest, so that the heaviest of all sequences start first.
     const int64_t rest = work / schedule.batch;
-    const int order = static_cast<int>(rest / schedule.column_blocks);
+    const int order = static_cast<int>(rest / schedule.column_blocks / parts);
+    const auto part = [&] { return static_cast<int>(rest / schedule.column_blocks % parts); };
     const int block = schedule.reversed ? schedule.owner_blocks - 1 - order : order;
     const BatchIndex b = params.pair.index(work % schedule.batch);
     const int outer = static_cast<int>(b.outer), inner = static_cast<int>(b.inner);
@@ -194,8 +234,14 @@ __global__ void __launch_bounds__(kThreads, Pass::Sizes::kBlocksPerSm)
     const int valid = pass.valid(), block_first = block * per_block;
     const int first = block_first + group * (kWarp * kOwners);
     const int last = lesser(first + kWarp * kOwners, valid);
-    const Range all = met_by_any(pass, block_first, lesser(block_first + per_block, valid));
+    Range all = met_by_any(pass, block_first, lesser(block_first + per_block, valid));
+    if constexpr (kDivided) {
+      const int begin = part() * schedule.part_sources;
+      all = {greater(all.begin, begin), lesser(all.end - begin, schedule.part_sources) + begin};
+      if (all.begin >= all.end) continue;
+    }
     const Range any = met_by_any(pass, first, last), common = met_by_all(pass, first, last);
+    const int common_end = lesser(common.end, all.end);
 
     CompensatedSum<T> total[kOwners][kSums] = {};
     int column = static_cast<int>(rest % schedule.column_blocks) * Sizes::kColumns;
@@ -222,7 +268,7 @@ __global__ void __launch_bounds__(kThreads, Pass::Sizes::kBlocksPerSm)
           if (chunk_end <= any.begin || chunk >= any.end) continue;
           T sums[kOwners][kSums] = {};
           Range met[kOwners] = {};
-          if (finite && chunk >= common.begin && chunk + kChunk <= common.end) {
+          if (finite && chunk >= common.begin && chunk + kChunk <= common_end) {
             add_sources<false>(pass, owner, met, tile.at, start, chunk, chunk + kChunk, sums);
           } else {
             find_ranges(anew(), first, met);
@@ -235,15 +281,59 @@ __global__ void __launch_bounds__(kThreads, Pass::Sizes::kBlocksPerSm)
         }
       }
       if (split > 1) merge_slices<kTile * kWidth>(split, slice, group, tile.at, total);
-      const bool is_last = column + Sizes::kColumns >= column_end;
-      store_owners(anew(), first, static_cast<int>(Pass::owners(params)), column, is_last,
-                   slice == 0, total);
+      const int owners = static_cast<int>(Pass::owners(params));
+      if constexpr (kDivided) {
+        const auto partials = partials_of<Pass>(params);
+        T* const at = partials.at(part(), work % schedule.batch, column / Sizes::kColumns,
+                                  opaque(first) + static_cast<int>(threadIdx.x) % kWarp);
+#pragma unroll
+        for (int r = 0; r < kOwners; ++r)
+          if (slice == 0 && first + static_cast<int>(threadIdx.x) % kWarp + r * kWarp < owners)
+            partials.set(at + r * kWarp, total[r]);
+      } else {
+        const bool is_last = column + Sizes::kColumns >= column_end;
+        store_owners(anew(), first, owners, column, is_last, slice == 0, total);
+      }
 #pragma unroll
       for (int r = 0; r < kOwners; ++r)
 #pragma unroll
         for (int c = 0; c < Pass::kColumnSums; ++c) total[r][c] = {};
       column += Sizes::kColumns;
     } while (Pass::kLoopsColumns && column < column_end);
+  }
+}
+
+constexpr int kMergeThreads = 128;
+
+// Adds up the parts of each owner, in their order, and stores the sums.
+template <class Pass>
+__global__ void __launch_bounds__(kMergeThreads)
+    merge_parts(typename Pass::Params params, Schedule schedule) {
+  using T = typename Pass::Scalar;
+  constexpr int kSums = Pass::kSums, kColumns = Pass::Sizes::kColumns;
+  const int per_block = (kThreads * Pass::Sizes::kOwners) >> schedule.split_bits;
+  const auto partials = partials_of<Pass>(params);
+  const int64_t works = schedule.batch * schedule.column_blocks * partials.owners;
+  for (int64_t work = static_cast<int64_t>(blockIdx.x) * kMergeThreads + threadIdx.x; work < works;
+       work += static_cast<int64_t>(gridDim.x) * kMergeThreads) {
+    const int64_t rest = work / partials.owners, sequence = rest % schedule.batch;
+    const int owner = static_cast<int>(work % partials.owners);
+    const Pass pass(params, params.pair.index(sequence));
+    const int first = owner / per_block * per_block;
+    // Those of the owner's block: it left nothing of other parts.
+    const Range all = met_by_any(pass, first, lesser(first + per_block, pass.valid()));
+    const int64_t begin = rest / schedule.batch,
+                  end = Pass::kLoopsColumns ? partials.steps : begin + 1;
+    for (int64_t step = begin; step < end; ++step) {
+      CompensatedSum<T> total[kSums] = {};
+      for (int part = all.begin / schedule.part_sources; part * schedule.part_sources < all.end;
+           ++part)
+        partials.add_to(total, partials.at(part, sequence, step, owner));
+      T sums[kSums];
+#pragma unroll
+      for (int n = 0; n < kSums; ++n) sums[n] = total[n].get();
+      pass.store(owner, static_cast<int>(step) * kColumns, step + 1 == end, sums);
+    }
   }
 }
 
@@ -272,6 +362,18 @@ Schedule schedule_of(int64_t batch, int owners, int64_t sources, int column_bloc
   return schedule;
 }
 
+// Divides the sources of a schedule where it has too few works.
+template <class Sizes>
+void divide_sources(Schedule& schedule, int64_t sources) {
+  const auto shares = [](int64_t all, int64_t size) { return (all + size - 1) / size; };
+  const int64_t works = schedule.batch * schedule.owner_blocks * schedule.column_blocks;
+  const int64_t tiles = shares(sources, Sizes::kTile);
+  if (works == 0 || works >= kEnoughWorks || tiles < 2) return;
+  const int64_t tiles_of_part = shares(tiles, shares(kEnoughWorks, works));
+  schedule.part_sources = static_cast<int>(tiles_of_part * Sizes::kTile);
+  schedule.parts = static_cast<int>(shares(tiles, tiles_of_part));
+}
+
 // Calls visit(values) with the number of columns that a pass takes at a time as values.kColumns.
 template <int columns>
 struct ValueColumns {
@@ -284,19 +386,44 @@ const char* visit_values(const PairParams<T>& pair, const Visit& visit) {
 }
 
 template <class Pass>
-const char* launch_gather(const typename Pass::Params& params, bool reversed, void* stream) {
+Schedule schedule_for(const typename Pass::Params& params, bool reversed, bool has_partials) {
   using Sizes = typename Pass::Sizes;
-  const PairParams<typename Pass::Scalar>& pair = params.pair;
-  const int64_t columns = Pass::columns(params);
-  if (const char* error = check_lengths(pair, columns)) return error;
-  const int64_t column_blocks =
-      Pass::kLoopsColumns ? 1 : (columns + Sizes::kColumns - 1) / Sizes::kColumns;
-  const Schedule schedule =
-      schedule_of<Sizes>(pair.batch(), static_cast<int>(Pass::owners(params)),
+  const int64_t column_blocks = Pass::kLoopsColumns ? 1 : column_steps<Pass>(params);
+  Schedule schedule =
+      schedule_of<Sizes>(params.pair.batch(), static_cast<int>(Pass::owners(params)),
                          Pass::sources(params), static_cast<int>(column_blocks), reversed);
-  return launch(gather<Pass>,
-                {schedule.batch * schedule.owner_blocks * schedule.column_blocks, kThreads}, stream,
-                params, schedule);
+  if (has_partials) divide_sources<Sizes>(schedule, Pass::sources(params));
+  return schedule;
+}
+
+// Of the partials of a pass.
+template <class Pass>
+int64_t partial_numbers(const typename Pass::Params& params) {
+  const int64_t parts = schedule_for<Pass>(params, false, true).parts;
+  return parts < 2 ? 0
+                   : parts * params.pair.batch() * column_steps<Pass>(params) * 2 * Pass::kSums *
+                         Pass::owners(params);
+}
+
+// `kMayDivide`: the sources are divided where there are partials and too few works.
+template <class Pass, bool kMayDivide = true>
+const char* launch_gather(const typename Pass::Params& params, bool reversed, void* stream) {
+  if (const char* error = check_lengths(params.pair, Pass::columns(params))) return error;
+  const bool divides = kMayDivide && params.pair.partials != nullptr;
+  const Schedule schedule = schedule_for<Pass>(params, reversed, divides);
+  const int64_t works = schedule.batch * schedule.column_blocks;
+  const Grid grid{works * schedule.owner_blocks * schedule.parts, kThreads};
+  if constexpr (kMayDivide) {
+    if (schedule.parts > 1) {
+      const Grid merge{(works * Pass::owners(params) + kMergeThreads - 1) / kMergeThreads,
+                       kMergeThreads};
+      Queue queue(stream);
+      queue.launch(gather<Pass, true>, grid, params, schedule);
+      queue.launch(merge_parts<Pass>, merge, params, schedule);
+      return queue.error();
+    }
+  }
+  return launch(gather<Pass, false>, grid, stream, params, schedule);
 }
 
 }  // namespace qflux::cuda

@@ -27,6 +27,11 @@ const char* evolve_backward(const EvolveBackwardParams<float>& params, void* str
 const char* evolve_backward(const EvolveBackwardParams<double>& params, void* stream,
                             void* scratch = nullptr);
 
+// Bytes of `partials` in the params of a forward or a backward that meets the pairs one by one; 0
+// where no pass divides its sources.
+int64_t partial_bytes(const PairParams<float>& pair, bool backward);
+int64_t partial_bytes(const PairParams<double>& pair, bool backward);
+
 // The same for all stages of an evolution; 0 where the dense kernels do everything.
 int64_t sweep_bytes(const PairParams<float>& pair, bool backward);
 int64_t sweep_bytes(const PairParams<double>& pair, bool backward);

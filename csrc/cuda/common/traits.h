@@ -14,6 +14,10 @@ constexpr int kThreads = kWarp * kWarps;
 // about two blocks for each SM of a large GPU.
 constexpr int64_t kEnoughBlocks = 264;
 
+// With fewer works than this the sources of each are divided among blocks of their own: twice what
+// a large GPU holds at once, so that they end together although a causal mask makes them uneven.
+constexpr int64_t kEnoughWorks = 1056;
+
 // Positions are 32-bit inside a kernel, which saves registers; addresses are 64-bit everywhere.
 constexpr int64_t kMaxLength = int64_t{1} << 30;
 

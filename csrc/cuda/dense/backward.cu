@@ -2,6 +2,7 @@
 #include "../common/launch.h"
 #include "../sweep/sweep.h"
 #include "backward.cuh"
+#include "backward.h"
 
 namespace qflux::cuda {
 namespace {
@@ -23,6 +24,25 @@ const char* launch_passes(const InteractBackwardParams<T>& params, void* stream)
   return error;
 }
 
+template <class T, class Score, int kValues>
+int64_t partial_numbers_of(const InteractBackwardParams<T>& params) {
+  const int64_t rows = partial_numbers<RowPass<T, Score, kValues>>(params);
+  const int64_t keys = partial_numbers<KeyPass<T, Score, kValues>>(params);
+  return rows < keys ? keys : rows;
+}
+
+template <class T>
+int64_t partial_numbers_of(const PairParams<T>& pair) {
+  InteractBackwardParams<T> params{};
+  params.pair = pair;
+  return visit_score(pair.score, [&](auto tag) {
+    using Score = typename decltype(tag)::template of<T>;
+    if (!pair.values) return partial_numbers_of<T, Score, 0>(params);
+    return pair.value_dim <= kNarrow ? partial_numbers_of<T, Score, kNarrow>(params)
+                                     : partial_numbers_of<T, Score, kWide<T>>(params);
+  });
+}
+
 template <class T>
 const char* run(const InteractBackwardParams<T>& params, void* stream) {
   if (params.pair.batch() == 0) return nullptr;
@@ -36,6 +56,11 @@ const char* run(const InteractBackwardParams<T>& params, void* stream) {
 }
 
 }  // namespace
+
+int64_t backward_partial_numbers(const PairParams<float>& pair) { return partial_numbers_of(pair); }
+int64_t backward_partial_numbers(const PairParams<double>& pair) {
+  return partial_numbers_of(pair);
+}
 
 const char* interact_backward(const InteractBackwardParams<float>& params, void* stream,
                               void* scratch) {

@@ -3,6 +3,7 @@
 #include "../common/mass.h"
 #include "../common/statistics.h"
 #include "../sweep/sweep.h"
+#include "backward.h"
 #include "forward.cuh"
 
 namespace qflux::cuda {
@@ -11,6 +12,25 @@ namespace {
 template <class Pass>
 const char* launch_forward(const typename Pass::Params& params, void* stream) {
   return launch_gather<Pass>(params, params.pair.causal, stream);
+}
+
+template <class T>
+int64_t partial_numbers_of(const PairParams<T>& pair) {
+  InteractParams<T> params{};
+  params.pair = pair;
+  return visit_score(pair.score, [&](auto tag) {
+    using Score = typename decltype(tag)::template of<T>;
+    if (!pair.values) return partial_numbers<Forward<T, Score, 0, true>>(params);
+    return pair.value_dim <= kNarrow ? partial_numbers<Forward<T, Score, kNarrow, true>>(params)
+                                     : partial_numbers<Forward<T, Score, kWide<T>, true>>(params);
+  });
+}
+
+template <class T>
+int64_t bytes_of(const PairParams<T>& pair, bool backward) {
+  if (pair.batch() == 0 || check_lengths(pair, pair.value_dim)) return 0;
+  return static_cast<int64_t>(sizeof(T)) *
+         (backward ? backward_partial_numbers(pair) : partial_numbers_of(pair));
 }
 
 template <class T>
@@ -38,6 +58,13 @@ const char* run(const InteractParams<T>& params, void* stream) {
 }
 
 }  // namespace
+
+int64_t partial_bytes(const PairParams<float>& pair, bool backward) {
+  return bytes_of(pair, backward);
+}
+int64_t partial_bytes(const PairParams<double>& pair, bool backward) {
+  return bytes_of(pair, backward);
+}
 
 const char* interact(const InteractParams<float>& params, void* stream, void* scratch) {
   return scratch ? interact_by(kSweepBase, params, scratch, stream) : run(params, stream);

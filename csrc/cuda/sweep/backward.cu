@@ -281,11 +281,12 @@ void sweep(SweptParams<T>& params, Queue& queue) {
   });
   if (row_pass)
     queue.then([&](void* stream) {
-      return launch_gather<NearRows<T, kOwn>>(params, pair.causal, stream);
+      return launch_gather<NearRows<T, kOwn>, false>(params, pair.causal, stream);
     });
   if (key_pass)
-    queue.then(
-        [&](void* stream) { return launch_gather<NearKeys<T, kOwn>>(params, false, stream); });
+    queue.then([&](void* stream) {
+      return launch_gather<NearKeys<T, kOwn>, false>(params, false, stream);
+    });
 }
 
 }  // namespace

@@ -95,7 +95,7 @@ void sweep(SweptParams<T>& params, Queue& queue) {
       queue.launch(meet_keys<Far>, grid, plain, params.sweep, level, column);
   });
   queue.then([&](void* stream) {
-    return launch_gather<NearForward<T, kOwn>>(params, pair.causal, stream);
+    return launch_gather<NearForward<T, kOwn>, false>(params, pair.causal, stream);
   });
 }
 
