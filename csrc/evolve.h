@@ -63,7 +63,7 @@ struct EndOfStep {
     }
     const bool last = step + 1 == p.steps;
     store_point(last ? p.out : p.plane(step + 1, kTapeState), b, i, result);
-    if (last) p.strength.at(b, i) = p.plane(step, kTapeStrength).at(b, i);
+    if (last) p.strength.store(b, i, 0, p.plane(step, kTapeStrength).at(b, i));
   }
 };
 
@@ -122,7 +122,7 @@ struct EndOfStepVjp {
       const auto pulled =
           move_radius_vjp(moved, strength, p.radius, {(1 - skip) * grad.x, (1 - skip) * grad.y});
       grad_moved = pulled.moved;
-      grad_strength = pulled.strength + (last ? g.p.grad_strength.at(b, i) : T(0));
+      grad_strength = pulled.strength + (last ? g.p.grad_strength.load(b, i) : T(0));
       grad_x = {skip * grad.x + grad_moved.x, skip * grad.y + grad_moved.y};
     }
     const T dt = p.dt.at(step, b, i);

@@ -2,9 +2,11 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "math/score.h"
 #include "math/step.h"
+#include "math/storage.h"
 #include "math/visibility.h"
 
 namespace qflux {
@@ -25,28 +27,51 @@ template <class T>
 struct View {
   T* data = nullptr;
   int64_t outer = 0, inner = 0, token = 0, component = 0;  // strides in elements
+  // Of points, values, contexts, strengths and their gradients. Half precision is at `data` in the
+  // place of floats, and load and store alone may be used then.
+  Storage storage = Storage::kSame;
 
+  QFLUX_INLINE int64_t offset(BatchIndex b, int64_t i, int64_t c) const {
+    return b.outer * outer + b.inner * inner + i * token + c * component;
+  }
   QFLUX_INLINE T* sequence(BatchIndex b) const { return data + b.outer * outer + b.inner * inner; }
   QFLUX_INLINE T& at(BatchIndex b, int64_t i, int64_t c = 0) const {
     return sequence(b)[i * token + c * component];
+  }
+  using Number = std::remove_const_t<T>;
+  QFLUX_INLINE Number load(BatchIndex b, int64_t i, int64_t c = 0) const {
+    if constexpr (std::is_same_v<Number, float>) {
+      if (storage != Storage::kSame)
+        return widen(reinterpret_cast<const uint16_t*>(data)[offset(b, i, c)], storage);
+    }
+    return at(b, i, c);
+  }
+  QFLUX_INLINE void store(BatchIndex b, int64_t i, int64_t c, Number number) const {
+    if constexpr (std::is_same_v<Number, float>) {
+      if (storage != Storage::kSame) {
+        reinterpret_cast<uint16_t*>(data)[offset(b, i, c)] = narrow(number, storage);
+        return;
+      }
+    }
+    at(b, i, c) = number;
   }
   QFLUX_INLINE explicit operator bool() const { return data != nullptr; }
 };
 
 template <class T>
 QFLUX_INLINE View<const T> as_const(const View<T>& view) {
-  return {view.data, view.outer, view.inner, view.token, view.component};
+  return {view.data, view.outer, view.inner, view.token, view.component, view.storage};
 }
 
 template <class T>
 QFLUX_INLINE Point<T> load_point(const View<const T>& view, BatchIndex b, int64_t i) {
-  return {view.at(b, i, 0), view.at(b, i, 1)};
+  return {view.load(b, i, 0), view.load(b, i, 1)};
 }
 
 template <class T>
 QFLUX_INLINE void store_point(const View<T>& view, BatchIndex b, int64_t i, Point<T> p) {
-  view.at(b, i, 0) = p.x;
-  view.at(b, i, 1) = p.y;
+  view.store(b, i, 0, p.x);
+  view.store(b, i, 1, p.y);
 }
 
 template <class T>

@@ -1,8 +1,9 @@
 """The differentiable operators over the dispatcher ops, and the fake kernels that trace them.
 
-Points and values may be in half precision, which is how they are saved; the ops get float32. Each
-Function here runs one op, on tensors that have the names of `schema`; the last parameter is the
-prefix of the family that serves it.
+Points and values may be in half precision, which is how they are saved. The compiled kernels of a
+GPU load it and store results in it; the other ops get float32. Each Function here runs one op, on
+tensors that have the names of `schema`; the last parameter is the prefix of the family that serves
+it.
 """
 
 from __future__ import annotations
@@ -121,8 +122,15 @@ def _run(op: Op, family: str, options: dict[str, Any], **tensors: torch.Tensor |
     return call(*[values[name] for name in names])
 
 
-def _wide(tensor: torch.Tensor | None) -> torch.Tensor | None:
-    return None if tensor is None else widen(tensor)
+def _points(
+    family: str, algorithm: int, *tensors: torch.Tensor | None
+) -> list[torch.Tensor | None]:
+    """Points and values as the ops of a family take them."""
+    loads_half = family == COMPILED and algorithm != _SWEEP
+    return [
+        tensor if tensor is None or (loads_half and tensor.is_cuda) else widen(tensor)
+        for tensor in tensors
+    ]
 
 
 class _InteractBackward(Gradient):
@@ -133,11 +141,12 @@ class _InteractBackward(Gradient):
         grad_context, grad_strength, threshold, moments, states, keys, values, coefficient,
         min_gate, lengths, need_rows, need_keys, pair, family,
     ):  # fmt: skip
+        states, keys, values = _points(family, pair.algorithm, states, keys, values)
         return _run(
             INTERACT_BACKWARD, family, pair._asdict(), grad_context=grad_context,
-            grad_strength=grad_strength, threshold=threshold, moments=moments,
-            states=widen(states), keys=_wide(keys), values=_wide(values), coefficient=coefficient,
-            min_gate=min_gate, lengths=lengths, need_rows=need_rows, need_keys=need_keys,
+            grad_strength=grad_strength, threshold=threshold, moments=moments, states=states,
+            keys=keys, values=values, coefficient=coefficient, min_gate=min_gate, lengths=lengths,
+            need_rows=need_rows, need_keys=need_keys,
         )  # fmt: skip
 
 
@@ -146,9 +155,10 @@ class _ThresholdBackward(Gradient):
 
     @staticmethod
     def forward(grad_threshold, states, keys, coefficient, lengths, pair, family):
+        states, keys = _points(family, pair.algorithm, states, keys)
         return _run(
-            THRESHOLD_BACKWARD, family, {}, grad_threshold=grad_threshold, states=widen(states),
-            keys=_wide(keys), coefficient=coefficient, coefficient_value=pair.coefficient_value,
+            THRESHOLD_BACKWARD, family, {}, grad_threshold=grad_threshold, states=states,
+            keys=keys, coefficient=coefficient, coefficient_value=pair.coefficient_value,
             lengths=lengths, eps=pair.eps, whole_window=pair.whole_window, causal=pair.causal,
         )  # fmt: skip
 
@@ -158,15 +168,17 @@ class _Interact(OpFunction):
 
     @staticmethod
     def forward(states, keys, values, coefficient, min_gate, lengths, pair, family):
+        states, keys, values = _points(family, pair.algorithm, states, keys, values)
         return _run(
-            INTERACT, family, pair._asdict(), states=widen(states), keys=_wide(keys),
-            values=_wide(values), coefficient=coefficient, min_gate=min_gate, lengths=lengths,
+            INTERACT, family, pair._asdict(), states=states, keys=keys,
+            values=values, coefficient=coefficient, min_gate=min_gate, lengths=lengths,
         )  # fmt: skip
 
     @staticmethod
     def setup_context(ctx, inputs, output):
         states, keys, values, coefficient, min_gate, lengths, ctx.pair, ctx.family = inputs
-        _, _, degree, threshold, moments = output
+        context, _, degree, threshold, moments = output
+        ctx.dtype = context.dtype
         ctx.mark_non_differentiable(degree, threshold, moments)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(
@@ -179,9 +191,9 @@ class _Interact(OpFunction):
         needs = _InteractInputs(*ctx.needs_input_grad)
         if grad_context is None:
             value_dim = 2 if values is None else values.shape[-1]
-            grad_context = threshold.new_zeros(*threshold.shape, value_dim)
+            grad_context = threshold.new_zeros(*threshold.shape, value_dim, dtype=ctx.dtype)
         if grad_strength is None:
-            grad_strength = torch.zeros_like(threshold)
+            grad_strength = torch.zeros_like(threshold, dtype=ctx.dtype)
         limit_vjp = SCORE_KINDS[ctx.pair.score].limit_vjp
         # The gradient of the limit comes with the rows and goes to the keys too.
         need_rows = needs.states or needs.coefficient or (limit_vjp and needs.keys)
@@ -231,15 +243,17 @@ class _Evolve(OpFunction):
 
     @staticmethod
     def forward(states, dt, skip, coefficient, min_gate, lengths, save, pair, step, family):
+        (states,) = _points(family, pair.algorithm, states)
         return _run(
-            EVOLVE, family, pair._asdict() | step._asdict(), states=widen(states), dt=dt,
+            EVOLVE, family, pair._asdict() | step._asdict(), states=states, dt=dt,
             skip=skip, coefficient=coefficient, min_gate=min_gate, lengths=lengths, save=save,
         )  # fmt: skip
 
     @staticmethod
     def setup_context(ctx, inputs, output):
         states, dt, skip, coefficient, min_gate, lengths, _, ctx.pair, ctx.step, ctx.family = inputs
-        _, _, degree, tape = output
+        result, _, degree, tape = output
+        ctx.dtype = result.dtype
         ctx.mark_non_differentiable(degree, tape)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(states, dt, skip, coefficient, min_gate, lengths, tape)
@@ -249,9 +263,9 @@ class _Evolve(OpFunction):
         states, dt, skip, coefficient, min_gate, lengths, tape = ctx.saved_tensors
         needs = _EvolveInputs(*ctx.needs_input_grad)
         if grad_states is None:
-            grad_states = tape.new_zeros(states.shape)
+            grad_states = tape.new_zeros(states.shape, dtype=ctx.dtype)
         if grad_strength is None:
-            grad_strength = tape.new_zeros(states.shape[:-1])
+            grad_strength = tape.new_zeros(states.shape[:-1], dtype=ctx.dtype)
         of_states, of_dt, of_skip, of_coefficient = _EvolveBackward.run(
             grad_states, grad_strength, tape, dt, skip, coefficient, min_gate, lengths, states,
             ctx.pair, ctx.step, ctx.family,
@@ -266,6 +280,7 @@ class _Evolve(OpFunction):
         )
 
 
+_SWEEP = ALGORITHMS.index("sweep")
 # Dynamo takes neither an attribute of a Function nor a named tuple of gradients.
 _InteractInputs, _EvolveInputs = _Interact.Inputs, _Evolve.Inputs
 
@@ -315,7 +330,8 @@ def _pair(
 def interact(
     args: InteractArguments, algorithm: str, family: str
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Context `(*batch, S, D)`, strength and degree `(*batch, S)` in the dtype of computation."""
+    """Context `(*batch, S, D)`, strength and degree `(*batch, S)`, in the dtype of computation or,
+    where the kernels store half precision, that of the states."""
     coefficient, min_gate, pair = _pair(args, algorithm)
     context, strength, degree, *_ = _Interact.run(
         args.states, args.keys, args.values, coefficient, min_gate, args.lengths, pair, family
@@ -333,7 +349,7 @@ def _may_need_grad(tensor: torch.Tensor | None) -> bool:
 def evolve(
     args: EvolveArguments, algorithm: str, family: str
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """States `(*batch, S, 2)`, strength and degree `(*batch, S)` in the dtype of computation."""
+    """States `(*batch, S, 2)`, strength and degree `(*batch, S)`, in dtypes as of `interact`."""
     coefficient, min_gate, pair = _pair(args, algorithm)
     tokens = 1, *args.states.shape[:-1]
     dt, dt_value = _split(args.dt, args.states, *tokens)
@@ -361,12 +377,14 @@ def evolve(
     return states, strength, degree
 
 
-def _gradient_like(given: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
-    return like.new_empty(0 if given is None else given.shape)
+def _gradient_like(
+    given: torch.Tensor | None, like: torch.Tensor, dtype: torch.dtype | None = None
+) -> torch.Tensor:
+    return like.new_empty(0 if given is None else given.shape, dtype=dtype)
 
 
 def _interact_fake(given, family):
-    batch_rows = given.states.shape[:-1]
+    batch_rows, wide = given.states.shape[:-1], COMPUTE_DTYPES[given.states.dtype]
     keeps_moments = (
         family == COMPILED
         and given.states.device.type == "cuda"
@@ -378,27 +396,41 @@ def _interact_fake(given, family):
         context=given.states.new_empty(*batch_rows, value_dim),
         strength=given.states.new_empty(batch_rows),
         degree=given.states.new_empty(batch_rows, dtype=torch.int32),
-        threshold=given.states.new_empty(batch_rows),
-        moments=given.states.new_empty((*batch_rows, KEPT_MOMENTS) if keeps_moments else 0),
+        threshold=given.states.new_empty(batch_rows, dtype=wide),
+        moments=given.states.new_empty((*batch_rows, KEPT_MOMENTS), dtype=wide)
+        if keeps_moments
+        else given.states.new_empty(0),
     )
 
 
 def _interact_backward_fake(given, family):
     limit_vjp = SCORE_KINDS[given.score].limit_vjp
+    wide = COMPUTE_DTYPES[given.states.dtype]
+    # What several kernels add to is not rounded in between.
+    of_points = wide if limit_vjp or given.keys is None else given.states.dtype
+
+    def gradient(tensor, dtype):
+        return _gradient_like(tensor, given.states, None if tensor is None else dtype)
+
     return INTERACT_BACKWARD.Results(
-        grad_states=_gradient_like(given.states, given.states),
-        grad_keys=_gradient_like(given.keys, given.states),
-        grad_values=_gradient_like(given.values, given.states),
-        grad_coefficient=_gradient_like(given.coefficient, given.states),
-        grad_threshold=_gradient_like(given.threshold if limit_vjp else None, given.states),
+        grad_states=gradient(given.states, of_points),
+        grad_keys=gradient(given.keys, of_points),
+        grad_values=gradient(given.values, given.states.dtype),
+        grad_coefficient=gradient(given.coefficient, wide),
+        grad_threshold=gradient(given.threshold if limit_vjp else None, wide),
     )
 
 
 def _threshold_backward_fake(given, family):
+    wide = COMPUTE_DTYPES[given.states.dtype]
+
+    def gradient(tensor):
+        return _gradient_like(tensor, given.states, None if tensor is None else wide)
+
     return THRESHOLD_BACKWARD.Results(
-        grad_states=_gradient_like(given.states, given.states),
-        grad_keys=_gradient_like(given.keys, given.states),
-        grad_coefficient=_gradient_like(given.coefficient, given.states),
+        grad_states=gradient(given.states),
+        grad_keys=gradient(given.keys),
+        grad_coefficient=gradient(given.coefficient),
     )
 
 
@@ -408,13 +440,16 @@ def _evolve_fake(given, family):
         result=given.states.new_empty(given.states.shape),
         strength=given.states.new_empty(batch_rows),
         degree=given.states.new_empty(batch_rows, dtype=torch.int32),
-        tape=given.states.new_empty(given.steps if given.save else 0, TAPE_PLANES, *batch_rows),
+        tape=given.states.new_empty(
+            (given.steps if given.save else 0, TAPE_PLANES, *batch_rows),
+            dtype=COMPUTE_DTYPES[given.states.dtype],
+        ),
     )
 
 
 def _evolve_backward_fake(given, family):
     return EVOLVE_BACKWARD.Results(
-        grad_input=_gradient_like(given.grad_states, given.tape),
+        grad_input=_gradient_like(given.grad_states, given.grad_states),
         grad_dt=_gradient_like(given.dt, given.tape),
         grad_skip=_gradient_like(given.skip, given.tape),
         grad_coefficient=_gradient_like(given.coefficient, given.tape),

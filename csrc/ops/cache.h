@@ -39,7 +39,7 @@ struct CacheArguments {
       check_argument("values", *values, batch.shape({tokens(), -1}), keys);
       check_planes("values", *values);
     }
-    if (starts) check_argument("starts", *starts, batch.shape(), keys, true);
+    if (starts) check_argument("starts", *starts, batch.shape(), keys, Holds::kIntegers);
     STD_TORCH_CHECK(base >= 0, "qflux_kernels: base must be >= 0, got ", base);
     return batch;
   }

@@ -73,7 +73,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> evolve(
   batch.settle();
   const int64_t rows = pair.rows();
   const auto tape_of = [&](int64_t saved) {
-    return empty(states, batch.shape({rows}, {saved, kTapePlanes}));
+    return empty(states, batch.shape({rows}, {saved, kTapePlanes}), compute_dtype(states));
   };
   const Tensor out = empty(states, batch.shape({rows, 2}));
   const Tensor strength = empty(states, batch.shape({rows}));
@@ -115,7 +115,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> evolve_backward(
   Batch batch = pair.check();
   step.check(grad_states, batch);
   const int64_t rows = pair.rows();
-  check_argument("grad_strength", grad_strength, batch.shape({rows}), grad_states);
+  check_argument("grad_strength", grad_strength, batch.shape({rows}), grad_states, Holds::kStored);
   check_argument("tape", tape, batch.shape({rows}, {steps, kTapePlanes}), grad_states);
   STD_TORCH_CHECK(tape.is_contiguous(), "qflux_kernels: tape must be contiguous");
   batch.include(grad_strength);
@@ -126,7 +126,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> evolve_backward(
   const Tensor grad_skip = step.skip ? zeros_like(*step.skip) : nothing(grad_states);
   const Tensor coefficient_parts = pair.coefficient_parts(batch);
   if (grad_states.numel() > 0) {
-    const Tensor scratch = empty(grad_states, batch.shape({rows}, {kScratchPlanes}));
+    const Tensor scratch =
+        empty(grad_states, batch.shape({rows}, {kScratchPlanes}), compute_dtype(grad_states));
     const Tensor row_scratch = pair.row_scratch(batch);
     const Tensor window_grads =
         has_limit_vjp(pair.kind()) ? pair.window_grads(batch) : nothing(grad_states);

@@ -23,13 +23,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> interact(
   const auto output = [&](const Shape& shape, ScalarType dtype) {
     return pairs ? empty(states, shape, dtype) : torch::stable::new_zeros(states, shape, dtype);
   };
-  const ScalarType dtype = states.scalar_type();
+  const ScalarType dtype = states.scalar_type(), wide = compute_dtype(states);
   const Shape rows = batch.shape({pair.rows()});
   const Tensor context = output(batch.shape({pair.rows(), pair.value_dim()}), dtype);
   const Tensor strength = output(rows, dtype), degree = output(rows, ScalarType::Int);
-  const Tensor threshold = output(rows, dtype);
+  const Tensor threshold = output(rows, wide);
   const Tensor moments = pair.keeps_moments()
-                             ? output(batch.shape({pair.rows(), kKeptMoments}), dtype)
+                             ? output(batch.shape({pair.rows(), kKeptMoments}), wide)
                              : nothing(states);
   if (!pairs) return {context, strength, degree, threshold, moments};
   const Tensor row_scratch = pair.row_scratch(batch);
@@ -64,9 +64,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> interact_backward(
                      whole_window, causal,         mean,    algorithm};
   Batch batch = pair.check();
   const Shape rows = batch.shape({pair.rows()});
-  check_argument("grad_context", grad_context, batch.shape({pair.rows(), pair.value_dim()}),
-                 states);
-  check_argument("grad_strength", grad_strength, rows, states);
+  check_argument("grad_context", grad_context, batch.shape({pair.rows(), pair.value_dim()}), states,
+                 Holds::kStored);
+  check_argument("grad_strength", grad_strength, rows, states, Holds::kStored);
   check_argument("threshold", threshold, rows, states);
   for (Tensor* tensor : {&grad_context, &grad_strength, &threshold}) batch.include(*tensor);
   if (moments)
@@ -75,15 +75,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> interact_backward(
   batch.settle();
 
   const bool pairs = pair.any_pairs(), limit_vjp = has_limit_vjp(pair.kind());
-  // Zero where no kernel writes.
-  const auto output = [&](const Shape& shape, bool written) {
-    return pairs && written ? empty(states, shape) : zeros(states, shape);
+  // Zero where no kernel writes. What several add to is not rounded to half precision in between.
+  const ScalarType stored = states.scalar_type(), wide = compute_dtype(states);
+  const ScalarType of_points = keys && !limit_vjp ? stored : wide;
+  const auto output = [&](const Shape& shape, bool written, ScalarType dtype) {
+    return pairs && written ? empty(states, shape, dtype) : zeros(states, shape, dtype);
   };
-  const Tensor grad_states = output(shape_of(states), need_rows);
-  const Tensor grad_keys = keys ? output(shape_of(*keys), need_keys) : nothing(states);
-  const Tensor grad_values = values ? output(shape_of(*values), need_keys) : nothing(states);
+  const Tensor grad_states = output(shape_of(states), need_rows, of_points);
+  const Tensor grad_keys = keys ? output(shape_of(*keys), need_keys, of_points) : nothing(states);
+  const Tensor grad_values =
+      values ? output(shape_of(*values), need_keys, stored) : nothing(states);
   const Tensor coefficient_parts = pair.coefficient_parts(batch);
-  const Tensor grad_threshold = limit_vjp ? output(rows, need_rows) : nothing(states);
+  const Tensor grad_threshold = limit_vjp ? output(rows, need_rows, wide) : nothing(states);
   if (pairs) {
     const Tensor row_scratch = pair.row_scratch(batch);
     with_dtype(states, [&](auto zero) {

@@ -19,10 +19,10 @@ constexpr bool kHasCuda = true;
 constexpr bool kHasCuda = false;
 #endif
 
-// Calls body(T()) with T the dtype of the states.
+// Calls body(T()) with T the dtype in which the states compute.
 template <class Body>
 void with_dtype(const Tensor& states, const Body& body) {
-  if (states.scalar_type() == torch::headeronly::ScalarType::Float)
+  if (compute_dtype(states) == ScalarType::Float)
     body(float());
   else
     body(double());

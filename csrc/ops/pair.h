@@ -35,11 +35,12 @@ struct PairArguments {
   Batch check() {
     check_states(states);
     Batch batch(states, 2);
-    if (keys) check_argument("keys", *keys, batch.shape({-1, 2}), states);
-    if (values) check_argument("values", *values, batch.shape({key_count(), -1}), states);
+    if (keys) check_argument("keys", *keys, batch.shape({-1, 2}), states, Holds::kStored);
+    if (values)
+      check_argument("values", *values, batch.shape({key_count(), -1}), states, Holds::kStored);
     if (coefficient) check_argument("coefficient", *coefficient, batch.shape(), states);
     if (min_gate) check_argument("min_gate", *min_gate, batch.shape(), states);
-    if (lengths) check_argument("lengths", *lengths, batch.shape(), states, true);
+    if (lengths) check_argument("lengths", *lengths, batch.shape(), states, Holds::kIntegers);
     STD_TORCH_CHECK(!lengths || key_count() == rows(),
                     "qflux_kernels: lengths needs as many keys as states");
     STD_TORCH_CHECK(score >= 0 && score < kScores, "qflux_kernels: score must be 0 to ",
@@ -47,6 +48,9 @@ struct PairArguments {
     STD_TORCH_CHECK(algorithm >= 0 && algorithm < kAlgorithms,
                     "qflux_kernels: algorithm must be 0 to ", kAlgorithms - 1, " (",
                     kAlgorithmNames, "), got ", algorithm);
+    STD_TORCH_CHECK(storage_of(states) == Storage::kSame ||
+                        algorithm != static_cast<int64_t>(Algorithm::kSweep),
+                    "qflux_kernels: a sweep on a GPU takes no half precision");
     batch.include(states);
     for (OptionalTensor* tensor : {&keys, &values, &coefficient, &min_gate, &lengths})
       batch.include(*tensor);
@@ -78,7 +82,8 @@ struct PairArguments {
 
   // [batch][rows], where rows leave their parts of the gradient of the coefficient.
   Tensor coefficient_parts(const Batch& batch) const {
-    return coefficient ? zeros(states, batch.shape({rows()})) : nothing(states);
+    return coefficient ? zeros(states, batch.shape({rows()}), compute_dtype(states))
+                       : nothing(states);
   }
   // The gradient of the coefficient, from those.
   Tensor coefficient_gradient(const Tensor& parts) const {
@@ -91,7 +96,7 @@ struct PairArguments {
   // For PairParams, of a score that needs it.
   Tensor row_scratch(const Batch& batch) const {
     const bool needed = has_mass(kind()) && states.is_cuda();
-    return needed ? empty(states, batch.shape({rows()})) : nothing(states);
+    return needed ? empty(states, batch.shape({rows()}), compute_dtype(states)) : nothing(states);
   }
 
   // For ThresholdBackwardParams.

@@ -10,13 +10,14 @@
 
 namespace qflux {
 
-using torch::headeronly::ScalarType;
-
 inline Tensor empty(const Tensor& like, const Shape& shape, ScalarType dtype) {
   return torch::stable::new_empty(like, shape, dtype);
 }
 inline Tensor empty(const Tensor& like, const Shape& shape) {
   return torch::stable::new_empty(like, shape);
+}
+inline Tensor zeros(const Tensor& like, const Shape& shape, ScalarType dtype) {
+  return torch::stable::new_zeros(like, shape, dtype);
 }
 inline Tensor zeros(const Tensor& like, const Shape& shape) {
   return torch::stable::new_zeros(like, shape);
@@ -26,6 +27,10 @@ inline Shape shape_of(const Tensor& tensor) {
   return {sizes.begin(), sizes.end()};
 }
 inline Tensor zeros_like(const Tensor& like) { return zeros(like, shape_of(like)); }
+// Zeros in the dtype of computation.
+inline Tensor wide_zeros_like(const Tensor& like) {
+  return zeros(like, shape_of(like), compute_dtype(like));
+}
 // The gradient of what was not given.
 inline Tensor nothing(const Tensor& like) { return empty(like, {0}); }
 
@@ -106,8 +111,12 @@ class Batch {
   View<T> view(const Tensor& tensor) const {
     const auto strides = tensor.strides();
     const int64_t token = dims();
-    return {pointer<T>(tensor), outer_stride(tensor), inner_stride(tensor), strides[token],
-            tensor.dim() > token + 1 ? strides[token + 1] : 0};
+    return {pointer<T>(tensor),
+            outer_stride(tensor),
+            inner_stride(tensor),
+            strides[token],
+            tensor.dim() > token + 1 ? strides[token + 1] : 0,
+            storage_of(tensor)};
   }
   template <class T>
   View<const T> const_view(const Tensor& tensor) const {

@@ -26,8 +26,8 @@ std::tuple<Tensor, Tensor, Tensor> threshold_backward(
   batch.include(grad_threshold);
   batch.settle();
 
-  const Tensor grad_states = zeros_like(states);
-  const Tensor grad_keys = keys ? zeros_like(*keys) : nothing(states);
+  const Tensor grad_states = wide_zeros_like(states);
+  const Tensor grad_keys = keys ? wide_zeros_like(*keys) : nothing(states);
   const Tensor coefficient_parts = pair.coefficient_parts(batch);
   if (pair.any_pairs()) {
     const Tensor window_grads = pair.window_grads(batch);

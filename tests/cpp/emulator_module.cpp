@@ -50,13 +50,26 @@ struct Strides {
   }
 };
 
+// In half precision bfloat16 comes as the integers of its bits.
+template <class T>
+Storage storage_of(const py::object& object) {
+  if (!std::is_same_v<std::remove_const_t<T>, float> || object.is_none()) return Storage::kSame;
+  const py::array array(object);
+  if (array.itemsize() != 2) return Storage::kSame;
+  return array.dtype().kind() == 'f' ? Storage::kFloat16 : Storage::kBfloat16;
+}
+
 // An array [batch][tokens], or [batch][tokens][components] with `last` 2.
 template <class T>
 View<T> view(const py::object& object, int last) {
-  T* data = data_of<T>(object);
+  const Storage storage = storage_of<T>(object);
+  T* data = storage == Storage::kSame
+                ? data_of<T>(object)
+                : static_cast<T*>(const_cast<void*>(py::array(object).data()));
   if (data == nullptr) return {};
   const Strides strides{object, last};
-  return {data, strides.outer(), strides.inner(), strides.trailing(0), strides.trailing(1)};
+  return {data,   strides.outer(),      strides.inner(), strides.trailing(0), strides.trailing(1),
+          storage};
 }
 
 template <class T>
@@ -318,7 +331,7 @@ void project_backward(const py::dict& d) {
 // In the precision of the states.
 template <void (*kF32)(const py::dict&), void (*kF64)(const py::dict&)>
 void dispatch(const py::dict& d) {
-  py::isinstance<py::array_t<float>>(d["states"]) ? kF32(d) : kF64(d);
+  py::isinstance<py::array_t<double>>(d["states"]) ? kF64(d) : kF32(d);
 }
 
 }  // namespace

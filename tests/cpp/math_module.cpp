@@ -11,6 +11,7 @@
 #include "math/score.h"
 #include "math/statistics.h"
 #include "math/step.h"
+#include "math/storage.h"
 #include "math/sweep.h"
 
 namespace py = pybind11;
@@ -111,6 +112,18 @@ std::vector<int> classified(const std::vector<Pair2>& keys, const std::vector<Pa
 }  // namespace
 
 PYBIND11_MODULE(math_module, m) {
+  m.def("widen", [](const std::vector<uint16_t>& bits, bool float16) {
+    std::vector<float> numbers;
+    for (const uint16_t n : bits)
+      numbers.push_back(widen(n, float16 ? Storage::kFloat16 : Storage::kBfloat16));
+    return numbers;
+  });
+  m.def("narrow", [](const std::vector<float>& numbers, bool float16) {
+    std::vector<uint16_t> bits;
+    for (const float n : numbers)
+      bits.push_back(narrow(n, float16 ? Storage::kFloat16 : Storage::kBfloat16));
+    return bits;
+  });
   m.def("threshold_score", score<Limit>);
   m.def("threshold_query", query<Limit>);
   m.def("threshold_query_vjp", query_vjp<Limit>);

@@ -325,3 +325,28 @@ def test_what_is_certain_is_what_pairs_decide(math_module, kind, spread):
         for j, certainty in enumerate(found):
             if certainty != TEST:
                 assert (kept[:, j] == (certainty == ALL)).all(), (kind, j)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_half_precision_is_converted_as_torch_does(math_module, dtype):
+    float16 = dtype == torch.float16
+    every = torch.arange(1 << 16, dtype=torch.int32)
+    wide = every.to(torch.int16).view(dtype).float()
+    assert torch.equal(
+        torch.tensor(math_module.widen(every.tolist(), float16)).nan_to_num(7.0),
+        wide.nan_to_num(7.0),
+    )
+    # Half the way between neighbours, and a little to both sides of that.
+    middle = ((wide[:-1].double() + wide[1:].double()) / 2).float()
+    bits = middle[middle.isfinite()].view(torch.int32)
+    sizes = torch.randn(10_000, generator=torch.Generator().manual_seed(0)) * 2.0 ** torch.arange(
+        -150, 100
+    ).repeat(40)
+    ends = torch.tensor([0.0, -0.0, torch.inf, -torch.inf, 3.4e38, 65519.99, 65520.0, 2.0**-25])
+    for numbers in (wide, (bits - 1).view(torch.float32), bits.view(torch.float32),
+                    (bits + 1).view(torch.float32), sizes, ends):  # fmt: skip
+        numbers = numbers[~numbers.isnan()]
+        found = torch.tensor(math_module.narrow(numbers.tolist(), float16), dtype=torch.int32)
+        assert torch.equal(found.to(torch.int16), numbers.to(dtype).view(torch.int16))
+    (nan,) = math_module.narrow([torch.nan], float16)
+    assert torch.tensor([nan], dtype=torch.int32).to(torch.int16).view(dtype).isnan()

@@ -89,7 +89,7 @@ struct SequencePass {
     for (int c = 0; c < kColumns; ++c) record[2 + c] = value(key, column + c);
   }
   __device__ __forceinline__ T value(int key, int column) const {
-    return column < params.pair.value_dim ? params.pair.values.at(b, key, column) : T(0);
+    return column < params.pair.value_dim ? params.pair.values.load(b, key, column) : T(0);
   }
 };
 

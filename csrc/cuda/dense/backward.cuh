@@ -16,10 +16,10 @@ __device__ __forceinline__ void load_gradients(const InteractBackwardParams<T>& 
   const T scale = params.pair.reduction_scale(visibility.visible_keys(row));
 #pragma unroll
   for (int c = 0; c < kColumns; ++c)
-    grad[c] = column + c < columns ? scale * params.grad_context.at(b, row, column + c) : T(0);
+    grad[c] = column + c < columns ? scale * params.grad_context.load(b, row, column + c) : T(0);
   // The gradient of a weight is a sum over all columns; the strength counts once.
   const bool counts = column == 0 && !Score::kMass && params.grad_strength;
-  grad_strength = counts ? scale * params.grad_strength.at(b, row) : T(0);
+  grad_strength = counts ? scale * params.grad_strength.load(b, row) : T(0);
 }
 
 template <class T>
@@ -202,7 +202,7 @@ struct KeyPass : OwnsKeys<T, Score, InteractBackwardParams<T>>, BackwardColumns<
 #pragma unroll
       for (int c = 0; c < kColumns; ++c)
         if (params.grad_values && column + c < params.pair.value_dim)
-          params.grad_values.at(b, key, column + c) = inside ? sums[c] : T(0);
+          params.grad_values.store(b, key, column + c, inside ? sums[c] : T(0));
     }
     if (!last || !params.grad_keys) return;
     const Point<T> grad{inside ? sums[kColumnSums] : T(0), inside ? sums[kColumnSums + 1] : T(0)};

@@ -86,12 +86,12 @@ struct Forward : OwnsRows<T, Score, InteractParams<T>> {
 #pragma unroll
     for (int c = 0; c < kColumnSums; ++c)
       if (column + c < columns(params))
-        params.context.at(b, row, column + c) = visible > 0 ? scale * sums[c] : T(0);
+        params.context.store(b, row, column + c, visible > 0 ? scale * sums[c] : T(0));
     if (column > 0) return;
     if constexpr (kRowSums) {
       if (params.strength)
-        params.strength.at(b, row) =
-            visible > 0 ? scale * (kKeepsMoments ? T(1) : sums[kStrength]) : T(0);
+        params.strength.store(
+            b, row, 0, visible > 0 ? scale * (kKeepsMoments ? T(1) : sums[kStrength]) : T(0));
       if (params.degree)
         params.degree.at(b, row) = visible > 0 ? static_cast<int32_t>(sums[kDegree]) : 0;
     }

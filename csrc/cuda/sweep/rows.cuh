@@ -42,12 +42,38 @@ QFLUX_INLINE int64_t super_blocks(const PairParams<T>& p, const Level& level) {
   return p.batch() * level.rectangles * level.supers;
 }
 
+// The ops give a sweep what it computes in, so its kernels need no code for half precision, which
+// takes registers that they do not have.
+template <class T>
+__device__ __forceinline__ void assume_same_storage([[maybe_unused]] const View<T>& view) {
+#if defined(__CUDA_ARCH__)
+  __builtin_assume(view.storage == Storage::kSame);
+#endif
+}
+template <class T>
+__device__ __forceinline__ void assume_same_storage(const PairParams<T>& p) {
+  assume_same_storage(p.states);
+  assume_same_storage(p.key_points);
+  assume_same_storage(p.values);
+}
+template <class T>
+__device__ __forceinline__ void assume_same_storage(const InteractParams<T>& p) {
+  assume_same_storage(p.pair);
+}
+template <class T>
+__device__ __forceinline__ void assume_same_storage(const InteractBackwardParams<T>& p) {
+  assume_same_storage(p.pair);
+  assume_same_storage(p.grad_context);
+  assume_same_storage(p.grad_strength);
+}
+
 // Views of all blocks and super-blocks of a level. `Pass` says which rows are without geometry,
 // and whether keys want sums over rows: then their records of columns `column` on are kept.
 template <class Pass>
 __global__ void __launch_bounds__(kSuperThreads, 1)
     view_blocks(typename Pass::Params params, Sweep<typename Pass::Scalar> sweep, Level level,
                 int column) {
+  assume_same_storage(params);
   using T = typename Pass::Scalar;
   constexpr double kInfinity = HUGE_VAL;
   using Bounds = Buffer<double, kSuperBlocks * 4>;
@@ -117,6 +143,7 @@ template <class Pass>
 __global__ void __launch_bounds__(kSuperThreads, 1)
     meet_keys(typename Pass::Params params, Sweep<typename Pass::Scalar> sweep, Level level,
               int column) {
+  assume_same_storage(params);
   using T = typename Pass::Scalar;
   using Traits = SweepTraits<T, Pass::kOwnValues>;
   constexpr int kWidth = Pass::Sizes::kWidth, kSums = Pass::kSums, kTile = kSuperThreads;
