@@ -45,7 +45,7 @@ class QuantumFluxLM(CausalLM):
         self.norm = nn.LayerNorm(config.hidden_dim)
         self.head = nn.Linear(config.hidden_dim, config.vocab_size)
         with torch.no_grad():
-            self.head.weight *= HEAD_START
+            self.head.weight.mul_(HEAD_START)
 
     def read(
         self,

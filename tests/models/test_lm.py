@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import math
 
 import pytest
 import torch
@@ -413,13 +414,21 @@ def test_bad_inputs_are_named(ids, labels, error, named):
 # --- generation ---
 
 
-def test_greedy_generation_takes_the_most_likely_token_of_the_window():
+def test_the_output_layer_starts_larger_than_other_linear_maps():
+    torch.manual_seed(0)
+    head = QuantumFluxLM(QuantumFluxConfig(vocab_size=500, hidden_dim=128, num_layers=0)).head
+    assert head.weight.abs().max().item() == pytest.approx(2 / math.sqrt(128), rel=1e-3)
+    assert head.weight.is_leaf and head.weight.requires_grad
+    assert head.bias.abs().max() <= 1 / math.sqrt(128)
+
+
+def test_greedy_generation_takes_the_most_likely_token_also_beyond_the_context():
     model, ids = make_model(context_length=8), make_ids()
     out = model.generate(ids, 5, temperature=0)
     assert out.shape == (2, 21) and torch.equal(out[:, :16], ids)
     model.eval()
     for position in range(16, 21):
-        logits = model(out[:, position - 8 : position]).logits[:, -1]
+        logits = model(out[:, :position]).logits[:, -1]
         assert torch.equal(out[:, position], logits.argmax(-1))
 
 
