@@ -68,7 +68,7 @@ View<T> view(const py::object& object, int last) {
                 : static_cast<T*>(const_cast<void*>(py::array(object).data()));
   if (data == nullptr) return {};
   const Strides strides{object, last};
-  return {data,   strides.outer(),      strides.inner(), strides.trailing(0), strides.trailing(1),
+  return {data,   strides.outer(), strides.inner(), strides.trailing(0), strides.trailing(1),
           storage};
 }
 
