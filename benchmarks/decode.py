@@ -11,7 +11,7 @@ many parameters, with keys and values in a buffer and `scaled_dot_product_attent
 `state-space` are what a transformer becomes with attention to the last 256 tokens only and with
 Mamba-2's recurrence: they keep as much of any past, and are beside the others for what that costs.
 Weights are as they start. All take turns, so that other work on the machine meets each of them; a
-turn has eight tokens, since one that finds another's keys in the caches of the processor tells
+turn has 32 tokens, since one that finds another's keys in the caches of the processor tells
 nothing of a model that decodes alone. One thread (`--threads 1`) is timed by its processor time,
 several by the wall clock.
 
@@ -62,7 +62,7 @@ STREAMED, BLOCK = 8, 4096
 # Tokens behind a filled cache before those that are timed: the first has the index to build.
 WARMING = 2
 # Tokens of one provider before it is the other's turn.
-TURN = 8
+TURN = 32
 
 
 @dataclass

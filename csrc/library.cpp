@@ -94,6 +94,7 @@ STABLE_TORCH_LIBRARY(qflux_kernels, m) {
   m.def(
       "cache_moments(Tensor(a!) moments, Tensor keys, Tensor? starts, int base, int first) -> ()");
   m.def("cache_index_unit(bool wide, int value_dim, int chunk) -> int");
+  m.def("cache_pages(Tensor(a!) memory) -> ()");
   m.def(
       "cache_index(Tensor(a!) index, Tensor keys, Tensor? values, Tensor? starts, int base, "
       "int score, int chunk, int tokens) -> ()");
@@ -103,20 +104,13 @@ STABLE_TORCH_LIBRARY(qflux_kernels, m) {
       "coefficient, "
       "float coefficient_value, Tensor? min_gate, float min_gate_value, int score, float eps, "
       "bool mean) -> (Tensor context, Tensor strength, Tensor degree, bool served)");
-  // A further token through a layer of the language model, written behind `at` others in the
-  // buffers. The index and the moments are of tokens in front of it.
+  // A further token through the language model, written behind `at` others in the buffers of its
+  // layers. The indices and the moments are of tokens in front of it.
   m.def(
-      "cache_layer(Tensor hidden, Tensor angle, Tensor? norm_weight, Tensor? norm_bias, "
-      "float norm_eps, Tensor? taps, Tensor? taps_bias, Tensor? past, Tensor inputs, "
-      "Tensor? inputs_bias, Tensor? gathered_weight, Tensor? gathered_bias, float gathered_eps, "
-      "Tensor output, Tensor? output_bias, Tensor? mlp_norm_weight, Tensor? mlp_norm_bias, "
-      "float mlp_norm_eps, Tensor? mlp_taps, Tensor? mlp_taps_bias, Tensor? mlp_past, "
-      "Tensor? mlp_inputs, Tensor? mlp_inputs_bias, Tensor? mlp_output, Tensor? mlp_output_bias, "
-      "Tensor(a!) key_buffer, Tensor(b!) value_buffer, Tensor? index, Tensor? moments, Tensor(c!)? "
-      "tangents, int at, "
-      "int chunk, int indexed, Tensor? coefficient, float coefficient_value, Tensor? min_gate, "
-      "float min_gate_value, int score, float eps) -> (Tensor hidden, Tensor past, "
-      "Tensor mlp_past, bool served)");
+      "cache_token(Tensor ids, Tensor angle, Tensor[] weights, float[] norm_eps, float[] bounds, "
+      "Tensor[] pasts, Tensor(a!)[] caches, int at, int chunk, int[] indexed, int[] scores, "
+      "float[] "
+      "numbers) -> (Tensor hidden, Tensor pasts, bool served)");
   // Texts as uint8: a str in a schema leaks in the stable ABI before torch 2.14.
   m.def("instruction_set() -> Tensor");
   m.def("cuda_architectures() -> Tensor");

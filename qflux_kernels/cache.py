@@ -8,15 +8,23 @@ from typing import Any
 
 import torch
 
-from .arguments import COMPUTE_DTYPES, canonical_score, check_reduction, per_step
+from .arguments import (
+    COMPUTE_DTYPES,
+    canonical_score,
+    check_reduction,
+    per_step,
+    values_are_known,
+)
 from .backends import LOAD_ERROR
 from .checks import check_integer
 from .functional import interact, is_served
 from .options import Evolution, Interaction, Radius, Score, Threshold
-from .past import Past
+from .past import Past, Prepared
 from .step import RadiusRule, blend
 
 SMALLEST_CAPACITY = 64
+# Memory from which large pages are asked for: two of them.
+LARGE_BYTES = 1 << 22
 
 
 class InteractionCache:
@@ -226,8 +234,8 @@ class InteractionCache:
             degree[part, ..., first:] = own.degree
         return Interaction(context, strength, degree)
 
-    def prepare(self) -> tuple[Any, ...] | None:
-        """Make room for a token that the op `cache_layer` will write, and give its last arguments.
+    def prepare(self) -> Prepared | None:
+        """Make room for a token that the op `cache_token` will write, and say what that is given.
 
         None where that op is not for this cache. `advance` takes what it wrote.
         """
@@ -542,8 +550,11 @@ def _memory(
     device: torch.device | str = "cpu",
 ) -> torch.Tensor:
     try:
-        return torch.empty(shape, dtype=dtype, device=device)
+        memory = torch.empty(shape, dtype=dtype, device=device)
     except RuntimeError as error:
         raise ValueError(
             f"the cache cannot grow to {capacity} tokens, with memory of shape {shape}: {error}"
         ) from error
+    if LOAD_ERROR is None and values_are_known(memory) and memory.nbytes >= LARGE_BYTES:
+        torch.ops.qflux_kernels.cache_pages(memory)
+    return memory

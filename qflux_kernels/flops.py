@@ -14,7 +14,7 @@ from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 from .schema import (
     CACHE_ATTEND,
-    CACHE_LAYER,
+    CACHE_TOKEN,
     COMPILED,
     EVOLVE,
     EVOLVE_BACKWARD,
@@ -24,6 +24,8 @@ from .schema import (
     PROJECT_NORM,
     PROJECT_NORM_BACKWARD,
     THRESHOLD_BACKWARD,
+    TOKEN_CACHES,
+    TOKEN_ENDS,
     Op,
 )
 
@@ -112,12 +114,15 @@ def _cache_attend(given: Any) -> int:
     return interact_flops(math.prod(states[:-2]), states[-2], keys, values[-1])
 
 
-def _cache_layer(given: Any) -> int:
-    (batch, _), values = tuple(given.hidden), tuple(given.value_buffer)
-    weights = (given.inputs, given.output, given.mlp_inputs, given.mlp_output)
-    products = sum(math.prod(shape) for weight in weights if (shape := _shape(weight)))
-    pairs = interact_flops(math.prod(values[:2]), 1, given.at + 1, values[-1])
-    return 2 * batch * products + pairs
+def _cache_token(given: Any) -> int:
+    (batch,) = tuple(given.ids)
+    weights = [tuple(shape) for shape in given.weights]
+    projection = weights[TOKEN_ENDS.index("projection") - len(TOKEN_ENDS)]
+    # All matrices of layers are of products, and nothing else there has two dimensions.
+    matrices = [projection, *(w for w in weights[: -len(TOKEN_ENDS)] if len(w) == 2)]
+    values = [tuple(s) for s in given.caches[TOKEN_CACHES.index("values") :: len(TOKEN_CACHES)]]
+    pairs = (interact_flops(math.prod(shape[:2]), 1, given.at + 1, shape[-1]) for shape in values)
+    return 2 * batch * sum(map(math.prod, matrices)) + sum(pairs)
 
 
 FORMULAS: dict[Op, Callable[[Any], int]] = {
@@ -129,7 +134,7 @@ FORMULAS: dict[Op, Callable[[Any], int]] = {
     PROJECT_NORM: _project_norm,
     PROJECT_NORM_BACKWARD: _project_norm_backward,
     CACHE_ATTEND: _cache_attend,
-    CACHE_LAYER: _cache_layer,
+    CACHE_TOKEN: _cache_token,
 }
 
 

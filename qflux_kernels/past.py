@@ -34,6 +34,9 @@ KEPT_BACK = 64
 LARGEST_TAME = 1e18
 
 Allocate = Callable[[tuple[int, ...], torch.dtype], torch.Tensor]
+# Of a layer, for `cache_token`: `TOKEN_CACHES`, the tokens of a chunk, how many are indexed, the
+# kernel of the score, and `TOKEN_NUMBERS`.
+Prepared = tuple[tuple[torch.Tensor, ...], int, int, int, tuple[float, float, float]]
 
 
 class Past:
@@ -80,10 +83,15 @@ class Past:
         self._batch = tuple(batch)
         # Tokens in the index, and tokens in the moments.
         self._indexed = self._summed = 0
+        # What was prepared, for tokens behind fewer than so many.
+        self._prepared: Prepared | None = None
+        self._prepared_to = 0
         # The first token that is not finite or very large, which only plain loops treat right.
         self._wild: int | None = None
         self._mean = mean
         self._arguments = _score_arguments(score, mean)
+        _, coefficient, _, min_gate, _, eps, _ = self._arguments
+        self._numbers = coefficient, min_gate, eps  # TOKEN_NUMBERS
 
     @property
     def nbytes(self) -> int:
@@ -93,6 +101,7 @@ class Past:
 
     def grow(self, capacity: int, allocate: Allocate) -> None:
         """Make room for so many tokens, or raise and leave all as it was."""
+        self._prepared_to = 0
         index, moments, tangents = self.index, self.moments, self.tangents
         if self._mass and tangents is None:
             tangents = allocate((*self._batch, TANGENT_NUMBERS), self._wide).zero_()
@@ -110,6 +119,7 @@ class Past:
 
     def append(self, buffers: list[torch.Tensor], given: list[torch.Tensor], length: int) -> None:
         """Put tokens into the buffers behind `length` others."""
+        self._prepared_to = 0
         plain = torch.compiler.is_compiling()
         if self._half or plain:
             tame = not plain
@@ -130,6 +140,7 @@ class Past:
 
     def truncate(self, length: int) -> None:
         """Forget all tokens but the first `length`."""
+        self._prepared_to = 0
         self._summed = min(self._summed, length)
         self._indexed = self._fitting(length)
         if self.tangents is not None:
@@ -141,6 +152,7 @@ class Past:
         """That of a cache whose sequence b is sequence `index[b]` of this one."""
         new = object.__new__(Past)
         new.__dict__.update(self.__dict__)
+        new._prepared_to = 0
         for name in ("index", "moments", "tangents", "_starts"):
             tensor = getattr(self, name)
             setattr(new, name, None if tensor is None else tensor.index_select(0, index))
@@ -192,20 +204,32 @@ class Past:
             context, strength = context.to(dtype), strength.to(dtype)
         return Interaction(context, strength, degree)
 
-    def prepare(self, buffers: list[torch.Tensor], length: int) -> tuple[Any, ...] | None:
-        """The last arguments of `cache_layer` for a token behind `length` others, or None."""
+    def prepare(self, buffers: list[torch.Tensor], length: int) -> Prepared | None:
+        """What `cache_token` is given for a token behind `length` others, or None."""
+        if length < self._prepared_to:
+            return self._prepared
         if self._wild is not None or self._half or self._mean or len(buffers) != 2:
             return None
+        # It stays for as many tokens as neither wants more.
+        end = length + CHUNK
         if self._indexes:
             wanted = self._wanted(length + 1, 1)
             if wanted > self._indexed:
                 self._extend_index(buffers, wanted)
+            end = min(end, self._indexed + self._chunk + KEPT_BACK - 1)
         if self._sums:
             self._extend_moments(buffers, length)
-        return (
-            *buffers, self.index, self.moments, self.tangents, length, self._chunk, self._indexed,
-            *self._arguments[:-1],
-        )  # fmt: skip
+            end = min(end, (length // MOMENTS_TILE + 1) * MOMENTS_TILE)
+        self._prepared_to = end
+        beside = (*buffers, *self._beside())
+        self._prepared = beside, self._chunk, self._indexed, self._kernel, self._numbers
+        return self._prepared
+
+    def _beside(self) -> tuple[torch.Tensor, ...]:
+        """`TOKEN_CACHES` behind keys and values."""
+        coefficient, _, min_gate, _, *_ = self._arguments
+        parts = self.index, self.moments, self.tangents, coefficient, min_gate
+        return tuple([_NOTHING if part is None else part for part in parts])
 
     def _extend_index(self, buffers: list[torch.Tensor], end: int) -> None:
         # Of the runs that are there, those stay which the new number has too.
@@ -272,6 +296,7 @@ def _score_arguments(score: Score, mean: bool) -> tuple[Any, ...]:
     return (*numbers, SCORES.index(score.kernel), float(score.eps), mean)
 
 
+_NOTHING = torch.empty(0)
 _OPS = torch.ops.qflux_kernels
 # The overload itself, which a call finds faster.
 _ATTEND: Any = None if LOAD_ERROR is not None else _OPS.cache_attend.default

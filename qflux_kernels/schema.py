@@ -59,7 +59,7 @@ class Field(NamedTuple):
     """An argument or a result of an op."""
 
     name: str
-    type: str  # as in a schema: "Tensor", "Tensor?", "float", "int" or "bool"
+    type: str  # as in a schema: "Tensor", "Tensor?", "float", "int" or "bool", or a list of one
     batch: int | None = None  # the first batch dimension; None: it has none
 
 
@@ -292,6 +292,8 @@ CACHE_INDEX_UNIT = Op(
     (Field("wide", "bool"), Field("value_dim", "int"), Field("chunk", "int")),
     (Field("bytes", "int"),),
 )
+# Advice to the system: memory that is met here and there.
+CACHE_PAGES = Op("cache_pages", (Field("memory", "Tensor"),), ())
 CACHE_INDEX = Op(
     "cache_index",
     (
@@ -323,47 +325,38 @@ CACHE_ATTEND = Op(
 )
 
 
-# A further token through a layer of the language model (csrc/cpu/decode/layer.h), written behind
-# `at` others in the buffers of its cache.
-def _norm(name: str) -> tuple[Field, ...]:
-    fields = Field(f"{name}_weight", "Tensor?"), Field(f"{name}_bias", "Tensor?")
-    return (*fields, Field(f"{name}_eps", "float"))
-
-
-def _linear(name: str, optional: str = "") -> tuple[Field, ...]:
-    return Field(name, f"Tensor{optional}"), Field(f"{name}_bias", "Tensor?")
-
-
-CACHE_LAYER = Op(
-    "cache_layer",
+# A further token through the language model (csrc/cpu/decode/token.h), written behind `at` others
+# in the buffers of its layers' caches. Lists have these of each layer, in the order of
+# csrc/ops/token.cpp; a tensor that is not there is empty.
+TOKEN_WEIGHTS = (
+    *("norm", "norm_bias", "taps", "taps_bias", "inputs", "inputs_bias", "gathered"),
+    *("gathered_bias", "output", "output_bias", "mlp_norm", "mlp_norm_bias", "mlp_taps"),
+    *("mlp_taps_bias", "mlp_inputs", "mlp_inputs_bias", "mlp_output", "mlp_output_bias"),
+)
+# Around the layers, behind them in the list.
+TOKEN_ENDS = "radius_logit", "phase", "projection", "projection_bias", "norm", "norm_bias"
+TOKEN_EPS = "norm", "gathered", "mlp_norm"
+TOKEN_CACHES = "keys", "values", "index", "moments", "tangents", "coefficient", "min_gate"
+TOKEN_NUMBERS = "coefficient_value", "min_gate_value", "eps"
+CACHE_TOKEN = Op(
+    "cache_token",
     (
-        Field("hidden", "Tensor"),  # (B, H)
+        Field("ids", "Tensor"),  # (B,)
         Field("angle", "Tensor"),  # (C,)
-        *_norm("norm"),
-        *_linear("taps", "?"),  # (H, 1, width); None: no convolution
-        Field("past", "Tensor?"),  # (B, width - 1, H), the inputs of the convolution so far
-        *_linear("inputs"),  # of queries and keys, values, gates, and own values or not
-        *_norm("gathered"),
-        *_linear("output"),
-        *_norm("mlp_norm"),
-        *_linear("mlp_taps", "?"),
-        Field("mlp_past", "Tensor?"),
-        *_linear("mlp_inputs", "?"),  # of gates and what passes them; None: no MLP
-        *_linear("mlp_output", "?"),
-        Field("key_buffer", "Tensor"),  # (B, C, room, 2), written at `at`
-        Field("value_buffer", "Tensor"),
-        Field("index", "Tensor?"),
-        Field("moments", "Tensor?"),
-        Field("tangents", "Tensor?"),
+        Field("weights", "Tensor[]"),  # TOKEN_WEIGHTS of each layer, and TOKEN_ENDS
+        Field("norm_eps", "float[]"),  # TOKEN_EPS of each layer, and that of the last LayerNorm
+        Field("bounds", "float[]"),  # of the radius, two
+        Field("pasts", "Tensor[]"),  # (B, width - 1, H) of each convolution, its inputs so far
+        Field("caches", "Tensor[]"),  # TOKEN_CACHES of each layer, buffers (B, C, room, 2 or D)
         Field("at", "int"),
         Field("chunk", "int"),
-        Field("indexed", "int"),
-        *(field for field in PAIR if field.name not in (*_NOT_CACHED, "mean")),
+        Field("indexed", "int[]"),
+        Field("scores", "int[]"),
+        Field("numbers", "float[]"),  # TOKEN_NUMBERS of each layer
     ),
     (
         Field("hidden", "Tensor"),
-        Field("past", "Tensor"),
-        Field("mlp_past", "Tensor"),
+        Field("pasts", "Tensor"),  # (convolutions, B, width - 1, H)
         Field("served", "bool"),
     ),
 )
@@ -384,9 +377,10 @@ COMPILED_OPS = (
     CACHE_APPEND,
     CACHE_MOMENTS,
     CACHE_INDEX_UNIT,
+    CACHE_PAGES,
     CACHE_INDEX,
     CACHE_ATTEND,
-    CACHE_LAYER,
+    CACHE_TOKEN,
     _text("instruction_set"),
     _text("cuda_architectures"),
     _text("constants"),

@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <exception>
 #include <memory>
+#include <vector>
 
 namespace qflux::cpu {
 
@@ -76,14 +77,14 @@ void each(int64_t count, const Body& body) {
 // others have left: no thread has to be there but the first.
 class Crew {
  public:
-  // At most so many loops, and threads.
-  static constexpr int kLoops = 8;
+  // At most so many threads.
   static constexpr int64_t kThreads = 16;
 
-  // With as many threads, or one, where waking others takes longer than they would save.
+  // For at most so many loops. With several threads, or one, where waking others takes longer than
+  // they would save.
   template <class Run>
-  static void work(bool together, const Run& run) {
-    Crew crew(together ? std::min(thread_count(), kThreads) : 1);
+  static void work(int64_t loops, bool together, const Run& run) {
+    Crew crew(loops, together ? std::min(thread_count(), kThreads) : 1);
     if (crew.threads_ == 1) return run(crew);
     parallel_for(0, crew.threads_, 1, [&](int64_t begin, int64_t end) {
       if (begin == 0) {
@@ -96,6 +97,10 @@ class Crew {
 
   template <class Body>
   void share(int64_t count, const Body& body) {
+    if (threads_ == 1) {
+      for (int64_t n = 0; n < count; ++n) body(n);
+      return;
+    }
     Loop& loop = loops_[opened_++];
     loop.count = count;
     loop.body = &body;
@@ -128,7 +133,7 @@ class Crew {
     Lane lanes[kThreads];
   };
 
-  explicit Crew(int64_t threads) : threads_(threads) {}
+  Crew(int64_t loops, int64_t threads) : threads_(threads), loops_(threads > 1 ? loops : 0) {}
 
   void take(Loop& loop, int64_t me) {
     int64_t done = 0;
@@ -163,8 +168,8 @@ class Crew {
   const int64_t threads_;
   std::atomic<bool> finished_{false}, failed_{false};
   std::exception_ptr error_;
-  int opened_ = 0;
-  Loop loops_[kLoops];
+  size_t opened_ = 0;
+  std::vector<Loop> loops_;
 };
 
 // A long loop in chunks that one thread takes at a time.

@@ -6,6 +6,9 @@
 #include <torch/csrc/stable/library.h>
 
 #include <tuple>
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 namespace qflux {
 namespace {
@@ -81,6 +84,21 @@ void cache_moments(Tensor moments, Tensor keys, OptionalTensor starts, int64_t b
     using T = decltype(zero);
     cpu::extend_moments(cache.cached<T>(batch), first, records);
   });
+}
+
+// Asks for large pages: a walk of an index of hundreds of megabytes meets a page for nearly every
+// leaf, and with small ones waits for the tables that say where it is. Advice, which a system may
+// not take.
+void cache_pages(Tensor memory) {
+#if defined(__linux__)
+  constexpr uintptr_t kPage = 4096;
+  const auto begin = reinterpret_cast<uintptr_t>(memory.data_ptr());
+  const auto bytes = static_cast<uintptr_t>(memory.numel() * memory.element_size());
+  STD_TORCH_CHECK(memory.is_contiguous(), "qflux_kernels: memory must be contiguous");
+  const uintptr_t first = (begin + kPage - 1) / kPage * kPage,
+                  last = (begin + bytes) / kPage * kPage;
+  if (last > first) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#endif
 }
 
 int64_t cache_index_unit(bool wide, int64_t value_dim, int64_t chunk) {
@@ -162,6 +180,7 @@ STABLE_TORCH_LIBRARY_IMPL(qflux_kernels, CPU, m) {
   m.impl("cache_append", TORCH_BOX(&qflux::ops::cache_append));
   m.impl("cache_moments", TORCH_BOX(&qflux::ops::cache_moments));
   m.impl("cache_index", TORCH_BOX(&qflux::ops::cache_index));
+  m.impl("cache_pages", TORCH_BOX(&qflux::ops::cache_pages));
   m.impl("cache_attend", TORCH_BOX(&qflux::ops::cache_attend));
 }
 STABLE_TORCH_LIBRARY_IMPL(qflux_kernels, CompositeExplicitAutograd, m) {

@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <initializer_list>
 #include <optional>
 #include <sstream>
 #include <vector>
@@ -18,15 +19,17 @@ using OptionalTensor = std::optional<Tensor>;
 using Shape = std::vector<int64_t>;
 using torch::headeronly::ScalarType;
 
+// The dtype as a number; to find its name, torch compares it with every dtype.
+inline int32_t dtype_number(const Tensor& tensor) {
+  int32_t number = 0;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &number));
+  return number;
+}
 inline Storage storage_of(const Tensor& tensor) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::Half:
-      return Storage::kFloat16;
-    case ScalarType::BFloat16:
-      return Storage::kBfloat16;
-    default:
-      return Storage::kSame;
-  }
+  const int32_t dtype = dtype_number(tensor);
+  if (dtype == aoti_torch_dtype_float16()) return Storage::kFloat16;
+  if (dtype == aoti_torch_dtype_bfloat16()) return Storage::kBfloat16;
+  return Storage::kSame;
 }
 // Of what is computed from a tensor.
 inline ScalarType compute_dtype(const Tensor& tensor) {
@@ -47,12 +50,22 @@ std::string shape_text(const Sizes& sizes) {
 }
 
 // `tensor` has this shape; -1 admits any size.
-inline void check_shape(const char* name, const Tensor& tensor, const Shape& shape) {
+template <class Sizes>
+void check_sizes(const char* name, const Tensor& tensor, const Sizes& shape) {
   const auto sizes = tensor.sizes();
   bool same = sizes.size() == shape.size();
-  for (size_t d = 0; same && d < shape.size(); ++d) same = shape[d] < 0 || sizes[d] == shape[d];
+  const auto wanted = shape.begin();
+  for (size_t d = 0; same && d < shape.size(); ++d) same = wanted[d] < 0 || sizes[d] == wanted[d];
   STD_TORCH_CHECK(same, "qflux_kernels: ", name, " must have shape ", shape_text(shape), ", got ",
                   shape_text(sizes));
+}
+
+inline void check_shape(const char* name, const Tensor& tensor, const Shape& shape) {
+  check_sizes(name, tensor, shape);
+}
+inline void check_shape(const char* name, const Tensor& tensor,
+                        std::initializer_list<int64_t> shape) {
+  check_sizes(name, tensor, shape);
 }
 
 // What a tensor of a call holds: points, values and results, which are stored as the states are;
@@ -65,16 +78,26 @@ inline void check_beside(const char* name, const Tensor& tensor, const Tensor& s
   STD_TORCH_CHECK(tensor.get_device_index() == states.get_device_index() &&
                       tensor.is_cuda() == states.is_cuda(),
                   "qflux_kernels: ", name, " must be on the device of the states");
-  const auto wanted = holds == Holds::kIntegers ? ScalarType::Long
-                      : holds == Holds::kStored ? states.scalar_type()
-                                                : compute_dtype(states);
-  STD_TORCH_CHECK(tensor.scalar_type() == wanted, "qflux_kernels: ", name, " must be ",
-                  holds == Holds::kIntegers ? "int64" : "of the dtype of the states",
+  if (holds == Holds::kIntegers) {
+    STD_TORCH_CHECK(dtype_number(tensor) == aoti_torch_dtype_int64(), "qflux_kernels: ", name,
+                    " must be int64");
+    return;
+  }
+  const bool fits = holds == Holds::kStored || storage_of(states) == Storage::kSame
+                        ? dtype_number(tensor) == dtype_number(states)
+                        : dtype_number(tensor) == aoti_torch_dtype_float32();
+  STD_TORCH_CHECK(fits, "qflux_kernels: ", name, " must be of the dtype of the states",
                   holds == Holds::kNumbers ? " (float32 beside half precision)" : "");
 }
 
 inline void check_argument(const char* name, const Tensor& tensor, const Shape& shape,
                            const Tensor& states, Holds holds = Holds::kNumbers) {
+  check_shape(name, tensor, shape);
+  check_beside(name, tensor, states, holds);
+}
+inline void check_argument(const char* name, const Tensor& tensor,
+                           std::initializer_list<int64_t> shape, const Tensor& states,
+                           Holds holds = Holds::kNumbers) {
   check_shape(name, tensor, shape);
   check_beside(name, tensor, states, holds);
 }

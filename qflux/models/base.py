@@ -64,6 +64,13 @@ class CausalLM(nn.Module, ABC):
         With a cache these are the tokens behind those in it, at positions `(S,)` or `(B, S)`.
         """
 
+    def read_token(self, input_ids: Tensor, cache: ModelCache) -> tuple[Tensor, ...] | None:
+        """The outputs of `read` for tokens behind those in a cache, by a faster way.
+
+        None, and nothing has happened, where there is none, or where ids are to be refused.
+        """
+        return None
+
     def features_of(self, outputs: tuple[Tensor, ...]) -> Tensor:
         """What the head reads, `(B, S, H)`, from the outputs of `read`."""
         return outputs[0]
@@ -132,14 +139,16 @@ class CausalLM(nn.Module, ABC):
             TypeError, ValueError: as `forward`; the cache is then as it was.
         """
         check_integer("chunk", chunk, 1)
-        check_ids("input_ids", input_ids, self.config.vocab_size)
-        before, outputs = len(cache), ()
-        try:
-            for part in input_ids.split(chunk, 1):
-                outputs = self._read_on(part, cache).outputs
-        except BaseException:
-            cache.truncate(before)
-            raise
+        outputs = self.read_token(input_ids, cache)
+        if outputs is None:
+            check_ids("input_ids", input_ids, self.config.vocab_size)
+            before, outputs = len(cache), ()
+            try:
+                for part in input_ids.split(chunk, 1):
+                    outputs = self._read_on(part, cache).outputs
+            except BaseException:
+                cache.truncate(before)
+                raise
         with torch.no_grad():
             last = tuple(output[..., -1:, :] for output in outputs)
             return self.logits_of(last, cache)[:, 0]
@@ -174,14 +183,18 @@ class CausalLM(nn.Module, ABC):
         Raises:
             TypeError, ValueError: wrong dtype, shape or (checked on the CPU) token ids.
         """
-        check_ids("input_ids", input_ids, self.config.vocab_size)
+        alone = None
+        if cache is not None and labels is None and not return_layers:
+            alone = self.read_token(input_ids, cache)
+        if alone is None:
+            check_ids("input_ids", input_ids, self.config.vocab_size)
         split = current_split()
         if cache is not None:
             if split is not None:
                 raise ValueError("a cache needs whole sequences: it cannot be read over ranks")
             if labels is not None or return_layers:
                 raise ValueError("labels and return_layers cannot be given with a cache")
-            outputs = self._read_on(input_ids, cache).outputs
+            outputs = self._read_on(input_ids, cache).outputs if alone is None else alone
             with torch.no_grad():
                 return LanguageModelOutput(self.logits_of(outputs, cache), None, None, ())
         if split is None:

@@ -28,7 +28,6 @@ class LayerCache:
     the states so far, and how many those are. present, positions: of the tokens that are read now,
     as in `ModelCache`. replaying: whether these tokens' keys are in the cache already.
     convolutions, sums: the names that inputs will have, and whether there will be such sums.
-    step: the layer's `LayerStep`, once it was asked for.
     """
 
     evolution: EvolutionCache | None = None
@@ -40,7 +39,6 @@ class LayerCache:
     replaying: bool = False
     convolutions: tuple[str, ...] = ()
     sums: bool = False
-    step: Any = None
 
     def interactions(self) -> list[InteractionCache]:
         """All caches of points."""
@@ -147,6 +145,8 @@ class ModelCache:
         self.head: CollapsedHead | None = None
         # Whether the tokens that were read last stand behind others.
         self.goes_on = False
+        # The model's `TokenStep`, once it was asked for.
+        self.step: Any = None
 
     def __len__(self) -> int:
         """Tokens so far, padding included."""
@@ -257,6 +257,12 @@ class ModelCache:
         finally:
             for layer in self.layers:
                 layer.replaying = False
+
+    def put_behind(self, input_ids: Tensor) -> None:
+        """Take tokens `(B, n)` whose keys, values and convolutions' inputs the layers have."""
+        if self.receptive:
+            self._remember(input_ids)
+        self._length += input_ids.shape[1]
 
     def _place(self, start: int, count: int) -> Tensor:
         positions = torch.arange(start, start + count, device=self._ids.device)

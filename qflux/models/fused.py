@@ -1,4 +1,4 @@
-"""A further token through a layer by one call, where that is what calling its modules would do."""
+"""A further token through a model by one call, where calling its modules would do the same."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from qflux_kernels.arguments import is_eager
 from qflux_kernels.backends import LOAD_ERROR
 
-from .cache import LayerCache
+from ..parallel import current_split
+from .cache import ModelCache
+from .embedding import CylinderEmbedding, PhaseRotation
 from .layers import CausalConvolution, EvolutionLayer, GatedMLP, GeometricAttention
 from .plain import is_plain
 
@@ -19,54 +21,55 @@ from .plain import is_plain
 MOST_SEQUENCES = 4
 
 
-def goes_alone(hidden: Tensor, cache: Any) -> bool:
-    """Whether the hidden stream `(B, n, H)` is of one token that all layers may take by one call.
+def goes_alone(model: Any, input_ids: Tensor, cache: ModelCache) -> bool:
+    """Whether these are tokens `(B, 1)` that a model may take by one call.
 
     Behind other tokens, of a few sequences without padding, on a CPU in float32 or float64, in
     evaluation and called eagerly.
     """
     return (
         LOAD_ERROR is None
-        and cache is not None
-        and is_eager(hidden)  # else sizes may be unknown
+        and is_eager(input_ids)  # else sizes may be unknown
+        and input_ids.dtype == torch.int64
+        and input_ids.device.type == "cpu"
+        and input_ids.shape == (cache.batch, 1)
+        and cache.batch <= MOST_SEQUENCES
         and cache.padding is None
-        and cache.goes_on
-        and hidden.shape[1] == 1
-        and hidden.shape[0] <= MOST_SEQUENCES
-        and hidden.device.type == "cpu"
-        and hidden.dtype in (torch.float32, torch.float64)
-        and not torch.is_grad_enabled()
+        and len(cache) > 0
+        and not model.training
+        and current_split() is None
         and not torch.is_autocast_enabled("cpu")
     )
 
 
-class LayerStep:
-    """What the operator is given of a layer, as long as its modules are what they were.
+class TokenStep:
+    """What the operator is given of a model, as long as its modules are what they were.
 
     Args:
-        layer: the layer.
+        model: the model.
     """
 
-    def __init__(self, layer: EvolutionLayer) -> None:
-        attention, mlp = layer.attention, layer.mlp
-        kinds: list[tuple[Any, type[nn.Module]]] = [(layer, EvolutionLayer)]
-        if layer.evolution is None and attention is not None:
-            kinds += [(attention, GeometricAttention), (layer.attention_norm, nn.LayerNorm)]
-            kinds += [(attention.norm, nn.LayerNorm)]
-            kinds += [(part, nn.Linear) for part in (attention.inputs, attention.output)]
-            kinds += _convolution(attention.conv)
-        if mlp is not None:
-            kinds += [(mlp, GatedMLP), (layer.mlp_norm, nn.LayerNorm)]
-            kinds += [(part, nn.Linear) for part in (mlp.input, mlp.output)]
-            kinds += _convolution(mlp.conv)
-        modules = [module for module, _ in kinds]
+    def __init__(self, model: Any) -> None:
+        ends: list[tuple[str, type[nn.Module]]] = [
+            ("embedding", CylinderEmbedding), ("projection", nn.Linear), ("norm", nn.LayerNorm)
+        ]  # fmt: skip
+        if len(model.layers):
+            ends.append(("rotation", PhaseRotation))
+        kinds: list[tuple[Any, type[nn.Module]]] = [(getattr(model, n), kind) for n, kind in ends]
+        for layer in model.layers:
+            kinds += _kinds(layer)
+        modules = [model.layers, *(module for module, _ in kinds)]
         bound: list[tuple[dict[str, Any], str, Any]] = [
             (where, name, part)
             for module in modules
             for where in (module._modules, module._parameters)
             for name, part in where.items()
         ]
+        names = "layers", *(name for name, _ in ends)
+        bound += [(model._modules, name, getattr(model, name)) for name in names]
         bound += [(module.__dict__, "forward", None) for module in modules]
+        bound += [(model.__dict__, "read", None)]
+        self.model = model
         self._where, self._names, self._parts = zip(*bound, strict=True)
         self._hooks = [
             hooks
@@ -74,62 +77,116 @@ class LayerStep:
             for hooks in (module._forward_hooks, module._forward_pre_hooks)
         ]
         self.possible = (
-            attention is not None and layer.evolution is None and _plain(kinds, self._parts)
+            len(model.layers) > 0
+            and all(layer.attention is not None for layer in model.layers)
+            and not any(layer.evolution is not None for layer in model.layers)
+            and _plain(kinds, self._parts)
         )
-        if attention is None or not self.possible:
+        if not self.possible:
             return
-        self._front = (*_norm(layer.attention_norm), *_taps(attention.conv))
-        self._middle = (
-            attention.inputs.weight, attention.inputs.bias, *_norm(attention.norm),
-            attention.output.weight, attention.output.bias,
-        )  # fmt: skip
-        self._last: tuple[Any, ...] = (None, None, None, None)
-        self._between: tuple[Any, ...] = (None, None, 0.0, None, None)
-        if mlp is not None:
-            self._between = (*_norm(layer.mlp_norm), *_taps(mlp.conv))
-            self._last = (mlp.input.weight, mlp.input.bias, mlp.output.weight, mlp.output.bias)
+        given = [part for layer in model.layers for part in _weights(layer)]
+        embedding = model.embedding
+        given += [embedding.radius_logit, embedding.phase]
+        given += [part for end in (model.projection, model.norm) for part in (end.weight, end.bias)]
+        self._weights = [_NOTHING if part is None else part for part in given]
+        self._eps = [eps for layer in model.layers for eps in _eps(layer)] + [model.norm.eps]
+        self._bounds = [float(bound) for bound in embedding.bounds]
+        self._phase, self._rotation = embedding.phase, model.rotation
 
     def __reduce__(self) -> Any:
         """A copy is None: it would be of the modules of another model."""
         return type(None), ()
 
-    def __call__(self, hidden: Tensor, angle: Tensor, cache: LayerCache) -> Tensor | None:
-        """The hidden stream `(B, 1, H)` behind the layer; None where its modules have to be called.
+    def __call__(self, input_ids: Tensor, cache: ModelCache) -> Tensor | None:
+        """What the output layer reads, `(B, 1, H)`; None where modules have to be called.
 
         Args:
-            hidden: `(B, 1, H)`.
-            angle: `(C, 1)`, the turn of the token's position.
-            cache: of the tokens before, which this one joins.
+            input_ids: `(B, 1)` token ids.
+            cache: of the tokens before, which these join.
         """
-        attention, inputs = cache.attention, cache.inputs
-        if not self.possible or attention is None or len(inputs) != len(cache.convolutions):
+        if not self.possible:
             return None
         # By functions that need no frame of Python's: this is asked for every token.
         found = map(dict.get, self._where, self._names)
         if any(self._hooks) or not all(map(operator.is_, found, self._parts)):
             return None
-        prepared = attention.prepare()
-        if prepared is None:
+        pasts: list[Tensor] = []
+        caches: list[Tensor] = []
+        numbers: list[float] = []
+        indexed, scores, chunk = [], [], 0
+        for layer in cache.layers:
+            inputs = layer.inputs
+            if layer.replaying or len(inputs) != len(layer.convolutions):
+                return None
+            prepared = layer.attention and layer.attention.prepare()
+            if prepared is None:
+                return None
+            tensors, chunk, tokens, kernel, own = prepared
+            pasts += [inputs[name] for name in layer.convolutions]
+            caches += tensors
+            numbers += own
+            indexed.append(tokens)
+            scores.append(kernel)
+        length, phase = len(cache), self._phase
+        if phase.dtype not in (torch.float32, torch.float64) or phase.device.type != "cpu":
             return None
-        out, past, mlp_past, served = _STEP(
-            hidden[:, 0], angle[:, 0], *self._front, inputs.get("attention"), *self._middle,
-            *self._between, inputs.get("mlp"), *self._last, *prepared,
+        angle = (self._rotation.frequency() * length).to(phase.dtype)
+        out, following, served = _STEP(
+            input_ids[:, 0], angle, self._weights, self._eps, self._bounds, pasts, caches, length,
+            chunk, indexed, scores, numbers,
         )  # fmt: skip
         if not served:
             return None
-        attention.advance()
-        for name in cache.convolutions:
-            inputs[name] = past if name == "attention" else mlp_past
+        cache.put_behind(input_ids)
+        told = iter(following.unbind(0))
+        for layer in cache.layers:
+            layer.attention.advance()
+            for name in layer.convolutions:
+                layer.inputs[name] = next(told)
         return out[:, None]
 
 
-def step(layer: Any, hidden: Tensor, angle: Tensor, cache: LayerCache) -> Tensor | None:
-    """`LayerStep` of a layer, which stays in its cache."""
-    if cache.replaying or cache.evolution is not None:
+def step(model: Any, input_ids: Tensor, cache: ModelCache) -> Tensor | None:
+    """`TokenStep` of a model, which stays in the cache, for tokens that go alone; else None."""
+    if not goes_alone(model, input_ids, cache):
         return None
-    if cache.step is None:
-        cache.step = LayerStep(layer)
-    return cache.step(hidden, angle, cache)
+    if cache.step is None or cache.step.model is not model:
+        cache.step = TokenStep(model)
+    if torch.is_grad_enabled():
+        with torch.no_grad():
+            return cache.step(input_ids, cache)
+    return cache.step(input_ids, cache)
+
+
+def _kinds(layer: EvolutionLayer) -> list[tuple[Any, type[nn.Module]]]:
+    """The modules of a layer that the operator stands for, with the kinds that it knows."""
+    attention, mlp = layer.attention, layer.mlp
+    kinds: list[tuple[Any, type[nn.Module]]] = [(layer, EvolutionLayer)]
+    if layer.evolution is None and attention is not None:
+        kinds += [(attention, GeometricAttention), (layer.attention_norm, nn.LayerNorm)]
+        kinds += [(attention.norm, nn.LayerNorm)]
+        kinds += [(part, nn.Linear) for part in (attention.inputs, attention.output)]
+        kinds += _convolution(attention.conv)
+    if mlp is not None:
+        kinds += [(mlp, GatedMLP), (layer.mlp_norm, nn.LayerNorm)]
+        kinds += [(part, nn.Linear) for part in (mlp.input, mlp.output)]
+        kinds += _convolution(mlp.conv)
+    return kinds
+
+
+def _weights(layer: Any) -> list[Tensor | None]:
+    """`TOKEN_WEIGHTS` of a layer."""
+    attention, mlp = layer.attention, layer.mlp
+    parts = [layer.attention_norm, attention.conv, attention.inputs, attention.norm]
+    parts += [attention.output]
+    parts += [None] * 4 if mlp is None else [layer.mlp_norm, mlp.conv, mlp.input, mlp.output]
+    return [getattr(part, name, None) for part in parts for name in ("weight", "bias")]
+
+
+def _eps(layer: Any) -> list[float]:
+    """`TOKEN_EPS` of a layer."""
+    norms = layer.attention_norm, layer.attention.norm
+    return [*(norm.eps for norm in norms), 0.0 if layer.mlp is None else layer.mlp_norm.eps]
 
 
 def _plain(kinds: list[tuple[Any, type[nn.Module]]], parts: tuple[Any, ...]) -> bool:
@@ -147,16 +204,6 @@ def _convolution(module: Any) -> list[tuple[Any, type[nn.Module]]]:
     return [(module, CausalConvolution if wide else nn.Identity)]
 
 
-def _norm(module: nn.LayerNorm) -> tuple[Any, ...]:
-    return module.weight, module.bias, module.eps
-
-
-def _taps(module: nn.Module) -> tuple[Any, ...]:
-    """The weights of a convolution, if it is one."""
-    if isinstance(module, CausalConvolution):
-        return module.weight, module.bias
-    return None, None
-
-
+_NOTHING = torch.empty(0)
 # The overload itself, which a call finds faster.
-_STEP: Any = None if LOAD_ERROR is not None else torch.ops.qflux_kernels.cache_layer.default
+_STEP: Any = None if LOAD_ERROR is not None else torch.ops.qflux_kernels.cache_token.default

@@ -9,7 +9,7 @@ from .base import CausalLM, Reading
 from .cache import ModelCache
 from .config import QuantumFluxConfig
 from .embedding import CylinderEmbedding, PhaseRotation, flatten_states, rotate
-from .fused import goes_alone, step
+from .fused import step
 from .layers import CausalConvolution, EvolutionLayer
 
 # The output layer starts as much larger than PyTorch's linear maps do: larger logits send larger
@@ -66,17 +66,17 @@ class QuantumFluxLM(CausalLM):
             if return_layers or self.moves:
                 states = rotate(states, angle)
             pasts = [None] * len(self.layers) if cache is None else cache.layers
-            alone = not (self.training or return_layers) and goes_alone(hidden, cache)
             for layer, past in zip(self.layers, pasts, strict=True):
-                if alone and past is not None:
-                    further = step(layer, hidden, angle, past)
-                    if further is not None:
-                        hidden = further
-                        continue
                 states, hidden, record = layer(states, hidden, angle, return_layers, past)
                 if record is not None:
                     layers.append(record)
         return Reading((self.norm(hidden),), tuple(layers))
+
+    def read_token(self, input_ids: Tensor, cache: ModelCache) -> tuple[Tensor, ...] | None:
+        if type(self).read is not QuantumFluxLM.read:
+            return None
+        normed = step(self, input_ids, cache)
+        return None if normed is None else (normed,)
 
     def receptive_field(self) -> int:
         convolutions = [m for m in self.modules() if isinstance(m, CausalConvolution)]

@@ -1,5 +1,9 @@
 """Decoding against a cache gives what the whole sequence gives, however it came."""
 
+import re
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -201,6 +205,29 @@ def test_buffers_double_and_are_read_where_they_lie(score):
     before = roomy.nbytes
     roomy.append(keys.expand(*BATCH, 1000, 2), values.expand(*BATCH, 1000, WIDTH))
     assert roomy.nbytes == before == 6 * 1000 * (2 + WIDTH) * 8 + past_bytes(score, 1000)
+
+
+def advised(tensor):
+    """Whether the system was asked for large pages for the middle of a tensor's memory."""
+    at, inside = tensor.data_ptr() + tensor.nbytes // 2, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if head := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
+            inside = int(head[1], 16) <= at < int(head[2], 16)
+        elif inside and line.startswith("VmFlags:"):
+            return "hg" in line.split()
+    raise AssertionError("the memory is not mapped")
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the advice is one of Linux")
+def test_a_long_cache_asks_for_large_pages():
+    small, large = (
+        InteractionCache(score=Sparsemax(), value_dim=4, capacity=n) for n in (1 << 10, 1 << 20)
+    )
+    assert not advised(small.values._base) and advised(large.values._base)
+    large.append(torch.ones(3, 2), torch.ones(3, 4))
+    assert torch.equal(large.values, torch.ones(3, 4))
+    with pytest.raises(RuntimeError, match="memory must be contiguous"):
+        torch.ops.qflux_kernels.cache_pages(torch.ones(4, 4).mT[1:])
 
 
 def test_no_gradient_is_recorded(score):

@@ -19,6 +19,8 @@ def type_of(value) -> str:
     name = str(value.type)
     if name.startswith("Optional["):
         return f"{name.removeprefix('Optional[').removesuffix(']')}?"
+    if name.startswith("List["):
+        return f"{name.removeprefix('List[').removesuffix(']')}[]"
     return name
 
 

@@ -1,4 +1,4 @@
-"""A further token through a layer by one call is what the layer's modules make of it."""
+"""A further token through a model by one call is what the model's modules make of it."""
 
 import copy
 
@@ -9,6 +9,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import qflux.models.fused as fused_module
 from qflux import QuantumFluxConfig, make_model
+from qflux.models.base import Reading
+from qflux.models.embedding import PhaseRotation
+from qflux_kernels import schema
 
 VOCABULARY = 11
 BASE = {"vocab_size": VOCABULARY, "num_layers": 2, "hidden_dim": 20, "num_cylinders": 3}
@@ -34,12 +37,12 @@ def build(dtype=torch.float64, **changes):
 
 @pytest.fixture
 def steps(monkeypatch):
-    """Counts the tokens that went through a layer by one call."""
+    """Whether each of the calls was served."""
     real, counted = fused_module._STEP, []
 
     def counting(*arguments):
         out = real(*arguments)
-        counted.append(out[3])
+        counted.append(out[2])
         return out
 
     monkeypatch.setattr(fused_module, "_STEP", counting)
@@ -56,21 +59,15 @@ def go_on(model, ids, start, cache=None):
     )
 
 
-def by_modules(model, ids, start, monkeypatch):
-    with monkeypatch.context() as patch:
-        patch.setattr("qflux.models.lm.goes_alone", lambda *_: False)
-        return go_on(model, ids, start)
-
-
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("batch", [1, 3])
 def test_tokens_one_by_one_give_the_full_logits(steps, name, dtype, batch):
     model = build(dtype, **CONFIGS[name])
-    ids = torch.randint(0, VOCABULARY, (batch, 40))
-    found, tolerance = go_on(model, ids, 7), TOLERANCE[dtype]
-    torch.testing.assert_close(found, model(ids).logits[:, 7:], rtol=tolerance, atol=tolerance)
-    assert steps == [True] * (2 * 33)
+    ids = torch.randint(0, VOCABULARY, (batch, 75))  # beyond the room that there is at first
+    found, tolerance = go_on(model, ids, 42), TOLERANCE[dtype]
+    torch.testing.assert_close(found, model(ids).logits[:, 42:], rtol=tolerance, atol=tolerance)
+    assert steps == [True] * 33
 
 
 def test_behind_an_index(steps):
@@ -78,7 +75,35 @@ def test_behind_an_index(steps):
     ids = torch.randint(0, VOCABULARY, (2, 1300))
     found = go_on(model, ids, 1100)
     torch.testing.assert_close(found, model(ids).logits[:, 1100:], rtol=1e-10, atol=1e-10)
-    assert len(steps) == 400 and all(steps)
+    assert len(steps) == 200 and all(steps)
+
+
+@pytest.mark.parametrize("taps", [0, 4])
+def test_whatever_happens_between_tokens(steps, monkeypatch, taps):
+    """Each token meets what its cache is then: tokens read together, forgotten, other sequences."""
+    model = build(conv_width=taps)
+    ids = torch.randint(0, VOCABULARY, (3, 1900))
+    events = [
+        lambda cache, at: (cache.truncate(at), at)[1],
+        lambda cache, at: (model.prefill(ids[:, at : at + 40], cache), at + 40)[1],
+        lambda cache, at: (cache.truncate(at - 700), at - 700)[1],
+        lambda cache, at: (cache.reorder(torch.tensor([2, 0, 1])), at)[1],
+        lambda cache, at: (model.prefill(ids[:, at : at + 600], cache), at + 600)[1],
+    ]
+    found = []
+    for alone in (True, False):
+        if not alone:
+            monkeypatch.setattr("qflux.models.fused.goes_alone", lambda *_: False)
+        cache, logits = model.new_cache(3), []
+        model.prefill(ids[:, :1200], cache)
+        at = 1200
+        for event in events:
+            logits += [model.prefill(ids[:, n : n + 1], cache) for n in range(at, at + 9)]
+            at = event(cache, at + 9)
+        logits += [model.prefill(ids[:, n : n + 1], cache) for n in range(at, at + 9)]
+        found.append(torch.stack(logits))
+    assert len(steps) >= 40 and all(steps)
+    torch.testing.assert_close(*found, rtol=1e-10, atol=1e-10)
 
 
 def test_threads_give_the_same_bits(monkeypatch):
@@ -95,7 +120,7 @@ def test_threads_give_the_same_bits(monkeypatch):
     finally:
         torch.set_num_threads(threads)
     for one, two, five in zip(*found, strict=True):
-        assert all(map(torch.equal, one[:3], two[:3])) and all(map(torch.equal, one[:3], five[:3]))
+        assert all(map(torch.equal, one[:2], two[:2])) and all(map(torch.equal, one[:2], five[:2]))
 
 
 def test_a_failure_leaves_the_cache_as_it_was(monkeypatch):
@@ -104,16 +129,14 @@ def test_a_failure_leaves_the_cache_as_it_was(monkeypatch):
     expected = go_on(model, ids, 8)
     cache = model.new_cache(1)
     model.prefill(ids[:, :8], cache)
-    real, calls = fused_module._STEP, []
+    real = fused_module._STEP
 
-    def second_fails(*arguments):
-        calls.append(1)
-        if len(calls) == 2:
-            raise RuntimeError("no")
-        return real(*arguments)
+    def fails(*arguments):
+        real(*arguments)
+        raise RuntimeError("no")
 
-    monkeypatch.setattr(fused_module, "_STEP", second_fails)
-    with pytest.raises(RuntimeError, match="no"):
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="no"):
+        patch.setattr(fused_module, "_STEP", fails)
         model.prefill(ids[:, 8:9], cache)
     assert len(cache) == 8 and all(len(layer.attention) == 8 for layer in cache.layers)
     assert torch.equal(go_on(model, ids, 8, cache), expected)
@@ -145,10 +168,10 @@ def test_weights_that_change_are_seen(steps, monkeypatch, name):
     model = build()
     ids = torch.randint(0, VOCABULARY, (1, 10))
     first, second = caches_of(model, ids, 6)
-    assert copy.deepcopy(first.layers[0].step) is None  # it would be of no model
+    assert copy.deepcopy(first.step) is None  # it would be of no model
     WEIGHTS[name](model.layers[0].attention)
     found = go_on(model, ids, 6, first)
-    monkeypatch.setattr("qflux.models.lm.goes_alone", lambda *_: False)
+    monkeypatch.setattr("qflux.models.fused.goes_alone", lambda *_: False)
     torch.testing.assert_close(found, go_on(model, ids, 6, second), rtol=1e-10, atol=1e-10)
 
 
@@ -164,7 +187,28 @@ def doubled(model):
     model.layers[0].attention.output = new
 
 
+def own_read(model):
+    real = model.read
+
+    def read(*arguments, **options):
+        (hidden,), *rest = real(*arguments, **options)
+        return Reading((2 * hidden,), *rest)
+
+    model.read = read
+
+
+class TwiceAsFar(PhaseRotation):
+    def frequency(self):
+        return 2 * super().frequency()
+
+
 CHANGES = {
+    "a hook on the embedding": lambda model: model.embedding.register_forward_hook(
+        lambda *a: 2 * a[2]
+    ),
+    "a hook on the last norm": lambda model: model.norm.register_forward_hook(lambda *a: 2 * a[2]),
+    "a rotation of another kind": lambda model: setattr(model.rotation, "__class__", TwiceAsFar),
+    "a read of its own": own_read,
     "a hook": lambda model: model.layers[0].mlp.register_forward_hook(lambda *a: 2 * a[2]),
     "a hook before": lambda model: model.layers[0].attention.norm.register_forward_pre_hook(
         lambda _, given: (3 * given[0],)
@@ -189,14 +233,13 @@ def test_what_does_more_than_its_weights_is_called(steps, monkeypatch, name, lat
         CHANGES[name](model)
     if late:
         found = go_on(model, ids, 6, first)
-        monkeypatch.setattr("qflux.models.lm.goes_alone", lambda *_: False)
+        monkeypatch.setattr("qflux.models.fused.goes_alone", lambda *_: False)
         torch.testing.assert_close(found, go_on(model, ids, 6, second), rtol=1e-10, atol=1e-10)
         return
     steps.clear()
     found = go_on(model, ids, 6)
     torch.testing.assert_close(found, model(ids).logits[:, 6:], rtol=1e-10, atol=1e-10)
-    # Only the first layer was changed by most.
-    assert len(steps) == (0 if options else 6)
+    assert not steps
 
 
 def test_padding_many_sequences_training_and_gradients_go_by_modules(steps, monkeypatch):
@@ -220,8 +263,26 @@ def recorded(monkeypatch, model, ids):
     given, real = [], fused_module._STEP
     monkeypatch.setattr(fused_module, "_STEP", lambda *a: (given.append(a), real(*a))[1])
     go_on(model, ids, ids.shape[1] - 1)
-    names = torch.ops.qflux_kernels.cache_layer.default._schema.arguments
-    return real, dict(zip([argument.name for argument in names], given[0], strict=True))
+    return real, dict(zip(schema.CACHE_TOKEN.names, given[0], strict=True))
+
+
+ORDER = {
+    "weights": (schema.TOKEN_WEIGHTS, schema.TOKEN_ENDS),
+    "caches": (schema.TOKEN_CACHES, ()),
+}
+
+
+def place(kind, name):
+    """Of a tensor in a list: of the first layer, or of what is around the layers."""
+    of_layers, ends = ORDER[kind]
+    return of_layers.index(name) if name in of_layers else ends.index(name) - len(ends)
+
+
+def changed(usual, kind, name, change):
+    """The arguments with another tensor in one of the lists."""
+    given, at = list(usual[kind]), place(kind, name)
+    given[at] = change(given[at])
+    return usual | {kind: given}
 
 
 @pytest.mark.parametrize("row", [0, 2 * 3, 4 * 3], ids=["query", "key", "value"])
@@ -229,21 +290,40 @@ def recorded(monkeypatch, model, ids):
 def test_what_is_not_tame_is_not_served(monkeypatch, number, row):
     ids = torch.randint(0, VOCABULARY, (1, 6))
     real, usual = recorded(monkeypatch, build(torch.float32), ids)
-    bias = usual["inputs_bias"].detach().clone()
+    bias = usual["weights"][place("weights", "inputs_bias")].detach().clone()
     bias[row] = number
-    assert real(*usual.values())[3] and not real(*(usual | {"inputs_bias": bias}).values())[3]
+    assert real(*usual.values())[2]
+    assert not real(*changed(usual, "weights", "inputs_bias", lambda _: bias).values())[2]
+
+
+@pytest.mark.parametrize("number", [-1, VOCABULARY])
+def test_an_id_outside_the_vocabulary_is_not_served(steps, monkeypatch, number):
+    model = build()
+    ids = torch.randint(0, VOCABULARY, (2, 6))
+    cache = model.new_cache(2)
+    model.prefill(ids, cache)
+    with pytest.raises(ValueError, match=rf"input_ids must lie in \[0, {VOCABULARY - 1}\]"):
+        model.prefill(torch.tensor([[1], [number]]), cache)
+    assert steps == [False] and len(cache) == 6
+    assert torch.equal(
+        model.prefill(ids[:, :1], cache), go_on(model, ids[:, [*range(6), 0]], 6)[:, 0]
+    )
 
 
 @pytest.mark.parametrize("number", [float("nan"), float("inf")])
 def test_what_is_not_tame_goes_by_modules(steps, monkeypatch, number):
     model = build()
     ids = torch.tensor([[1, 2, 4, 5, 3, 1, 2]])
+    caches = [model.new_cache(1) for _ in range(2)]
+    for cache in caches:
+        model.prefill(ids[:, :3], cache)
     with torch.no_grad():
         model.layers[1].attention.inputs.bias[4 * 3] = number  # of a value
-    found = go_on(model, ids, 3)
-    expected = by_modules(model, ids, 3, monkeypatch)
+    found = go_on(model, ids, 3, caches[0])
+    monkeypatch.setattr("qflux.models.fused.goes_alone", lambda *_: False)
+    expected = go_on(model, ids, 3, caches[1])
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10, equal_nan=True)
-    assert steps == [True] * 4  # in the first layer alone
+    assert steps == [False]  # which the cache remembers
 
 
 def test_operations_are_counted_as_those_of_the_modules(monkeypatch):
@@ -255,7 +335,7 @@ def test_operations_are_counted_as_those_of_the_modules(monkeypatch):
         model.prefill(ids[:, :8], cache)
         with monkeypatch.context() as patch, FlopCounterMode(display=False) as counter:
             if not alone:
-                patch.setattr("qflux.models.lm.goes_alone", lambda *_: False)
+                patch.setattr("qflux.models.fused.goes_alone", lambda *_: False)
             model.prefill(ids[:, 8:], cache)
         counts.append(counter.get_total_flops())
     assert counts[0] == counts[1] > 0
@@ -264,26 +344,44 @@ def test_operations_are_counted_as_those_of_the_modules(monkeypatch):
 def test_the_op_refuses_what_would_leave_its_memory(monkeypatch):
     ids = torch.randint(0, VOCABULARY, (1, 6))
     real, usual = recorded(monkeypatch, build(torch.float32), ids)
-    hidden, buffer = usual["hidden"], usual["key_buffer"]
+    room = usual["caches"][0].shape[2]
     for changes, message in (
-        ({"hidden": hidden[0]}, "hidden must have shape"),
-        ({"hidden": hidden.half()}, "hidden must be float32 or float64"),
+        ({"ids": usual["ids"][None]}, "ids must have shape"),
+        ({"ids": usual["ids"].float()}, "ids must be int64"),
         ({"angle": usual["angle"][:2]}, "angle must have shape"),
         ({"angle": usual["angle"].double()}, "angle must be of the dtype"),
-        ({"at": buffer.shape[2]}, "room for a token"),
+        ({"at": room}, "room for a token"),
         ({"at": -1}, "room for a token"),
-        ({"value_buffer": buffer}, "inputs must have"),
-        ({"inputs": usual["inputs"][:-1]}, "inputs must have"),
-        ({"inputs_bias": usual["inputs_bias"][1:]}, "inputs_bias must have shape"),
-        ({"output": usual["output"].mT}, "output must"),
-        ({"mlp_output": None}, "must come together"),
-        ({"mlp_inputs": usual["mlp_inputs"][1:]}, "mlp_inputs must have shape"),
-        ({"past": None}, "must come together"),
-        ({"past": usual["past"][:, 1:]}, "past must have shape"),
-        ({"indexed": 512}, "512 indexed tokens"),
-        ({"score": 9}, "score must be 0 to"),
-        ({"score": 0}, "moments come with"),
-        ({"norm_weight": usual["norm_weight"][1:]}, "norm_weight must have shape"),
+        ({"indexed": [512, 0]}, "512 indexed tokens"),
+        ({"indexed": [0]}, "as many layers"),
+        ({"scores": [9, 3]}, "score must be 0 to"),
+        ({"scores": [0, 3]}, "moments come with"),
+        ({"weights": usual["weights"][1:]}, "as many layers"),
+        ({"bounds": [0.0]}, "as many layers"),
+        ({"pasts": usual["pasts"][1:]}, "pasts must be one"),
+        ({"pasts": [*usual["pasts"], usual["pasts"][0]]}, "pasts must be one"),
+        ({"pasts": [past[:, 1:] for past in usual["pasts"]]}, "taps must have shape"),
+        ({"pasts": [usual["pasts"][0][:, 1:], *usual["pasts"][1:]]}, "pasts must have shape"),
     ):
         with pytest.raises(RuntimeError, match=message):
             real(*(usual | changes).values())
+    for kind, name, change, message in (
+        ("caches", "values", lambda values: values[..., :2], "inputs must have"),
+        ("caches", "values", lambda values: values[:, :, 1:], "values must have shape"),
+        ("caches", "keys", lambda keys: keys[0], "keys must be"),
+        ("caches", "keys", lambda keys: keys.contiguous(), "tokens that follow one another"),
+        ("caches", "tangents", lambda tangents: tangents[..., 1:], "tangents must have shape"),
+        ("weights", "inputs", lambda weight: weight[:-1], "inputs must have"),
+        ("weights", "inputs_bias", lambda bias: bias[1:], "inputs_bias must have shape"),
+        ("weights", "output", lambda weight: weight.mT, "output must"),
+        ("weights", "output", lambda weight: weight.double(), "output must be of the dtype"),
+        ("weights", "mlp_output", lambda weight: weight[:0], "must come together"),
+        ("weights", "mlp_inputs", lambda weight: weight[2:], "mlp_inputs_bias must have"),
+        ("weights", "mlp_inputs", lambda weight: weight[:-1], "mlp_inputs must have shape"),
+        ("weights", "norm", lambda weight: weight[1:], "norm must have shape"),
+        ("weights", "radius_logit", lambda table: table[:-1], "phase must have shape"),
+        ("weights", "radius_logit", lambda table: table.half(), "float32 or float64"),
+        ("weights", "projection", lambda weight: weight[:, 1:], "projection must have shape"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            real(*changed(usual, kind, name, change).values())

@@ -207,6 +207,7 @@ class SequenceRows {
  private:
   static constexpr T kInfinity = std::numeric_limits<T>::infinity();
 
+  int64_t tree_count() const { return static_cast<int64_t>(trees_.size()); }
   KeyPlanes<T> tail(int64_t first) const { return planes_of(params_.keys, b_, first); }
 
   // As interact finds them, to the bit.
@@ -239,13 +240,12 @@ class SequenceRows {
   // Where the boundary of a row cuts the trees.
   T cut(const Query<T>& query) {
     T top = -kInfinity;
-    for (size_t n = 0; n < trees_.size(); ++n) loops_.decode.cut(trees_[n], query, &cuts_[n], &top);
+    loops_.decode.cut(trees_.data(), tree_count(), query, cuts_.data(), &top);
     return top;
   }
   // What a row gathers of the keys that it sees, with the trees cut for it.
   void gather(const Query<T>& query, int64_t seen, KeptMass<T>* sums, double* context) const {
-    for (size_t n = 0; n < trees_.size(); ++n)
-      loops_.decode.cut_context(trees_[n], cuts_[n], query, sums, context);
+    loops_.decode.cut_context(trees_.data(), tree_count(), cuts_.data(), query, sums, context);
     loops_.decode.run_context(tail(covered_), start_ + seen - covered_, query, sums, context);
   }
 

@@ -85,68 +85,95 @@ QFLUX_INLINE void prefetch(const T* from, int64_t count) {
     __builtin_prefetch(from + n);
 }
 
-// Height after height, so that what is fetched meanwhile is there when its height comes.
+// What a walk has seen of a tree: it looks at the blocks of children begin .. end - 1 next, whose
+// places among those of their height are in Cut::blocks.
+struct Walk {
+  int32_t height;
+  int64_t begin, end;
+};
+
 template <class T>
-void cut(const IndexView<T>& index, const Query<T>& query, Cut<T>* out, T* top) {
+QFLUX_INLINE Vector<T> cut_height(const IndexView<T>& index, const Query<T>& query, Vector<T> most,
+                                  Walk* walk, Cut<T>* out) {
   using V = Vector<T>;
   const V qx(query.x), qy(query.y), low(query.low), high(query.high);
-  V most(*top);
   T lows[kIndexFan], highs[kIndexFan];
-  int64_t nodes = 0, leaves = 0, begin = 0, end = 1;
-  // Of the blocks of children to look at, the place of each among those of its height.
+  const int32_t height = walk->height;
   int32_t* const blocks = out->blocks;
-  blocks[0] = 0;
-  for (int height = index.height; height >= 0; --height) {
-    int64_t next = end;
-    for (int64_t block = begin; block < end; ++block) {
-      const int32_t place = blocks[block] * kIndexFan, node = index.first[height] + place;
-      const int32_t count = index.size[height] - place;
-      const uint32_t all = count >= kIndexFan ? 0xffffu : (1u << count) - 1u;
-      uint32_t above = 0, below = 0;
-      for (int r = 0; r < kIndexFan; r += V::kWidth) {
-        const T* const from = index.box(node) + r;
-        const Box<V> wide{load(from),
-                          load(from + kIndexFan),
-                          load(from + 2 * kIndexFan),
-                          load(from + 3 * kIndexFan),
-                          load(from + 4 * kIndexFan),
-                          load(from + 5 * kIndexFan)};
-        const Reach<V> span = reach(wide, qx, qy);
-        const uint32_t whole = lane_bits(less(high, span.low)) & (all >> r);
-        most = select(mask_of<T>(whole), larger(span.high, most), most);
-        above |= whole << r;
-        below |= lane_bits(less(span.high, low)) << r;
-        store(lows + r, span.low);
-        store(highs + r, span.high);
-      }
-      for (uint32_t left = above; left; left &= left - 1) {
-        const int32_t at = node + __builtin_ctz(left);
-        prefetch(index.moments + at * index.width, index.width);
-        out->nodes[nodes++] = at;
-      }
-      for (uint32_t left = all & ~(above | below); left; left &= left - 1) {
-        const int l = __builtin_ctz(left);
-        if (height == 0) {
-          prefetch(index.leaf(place + l), 2 * kLeaf);
-          out->leaves[leaves] = place + l;
-          out->low[leaves] = lows[l];
-          out->high[leaves++] = highs[l];
-        } else {
-          prefetch(index.box(index.first[height - 1] + (place + l) * kIndexFan), 6 * kIndexFan);
-          blocks[next++] = place + l;
-        }
+  int64_t nodes = out->node_count, leaves = out->leaf_count, next = walk->end;
+  for (int64_t block = walk->begin; block < walk->end; ++block) {
+    const int32_t place = blocks[block] * kIndexFan, node = index.first[height] + place;
+    const int32_t count = index.size[height] - place;
+    const uint32_t all = count >= kIndexFan ? 0xffffu : (1u << count) - 1u;
+    uint32_t above = 0, below = 0;
+    for (int r = 0; r < kIndexFan; r += V::kWidth) {
+      const T* const from = index.box(node) + r;
+      const Box<V> wide{load(from),
+                        load(from + kIndexFan),
+                        load(from + 2 * kIndexFan),
+                        load(from + 3 * kIndexFan),
+                        load(from + 4 * kIndexFan),
+                        load(from + 5 * kIndexFan)};
+      const Reach<V> span = reach(wide, qx, qy);
+      const uint32_t whole = lane_bits(less(high, span.low)) & (all >> r);
+      most = select(mask_of<T>(whole), larger(span.high, most), most);
+      above |= whole << r;
+      below |= lane_bits(less(span.high, low)) << r;
+      store(lows + r, span.low);
+      store(highs + r, span.high);
+    }
+    for (uint32_t left = above; left; left &= left - 1) {
+      const int32_t at = node + __builtin_ctz(left);
+      prefetch(index.moments + at * index.width, index.width);
+      out->nodes[nodes++] = at;
+    }
+    for (uint32_t left = all & ~(above | below); left; left &= left - 1) {
+      const int l = __builtin_ctz(left);
+      if (height == 0) {
+        prefetch(index.leaf(place + l), 2 * kLeaf);
+        out->leaves[leaves] = place + l;
+        out->low[leaves] = lows[l];
+        out->high[leaves++] = highs[l];
+      } else {
+        prefetch(index.box(index.first[height - 1] + (place + l) * kIndexFan), 6 * kIndexFan);
+        blocks[next++] = place + l;
       }
     }
-    begin = end;
-    end = next;
   }
   out->node_count = nodes;
   out->leaf_count = leaves;
-  double sums[kColumnMoments] = {};
-  for (int64_t n = 0; n < nodes; ++n)
-    for (int m = 0; m < kColumnMoments; ++m)
-      sums[m] += index.moments[out->nodes[n] * index.width + m];
-  for (int m = 0; m < kColumnMoments; ++m) out->sums[m] = sums[m];
+  *walk = {height - 1, walk->end, next};
+  return most;
+}
+
+// A height of each tree after the other, so that what is fetched meanwhile is there when its turn
+// comes.
+template <class T>
+void cut(const IndexView<T>* indices, int64_t count, const Query<T>& query, Cut<T>* cuts, T* top) {
+  using V = Vector<T>;
+  V most(*top);
+  Walk walks[kMostTrees];
+  for (int64_t n = 0; n < count; ++n) {
+    prefetch(indices[n].box(indices[n].first[indices[n].height]), 6 * kIndexFan);
+    walks[n] = {indices[n].height, 0, 1};
+    cuts[n].blocks[0] = 0;
+    cuts[n].node_count = cuts[n].leaf_count = 0;
+  }
+  for (bool more = count > 0; more;) {
+    more = false;
+    for (int64_t n = 0; n < count; ++n) {
+      if (walks[n].begin == walks[n].end) continue;
+      most = cut_height(indices[n], query, most, &walks[n], &cuts[n]);
+      more = more || walks[n].begin < walks[n].end;
+    }
+  }
+  for (int64_t n = 0; n < count; ++n) {
+    double sums[kColumnMoments] = {};
+    for (int64_t i = 0; i < cuts[n].node_count; ++i)
+      for (int m = 0; m < kColumnMoments; ++m)
+        sums[m] += indices[n].moments[cuts[n].nodes[i] * indices[n].width + m];
+    for (int m = 0; m < kColumnMoments; ++m) cuts[n].sums[m] = sums[m];
+  }
   T lane[V::kWidth];
   store(lane, most);
   for (int l = 0; l < V::kWidth; ++l) *top = lane[l] > *top ? lane[l] : *top;
@@ -399,9 +426,34 @@ void leaf_columns(const IndexView<T>& index, const int32_t* leaves, int64_t coun
   for (int c = 0; c < kCount; ++c) context[c] += total(sums[c]);
 }
 
+// The leaves of a cut that a row keeps whole, from the front of Cut::blocks, and behind them those
+// that it crosses.
+struct Listed {
+  int64_t whole, crossed;
+};
+
 template <class T>
-void cut_context(const IndexView<T>& index, const Cut<T>& cut, const Query<T>& query,
-                 KeptMass<T>* out, double* context) {
+QFLUX_INLINE Listed list_leaves(const IndexView<T>& index, const Query<T>& query,
+                                const Cut<T>& cut) {
+  int32_t* const whole = cut.blocks;
+  int32_t* const last = cut.blocks + cut.leaf_count;
+  int64_t wholes = 0, crosses = 0;
+  for (int64_t n = 0; n < cut.leaf_count; ++n) {
+    const int32_t leaf = cut.leaves[n];
+    if (cut.low[n] > query.high) {
+      prefetch(index.moments + leaf * index.width, index.width);
+      whole[wholes++] = leaf;
+    } else if (!(cut.high[n] < query.low)) {
+      prefetch(index.leaf(leaf), lesser(2 + index.value_dim, 8) * kLeaf);
+      last[-++crosses] = leaf;
+    }
+  }
+  return {wholes, crosses};
+}
+
+template <class T>
+QFLUX_INLINE void gather_listed(const IndexView<T>& index, const Query<T>& query, const Cut<T>& cut,
+                                Listed listed, KeptMass<T>* out, double* context) {
   using D = Vector<double>;
   constexpr int64_t kFew = 64;
   double few[kFew];
@@ -417,26 +469,14 @@ void cut_context(const IndexView<T>& index, const Cut<T>& cut, const Query<T>& q
     }
   };
   add(cut.nodes, cut.node_count);
-  for (int64_t n = 0; n < cut.leaf_count;) {
-    int32_t whole[kListed], crossed[kListed];
-    int64_t wholes = 0, crosses = 0;
-    for (; n < cut.leaf_count && wholes < kListed && crosses < kListed; ++n) {
-      const int32_t leaf = cut.leaves[n];
-      if (cut.low[n] > query.high) {
-        prefetch(index.moments + leaf * index.width, index.width);
-        whole[wholes++] = leaf;
-      } else if (!(cut.high[n] < query.low)) {
-        prefetch(index.leaf(leaf), lesser(2 + index.value_dim, 8) * kLeaf);
-        crossed[crosses++] = leaf;
-      }
-    }
-    add(whole, wholes);
+  add(cut.blocks, listed.whole);
+  const int32_t* const crossed = cut.blocks + cut.leaf_count - listed.crossed;
+  for (int64_t n = 0; n < listed.crossed; n += kListed)
     each_columns(index.value_dim, [&](auto columns, int64_t c) QFLUX_INLINE_LAMBDA {
       constexpr int kCount = decltype(columns)::kValue;
       const auto call = c == 0 ? leaf_columns<T, kCount, true> : leaf_columns<T, kCount, false>;
-      call(index, crossed, crosses, query, c, out, context + c);
+      call(index, crossed + n, lesser(kListed, listed.crossed - n), query, c, out, context + c);
     });
-  }
   const double offset = query.offset();
   out->excess += weighed(moments, query.x, query.y, offset);
   out->count += moments[0];
@@ -444,6 +484,15 @@ void cut_context(const IndexView<T>& index, const Cut<T>& cut, const Query<T>& q
   out->y += moments[2];
   for (int64_t c = 0; c < index.value_dim; ++c)
     context[c] += weighed(moments + (c + 1) * kColumnMoments, query.x, query.y, offset);
+}
+
+template <class T>
+void cut_context(const IndexView<T>* indices, int64_t count, const Cut<T>* cuts,
+                 const Query<T>& query, KeptMass<T>* out, double* context) {
+  Listed listed[kMostTrees];
+  for (int64_t n = 0; n < count; ++n) listed[n] = list_leaves(indices[n], query, cuts[n]);
+  for (int64_t n = 0; n < count; ++n)
+    gather_listed(indices[n], query, cuts[n], listed[n], out, context);
 }
 
 // The lanes of a mask, one behind the other; a whole vector is written. Returns their number.

@@ -8,6 +8,8 @@ namespace qflux::cpu {
 // Children of a node: a row meets all of them at once, a child in each lane.
 constexpr int kIndexFan = 16;
 constexpr int kIndexHeights = 8;
+// Trees of a sequence: one for a digit of its length, at most.
+constexpr int kMostTrees = 64;
 
 // A tree over keys. Nodes first[h] .. first[h] + size[h] - 1 are of height h; those of height 0 are
 // leaves of kLeaf keys, those of the largest, at most kIndexFan, the roots. Each first[h] is a
@@ -47,7 +49,7 @@ template <class T>
 struct Cut {
   int32_t *nodes, *leaves;
   T *low, *high;
-  int32_t* blocks;  // for the walk, a number for each node and one more
+  int32_t* blocks;  // for the loops, a number for each node and one more
   int64_t node_count = 0, leaf_count = 0;
   double sums[kColumnMoments] = {};  // of the nodes: of 1, x, y
 };
@@ -87,12 +89,13 @@ struct DecodeLoops {
                        bool exact_points);
   void (*build_nodes)(const IndexView<T>&, int height, bool exact_points);
 
-  // A walk for a row; the largest q . k of the nodes that it keeps whole joins `top`.
-  void (*cut)(const IndexView<T>&, const Query<T>&, Cut<T>*, T* top);
-  // What a row, or one with a boundary inside that of the cut, keeps of it; or of `count` keys in
-  // planes. Both add to their results.
-  void (*cut_context)(const IndexView<T>&, const Cut<T>&, const Query<T>&, KeptMass<T>*,
-                      double* context);
+  // Walks of `count` trees for a row, at most kMostTrees; the largest q . k of the nodes that it
+  // keeps whole joins `top`.
+  void (*cut)(const IndexView<T>*, int64_t count, const Query<T>&, Cut<T>*, T* top);
+  // What a row, or one with a boundary inside that of the cuts, keeps of them; or of `count` keys
+  // in planes. Both add to their results.
+  void (*cut_context)(const IndexView<T>*, int64_t count, const Cut<T>*, const Query<T>&,
+                      KeptMass<T>*, double* context);
   void (*run_context)(const KeyPlanes<T>&, int64_t count, const Query<T>&, KeptMass<T>*,
                       double* context);
   // The pairs of leaves of a cut, or of keys in planes, that join a band of q . k; and the mass of

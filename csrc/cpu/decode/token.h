@@ -1,4 +1,6 @@
-// A further token through a layer of the language model (qflux/models/layers.py) behind a cache:
+// A further token through the language model (qflux/models/lm.py) behind a cache, up to what the
+// output layer reads: embedding and projection, layers, LayerNorm. A layer (qflux/models/layers.py)
+// is
 //
 //   u = conv(norm(h));   q, k, v, gate[, own] = inputs(u);   q, k turned by the token's angle
 //   k, v join the cache;   c = what q gathers there
@@ -35,25 +37,42 @@ struct LinearParams {
 
 template <class T>
 struct LayerParams {
-  int64_t batch, hidden, cylinders, value_dim;
-  const T* angle;  // [cylinders]
   NormParams<T> norm, gathered_norm, mlp_norm;
   ConvolutionParams<T> convolution, mlp_convolution;
   LinearParams<T> inputs, output;
   // Without weights: there is no MLP.
   LinearParams<T> mlp_inputs, mlp_output;
+  int64_t cylinders, value_dim;
   bool own;       // values of the token's own have a projection; else they are what others get
   bool averages;  // a row's weights sum to one; else what it gathers is divided by its degree
   // Of the cache with room for this token, which is the last; the rest of it the layer writes.
   CachedRows<T> rows;
   View<T> keys, values;  // the buffers of the cache
-  const T* in;           // [batch][hidden]
-  T* out;
 };
 
-// False, and what was written is void, where an operator has to treat what is not finite or very
-// large.
+// Points of radius low + (high - low) sigmoid(radius_logit) at a phase.
 template <class T>
-bool step_layer(const LayerParams<T>& params);
+struct EmbeddingParams {
+  int64_t vocabulary, cylinders;
+  const T *radius_logit, *phase;  // [vocabulary][cylinders]
+  double low, high;
+};
+
+template <class T>
+struct TokenParams {
+  int64_t batch, hidden;
+  const int64_t* ids;  // [batch]
+  EmbeddingParams<T> embedding;
+  LinearParams<T> projection;
+  const T* angle;  // [cylinders], of this token
+  std::vector<LayerParams<T>> layers;
+  NormParams<T> norm;
+  T* out;  // [batch][hidden]
+};
+
+// False, and what was written is void, for an id outside the vocabulary, and where an operator has
+// to treat what is not finite or very large.
+template <class T>
+bool step_token(const TokenParams<T>& params);
 
 }  // namespace qflux::cpu

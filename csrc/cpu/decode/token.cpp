@@ -1,4 +1,4 @@
-#include "layer.h"
+#include "token.h"
 
 #include <algorithm>
 #include <atomic>
@@ -15,11 +15,15 @@ namespace {
 // Weights that a thread takes at a time, in whole rows.
 constexpr int64_t kWeights = 1 << 12;
 // Pairs from which other threads are worth waking.
-constexpr int64_t kPairs = 1 << 19;
+constexpr int64_t kPairs = 1 << 20;
 
 template <class T>
+T sigmoid(T x) {
+  return T(1) / (T(1) + std::exp(-x));
+}
+template <class T>
 T silu(T x) {
-  return x / (T(1) + std::exp(-x));
+  return x * sigmoid(x);
 }
 
 // The sum of term(x[n]), in chains that hide the latency of an addition.
@@ -64,46 +68,69 @@ void convolve(const ConvolutionParams<T>& p, int64_t b, int64_t channels, T* x) 
   }
 }
 
+// The hidden stream where it starts; false for an id outside the vocabulary.
 template <class T>
-class Step {
- public:
-  explicit Step(const LayerParams<T>& params)
-      : p_(params), matvec_(loops<T>().matvec), width_(params.cylinders * params.value_dim) {}
-
-  bool run() {
-    bool tame = true;
-    const int64_t sequences = p_.batch * p_.cylinders;
-    const bool together = sequences * row_pairs(p_.rows) >= kPairs;
-    Crew::work(together, [&](Crew& crew) { tame = run(crew); });
-    return tame;
-  }
-
- private:
-  bool run(Crew& crew) {
-    std::vector<T> normed(p_.batch * p_.hidden);
-    for (int64_t b = 0; b < p_.batch; ++b) {
-      T* const x = &normed[b * p_.hidden];
-      normalise(p_.norm, p_.in + b * p_.hidden, p_.hidden, x);
-      convolve(p_.convolution, b, p_.hidden, x);
+bool embed(const TokenParams<T>& p) {
+  const EmbeddingParams<T>& embedding = p.embedding;
+  const T low = static_cast<T>(embedding.low);
+  const T range = static_cast<T>(embedding.high - embedding.low);
+  std::vector<T> points(2 * embedding.cylinders);
+  for (int64_t b = 0; b < p.batch; ++b) {
+    if (p.ids[b] < 0 || p.ids[b] >= embedding.vocabulary) return false;
+    const int64_t at = p.ids[b] * embedding.cylinders;
+    for (int64_t c = 0; c < embedding.cylinders; ++c) {
+      const T radius = low + range * sigmoid(embedding.radius_logit[at + c]);
+      points[2 * c] = radius * std::cos(embedding.phase[at + c]);
+      points[2 * c + 1] = radius * std::sin(embedding.phase[at + c]);
     }
-    std::vector<T> projected(p_.batch * p_.inputs.rows), gathered(p_.batch * width_);
+    loops<T>().matvec.rows(p.projection.weight, p.projection.bias, p.projection.columns,
+                           points.data(), 0, p.hidden, p.out + b * p.hidden);
+  }
+  return true;
+}
+
+// A layer on the hidden stream, which stands in `out`.
+template <class T>
+class LayerStep {
+ public:
+  // Loops of a crew, at most.
+  static constexpr int64_t kLoops = 4;
+
+  LayerStep(const TokenParams<T>& token, const LayerParams<T>& layer)
+      : token_(token),
+        p_(layer),
+        matvec_(loops<T>().matvec),
+        width_(layer.cylinders * layer.value_dim) {}
+
+  bool run(Crew& crew) {
+    std::vector<T> normed(batch() * hidden());
+    for (int64_t b = 0; b < batch(); ++b) {
+      T* const x = &normed[b * hidden()];
+      normalise(p_.norm, token_.out + b * hidden(), hidden(), x);
+      convolve(p_.convolution, b, hidden(), x);
+    }
+    std::vector<T> projected(batch() * p_.inputs.rows), gathered(batch() * width_);
     if (!gather(crew, normed, projected, gathered)) return false;
     const int64_t gates = 4 * p_.cylinders + width_;
-    for (int64_t b = 0; b < p_.batch; ++b) {
+    for (int64_t b = 0; b < batch(); ++b) {
       T* const y = &gathered[b * width_];
       normalise(p_.gathered_norm, y, width_, y);
       const T* const gate = &projected[b * p_.inputs.rows + gates];
       for (int64_t n = 0; n < width_; ++n) y[n] *= silu(gate[n]);
     }
-    add_linear(crew, p_.output, gathered.data(), p_.in);
+    add_linear(crew, p_.output, gathered.data());
     if (p_.mlp_inputs.weight) mlp(crew, normed.data());
     return true;
   }
 
+ private:
+  int64_t batch() const { return token_.batch; }
+  int64_t hidden() const { return token_.hidden; }
+
   // Projections, phases, the cache: a cylinder at a time, since they differ in what they cost.
   bool gather(Crew& crew, const std::vector<T>& normed, std::vector<T>& projected,
               std::vector<T>& gathered) {
-    const int64_t sequences = p_.batch * p_.cylinders, dim = p_.value_dim;
+    const int64_t sequences = batch() * p_.cylinders, dim = p_.value_dim;
     std::vector<T> queries(2 * sequences), strength(sequences);
     std::vector<int32_t> degree(sequences);
     CachedRows<T> rows = p_.rows;
@@ -118,7 +145,7 @@ class Step {
     crew.share(sequences, [&](int64_t n) {
       const int64_t b = n / p_.cylinders;
       T* const to = &projected[b * p_.inputs.rows];
-      if (!project(n, &normed[b * p_.hidden], to, &queries[2 * n]) || !attention.run(n, 0, 1)) {
+      if (!project(n, &normed[b * hidden()], to, &queries[2 * n]) || !attention.run(n, 0, 1)) {
         tame.store(false, std::memory_order_relaxed);
         return;
       }
@@ -135,14 +162,14 @@ class Step {
   // them otherwise.
   bool project(int64_t n, const T* x, T* to, T* turned) const {
     const auto some = [&](int64_t first, int64_t count) {
-      matvec_.rows(p_.inputs.weight, p_.inputs.bias, p_.hidden, x, first, first + count, to);
+      matvec_.rows(p_.inputs.weight, p_.inputs.bias, hidden(), x, first, first + count, to);
     };
     const int64_t cylinders = p_.cylinders, c = n % cylinders, dim = p_.value_dim;
     const int64_t query = 2 * c, key = 2 * (cylinders + c), value = 4 * cylinders + c * dim;
     some(query, 2);
     some(key, 2);
     for (int64_t first = value; first < p_.inputs.rows; first += width_) some(first, dim);
-    const T cosine = std::cos(p_.angle[c]), sine = std::sin(p_.angle[c]);
+    const T cosine = std::cos(token_.angle[c]), sine = std::sin(token_.angle[c]);
     const auto turn = [&](const T* point, T* out) {
       const T u = point[0], v = point[1];
       out[0] = u * cosine - v * sine;
@@ -165,35 +192,34 @@ class Step {
   }
 
   void mlp(Crew& crew, T* x) const {
-    for (int64_t b = 0; b < p_.batch; ++b) {
-      normalise(p_.mlp_norm, p_.out + b * p_.hidden, p_.hidden, x + b * p_.hidden);
-      convolve(p_.mlp_convolution, b, p_.hidden, x + b * p_.hidden);
+    for (int64_t b = 0; b < batch(); ++b) {
+      normalise(p_.mlp_norm, token_.out + b * hidden(), hidden(), x + b * hidden());
+      convolve(p_.mlp_convolution, b, hidden(), x + b * hidden());
     }
     const LinearParams<T>& inputs = p_.mlp_inputs;
     const int64_t inner = inputs.rows / 2;
-    std::vector<T> both(p_.batch * inputs.rows), product(p_.batch * inner);
+    std::vector<T> both(batch() * inputs.rows), product(batch() * inner);
     each_rows(crew, inner, 2 * inputs.columns, [&](int64_t first, int64_t last) {
-      for (int64_t b = 0; b < p_.batch; ++b) {
+      for (int64_t b = 0; b < batch(); ++b) {
         T* const to = &both[b * inputs.rows];
         for (const int64_t half : {int64_t(0), inner})
-          matvec_.rows(inputs.weight, inputs.bias, inputs.columns, x + b * p_.hidden, half + first,
+          matvec_.rows(inputs.weight, inputs.bias, inputs.columns, x + b * hidden(), half + first,
                        half + last, to);
         for (int64_t n = first; n < last; ++n) product[b * inner + n] = silu(to[n]) * to[inner + n];
       }
     });
-    add_linear(crew, p_.mlp_output, product.data(), p_.out);
+    add_linear(crew, p_.mlp_output, product.data());
   }
 
-  // out = before + weight x + bias; `before` may be out.
-  void add_linear(Crew& crew, const LinearParams<T>& linear, const T* x, const T* before) const {
-    std::vector<T> sums(p_.batch * linear.rows);
+  // out = out + weight x + bias
+  void add_linear(Crew& crew, const LinearParams<T>& linear, const T* x) const {
+    std::vector<T> sums(batch() * linear.rows);
     each_rows(crew, linear.rows, linear.columns, [&](int64_t first, int64_t last) {
-      for (int64_t b = 0; b < p_.batch; ++b) {
+      for (int64_t b = 0; b < batch(); ++b) {
         T* const to = &sums[b * linear.rows];
         matvec_.rows(linear.weight, linear.bias, linear.columns, x + b * linear.columns, first,
                      last, to);
-        for (int64_t r = first; r < last; ++r)
-          p_.out[b * linear.rows + r] = before[b * linear.rows + r] + to[r];
+        for (int64_t r = first; r < last; ++r) token_.out[b * linear.rows + r] += to[r];
       }
     });
   }
@@ -208,6 +234,7 @@ class Step {
     });
   }
 
+  const TokenParams<T>& token_;
   const LayerParams<T>& p_;
   const MatvecLoops<T>& matvec_;
   const int64_t width_;  // of what all cylinders gather
@@ -216,11 +243,25 @@ class Step {
 }  // namespace
 
 template <class T>
-bool step_layer(const LayerParams<T>& params) {
-  return Step<T>(params).run();
+bool step_token(const TokenParams<T>& params) {
+  if (!embed(params)) return false;
+  int64_t pairs = 0;
+  for (const LayerParams<T>& layer : params.layers)
+    pairs += params.batch * layer.cylinders * row_pairs(layer.rows);
+  const int64_t loops = LayerStep<T>::kLoops * static_cast<int64_t>(params.layers.size());
+  bool tame = true;
+  Crew::work(loops, pairs >= kPairs, [&](Crew& crew) {
+    for (const LayerParams<T>& layer : params.layers)
+      tame = tame && LayerStep<T>(params, layer).run(crew);
+  });
+  for (int64_t b = 0; b < params.batch; ++b) {
+    T* const x = params.out + b * params.hidden;
+    normalise(params.norm, x, params.hidden, x);
+  }
+  return tame;
 }
 
-template bool step_layer(const LayerParams<float>&);
-template bool step_layer(const LayerParams<double>&);
+template bool step_token(const TokenParams<float>&);
+template bool step_token(const TokenParams<double>&);
 
 }  // namespace qflux::cpu
