@@ -63,6 +63,8 @@ template <class T>
 struct Scratch {
   Kept<int32_t> places;
   Kept<T> reaches, products;
+  std::vector<IndexView<T>> trees;
+  std::vector<Cut<T>> cuts;
 };
 template <class T>
 Scratch<T>& scratch() {
@@ -136,8 +138,9 @@ class Tangents {
 template <class T>
 class SequenceRows {
  public:
-  // `runs` are those of the index, with `unit` bytes for a chunk.
-  SequenceRows(const CachedRows<T>& params, int64_t n, const std::vector<Range>& runs, int64_t unit)
+  // `runs` are those of the index, `trees` what they have for a sequence without padding.
+  SequenceRows(const CachedRows<T>& params, int64_t n, const std::vector<Range>& runs,
+               const std::vector<IndexView<T>>& trees)
       : params_(params),
         p_(params.pair),
         loops_(loops<T>()),
@@ -146,28 +149,30 @@ class SequenceRows {
         start_(std::max<int64_t>(params.keys.start[b_], 0)),
         visible_{p_.rows, params.keys.end - start_, params.keys.end - start_ - p_.rows, true},
         covered_(std::max(params.index.tokens, start_)) {
-    if (!runs.empty()) {
-      const CachedIndex& index = params.index;
-      for (const Range& run : runs) {
-        const int64_t count = run.last - std::max(run.first, start_);
-        if (count > 0)
-          trees_.push_back(
-              index_view<T>(index.memory + n * index.stride + run.first / index.chunk * unit, count,
-                            params.keys.value_dim));
-      }
-      int64_t nodes = 0, leaves = 0;
-      for (const IndexView<T>& tree : trees_) {
-        nodes += tree.nodes;
-        leaves += tree.size[0];
-      }
-      int32_t* at = scratch_.places.get(2 * nodes + leaves + 1);
-      T* reach = scratch_.reaches.get(2 * leaves);
-      for (const IndexView<T>& tree : trees_) {
-        const int64_t size = tree.size[0];
-        cuts_.push_back({at, at + tree.nodes, reach, reach + size, at + tree.nodes + size});
-        at += 2 * tree.nodes + size;
-        reach += 2 * size;
-      }
+    trees_.clear();
+    cuts_.clear();
+    if (runs.empty()) return;
+    const CachedIndex& index = params.index;
+    int64_t nodes = 0, leaves = 0;
+    for (size_t r = 0; r < runs.size(); ++r) {
+      const int64_t padding = std::max<int64_t>(start_ - runs[r].first, 0);
+      const int64_t count = runs[r].last - runs[r].first - padding;
+      if (count <= 0) continue;
+      IndexView<T> tree = moved(trees[r], n * index.stride);
+      if (padding > 0)
+        tree =
+            index_view<T>(reinterpret_cast<uint8_t*>(tree.moments), count, params.keys.value_dim);
+      nodes += tree.nodes;
+      leaves += tree.size[0];
+      trees_.push_back(tree);
+    }
+    int32_t* at = scratch_.places.get(2 * nodes + leaves + 1);
+    T* reach = scratch_.reaches.get(2 * leaves);
+    for (const IndexView<T>& tree : trees_) {
+      const int64_t size = tree.size[0];
+      cuts_.push_back({at, at + tree.nodes, reach, reach + size, at + tree.nodes + size});
+      at += 2 * tree.nodes + size;
+      reach += 2 * size;
     }
   }
 
@@ -351,12 +356,12 @@ class SequenceRows {
   const int64_t start_;
   const Visibility visible_;  // of the tokens from start_ on
   const int64_t covered_;     // tokens in front of this one are in trees, or padding
-  std::vector<IndexView<T>> trees_;
-  std::vector<Cut<T>> cuts_;
   // Few rows are one thread's, which alone may write.
   T* const tangents_ =
       params_.tangents && p_.rows <= kRows ? params_.tangents + n_ * kTangentNumbers : nullptr;
   Scratch<T>& scratch_ = scratch<T>();
+  std::vector<IndexView<T>>& trees_ = scratch_.trees;
+  std::vector<Cut<T>>& cuts_ = scratch_.cuts;
 };
 
 }  // namespace
@@ -414,12 +419,26 @@ CachedAttention<T>::CachedAttention(const CachedRows<T>& params) : params_(param
   const CachedIndex& index = params.index;
   if (index.tokens == 0) return;
   runs_ = runs_of(index.tokens, index.chunk);
-  unit_ = index_unit<T>(index.chunk, params.keys.value_dim);
+  const int64_t unit = index_unit<T>(index.chunk, params.keys.value_dim);
+  for (const Range& run : runs_)
+    trees_.push_back(index_view<T>(index.memory + run.first / index.chunk * unit,
+                                   run.last - run.first, params.keys.value_dim));
+}
+
+template <class T>
+void CachedAttention<T>::prefetch(int64_t sequence) const {
+  const auto fetch = [](const T* from, int64_t count) {
+    for (int64_t n = 0; n < count; n += 64 / static_cast<int64_t>(sizeof(T)))
+      __builtin_prefetch(from + n);
+  };
+  if (params_.tangents) fetch(params_.tangents + sequence * kTangentNumbers, kTangentNumbers);
+  for (const IndexView<T>& tree : trees_)
+    fetch(moved(tree, sequence * params_.index.stride).box(tree.first[tree.height]), 6 * kIndexFan);
 }
 
 template <class T>
 bool CachedAttention<T>::run(int64_t sequence, int64_t first, int64_t last) const {
-  return SequenceRows<T>(params_, sequence, runs_, unit_).run(first, last);
+  return SequenceRows<T>(params_, sequence, runs_, trees_).run(first, last);
 }
 
 template <class T>

@@ -5,6 +5,7 @@
 
 #include "../../math/statistics.h"
 #include "../../params.h"
+#include "../isa/decode.h"
 #include "../parallel.h"
 
 namespace qflux::cpu {
@@ -83,12 +84,14 @@ template <class T>
 class CachedAttention {
  public:
   explicit CachedAttention(const CachedRows<T>& params);
+  // What rows of a sequence will meet first, while something else is done.
+  void prefetch(int64_t sequence) const;
   bool run(int64_t sequence, int64_t first, int64_t last) const;
 
  private:
   const CachedRows<T>& params_;
   std::vector<Range> runs_;
-  int64_t unit_ = 0;  // bytes of the index for a chunk
+  std::vector<IndexView<T>> trees_;  // of the first sequence, as if it had no padding
 };
 
 }  // namespace qflux::cpu

@@ -23,6 +23,19 @@ std::vector<Range> runs_of(int64_t tokens, int64_t chunk);
 template <class T>
 IndexView<T> index_view(uint8_t* memory, int64_t count, int64_t value_dim);
 
+// The same tree of another sequence, whose memory is so many bytes further on.
+template <class T>
+IndexView<T> moved(IndexView<T> view, int64_t bytes) {
+  const auto move = [&](auto*& pointer) {
+    pointer = reinterpret_cast<std::remove_reference_t<decltype(pointer)>>(
+        reinterpret_cast<uint8_t*>(pointer) + bytes);
+  };
+  move(view.moments);
+  move(view.boxes);
+  move(view.keys);
+  return view;
+}
+
 // Builds it over the keys of `from`, its first `count`. With `exact_points` for a score without a
 // bias.
 template <class T>
