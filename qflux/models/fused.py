@@ -114,14 +114,16 @@ class TokenStep:
         caches: list[Tensor] = []
         numbers: list[float] = []
         indexed, scores, chunk = [], [], 0
+        attentions = []
         for layer in cache.layers:
-            inputs = layer.inputs
-            if layer.replaying or len(inputs) != len(layer.convolutions):
+            inputs, attention = layer.inputs, layer.attention
+            if layer.replaying or attention is None or len(inputs) != len(layer.convolutions):
                 return None
-            prepared = layer.attention and layer.attention.prepare()
+            prepared = attention.prepare()
             if prepared is None:
                 return None
             tensors, chunk, tokens, kernel, own = prepared
+            attentions.append(attention)
             pasts += [inputs[name] for name in layer.convolutions]
             caches += tensors
             numbers += own
@@ -139,8 +141,8 @@ class TokenStep:
             return None
         cache.put_behind(input_ids)
         told = iter(following.unbind(0))
-        for layer in cache.layers:
-            layer.attention.advance()
+        for layer, attention in zip(cache.layers, attentions, strict=True):
+            attention.advance()
             for name in layer.convolutions:
                 layer.inputs[name] = next(told)
         return out[:, None]
