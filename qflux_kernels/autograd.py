@@ -115,11 +115,40 @@ def with_mapped(tensor: torch.Tensor, mapped: int | None, size: int, at: int) ->
     return tensor.unsqueeze(at).expand(*tensor.shape[:at], size, *tensor.shape[at:])
 
 
-def _run(op: Op, family: str, options: dict[str, Any], **tensors: torch.Tensor | None):
-    values = tensors | options
-    # By position, which the dispatcher reads faster than names.
-    call, names = _HANDLES[family + op.name]
-    return call(*[values[name] for name in names])
+class _Call:
+    """How an op is called: by position, which the dispatcher reads faster than names.
+
+    Args:
+        op: the op.
+        names: of the values that a call is given, in their order.
+    """
+
+    def __init__(self, op: Op, *names: str) -> None:
+        self.name = op.name
+        self._places = [names.index(name) for name in op.names]
+
+    def __call__(self, family: str, *values: Any) -> Any:
+        return _HANDLES[family + self.name](*[values[place] for place in self._places])
+
+
+_TENSORS = "states", "keys", "values", "coefficient", "min_gate", "lengths"
+_interact_op = _Call(INTERACT, *_TENSORS, *PairOptions._fields)
+_interact_backward_op = _Call(
+    INTERACT_BACKWARD, "grad_context", "grad_strength", "threshold", "moments", *_TENSORS,
+    "need_rows", "need_keys", *PairOptions._fields,
+)  # fmt: skip
+_evolve_op = _Call(
+    EVOLVE, "states", "dt", "skip", "coefficient", "min_gate", "lengths", "save",
+    *PairOptions._fields, *StepOptions._fields,
+)  # fmt: skip
+_evolve_backward_op = _Call(
+    EVOLVE_BACKWARD, "grad_states", "grad_strength", "tape", "dt", "skip", "coefficient",
+    "min_gate", "lengths", *PairOptions._fields, *StepOptions._fields,
+)  # fmt: skip
+_threshold_backward_op = _Call(
+    THRESHOLD_BACKWARD, "grad_threshold", "states", "keys", "coefficient", "lengths",
+    *PairOptions._fields,
+)  # fmt: skip
 
 
 def _points(
@@ -142,11 +171,9 @@ class _InteractBackward(Gradient):
         min_gate, lengths, need_rows, need_keys, pair, family,
     ):  # fmt: skip
         states, keys, values = _points(family, pair.algorithm, states, keys, values)
-        return _run(
-            INTERACT_BACKWARD, family, pair._asdict(), grad_context=grad_context,
-            grad_strength=grad_strength, threshold=threshold, moments=moments, states=states,
-            keys=keys, values=values, coefficient=coefficient, min_gate=min_gate, lengths=lengths,
-            need_rows=need_rows, need_keys=need_keys,
+        return _interact_backward_op(
+            family, grad_context, grad_strength, threshold, moments, states, keys, values,
+            coefficient, min_gate, lengths, need_rows, need_keys, *pair,
         )  # fmt: skip
 
 
@@ -156,11 +183,9 @@ class _ThresholdBackward(Gradient):
     @staticmethod
     def forward(grad_threshold, states, keys, coefficient, lengths, pair, family):
         states, keys = _points(family, pair.algorithm, states, keys)
-        return _run(
-            THRESHOLD_BACKWARD, family, {}, grad_threshold=grad_threshold, states=states,
-            keys=keys, coefficient=coefficient, coefficient_value=pair.coefficient_value,
-            lengths=lengths, eps=pair.eps, whole_window=pair.whole_window, causal=pair.causal,
-        )  # fmt: skip
+        return _threshold_backward_op(
+            family, grad_threshold, states, keys, coefficient, lengths, *pair
+        )
 
 
 class _Interact(OpFunction):
@@ -169,10 +194,7 @@ class _Interact(OpFunction):
     @staticmethod
     def forward(states, keys, values, coefficient, min_gate, lengths, pair, family):
         states, keys, values = _points(family, pair.algorithm, states, keys, values)
-        return _run(
-            INTERACT, family, pair._asdict(), states=states, keys=keys,
-            values=values, coefficient=coefficient, min_gate=min_gate, lengths=lengths,
-        )  # fmt: skip
+        return _interact_op(family, states, keys, values, coefficient, min_gate, lengths, *pair)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -231,10 +253,9 @@ class _EvolveBackward(Gradient):
         # The states are on the tape; they come along so that second derivatives are refused.
         del states
         # A tape that vmap repeats has other strides than the kernels left.
-        return _run(
-            EVOLVE_BACKWARD, family, pair._asdict() | step._asdict(), grad_states=grad_states,
-            grad_strength=grad_strength, tape=tape.contiguous(), dt=dt, skip=skip,
-            coefficient=coefficient, min_gate=min_gate, lengths=lengths,
+        return _evolve_backward_op(
+            family, grad_states, grad_strength, tape.contiguous(), dt, skip, coefficient, min_gate,
+            lengths, *pair, *step,
         )  # fmt: skip
 
 
@@ -244,10 +265,9 @@ class _Evolve(OpFunction):
     @staticmethod
     def forward(states, dt, skip, coefficient, min_gate, lengths, save, pair, step, family):
         (states,) = _points(family, pair.algorithm, states)
-        return _run(
-            EVOLVE, family, pair._asdict() | step._asdict(), states=states, dt=dt,
-            skip=skip, coefficient=coefficient, min_gate=min_gate, lengths=lengths, save=save,
-        )  # fmt: skip
+        return _evolve_op(
+            family, states, dt, skip, coefficient, min_gate, lengths, save, *pair, *step
+        )
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -465,8 +485,8 @@ _FAKES = {
 }
 
 
-# The ops of the families that are loaded, by name, with the names of their arguments.
-_HANDLES: dict[str, tuple[torch._ops.OpOverload, tuple[str, ...]]] = {}
+# The ops of the families that are loaded, by name.
+_HANDLES: dict[str, torch._ops.OpOverload] = {}
 
 
 def by_name(op: Op, rule: Callable[..., Any]) -> Callable[..., Any]:
@@ -480,7 +500,7 @@ def register(family: str) -> None:
         name = family + op.name
         fake = partial(_FAKES[op], family=family)
         torch.library.register_fake(f"qflux_kernels::{name}", by_name(op, fake))
-        _HANDLES[name] = getattr(torch.ops.qflux_kernels, name).default, op.names
+        _HANDLES[name] = getattr(torch.ops.qflux_kernels, name).default
     # The counter imports Triton, which a call of ours should not wait for.
     when_imported("torch.utils.flop_counter", partial(_count, family))
 

@@ -63,6 +63,16 @@ def check_real(
 
     `why` is appended to the minimum: what it stands for, such as " = sigma_min".
     """
+    real = isinstance(value, (float, int, numbers.Real)) and not isinstance(value, bool)
+    number = cast("float", value)  # numbers.Real has no order that type checkers know
+    if real:
+        inside = minimum <= number <= maximum
+        if above > -math.inf:
+            inside = inside and number > above
+        if below < math.inf:
+            inside = inside and number < below
+        if inside and (not finite or math.isfinite(number)):
+            return number
     limits = [
         text
         for text, given in (
@@ -75,14 +85,6 @@ def check_real(
     ]
     kind = "a finite real number" if finite else "a real number"
     allowed = f"{kind} {' and '.join(limits)}" if limits else kind
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+    if not real:
         raise TypeError(f"{name} must be {allowed}, got {value!r} ({type(value).__name__})")
-    number = cast("float", value)  # numbers.Real has no order that type checkers know
-    inside = minimum <= number <= maximum
-    if above > -math.inf:
-        inside = inside and number > above
-    if below < math.inf:
-        inside = inside and number < below
-    if not inside or (finite and not math.isfinite(number)):
-        raise ValueError(f"{name} must be {allowed}, got {value!r}")
-    return number
+    raise ValueError(f"{name} must be {allowed}, got {value!r}")

@@ -10,11 +10,33 @@
 
 namespace qflux {
 
+// By the allocator itself: torch::stable::new_empty looks the operator up by name, which takes
+// longer than what some ops do.
+inline Tensor empty_of(const Tensor& like, const Shape& shape, int32_t dtype) {
+  constexpr size_t kFew = 8;
+  int64_t few[kFew];
+  Shape many(shape.size() > kFew ? shape.size() : 0);
+  int64_t* const strides = shape.size() > kFew ? many.data() : few;
+  int64_t stride = 1;
+  for (size_t d = shape.size(); d-- > 0;) {
+    strides[d] = stride;
+    stride *= std::max<int64_t>(shape[d], 1);
+  }
+  int32_t device = 0;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device));
+  AtenTensorHandle made = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(shape.size()), shape.data(),
+                                                  strides, dtype, device, like.get_device_index(),
+                                                  &made));
+  return Tensor(made);
+}
 inline Tensor empty(const Tensor& like, const Shape& shape, ScalarType dtype) {
-  return torch::stable::new_empty(like, shape, dtype);
+  using torch::stable::detail::from;
+  using torch::stable::detail::to;
+  return empty_of(like, shape, to<int32_t>(from(dtype)));
 }
 inline Tensor empty(const Tensor& like, const Shape& shape) {
-  return torch::stable::new_empty(like, shape);
+  return empty_of(like, shape, dtype_number(like));
 }
 inline Tensor zeros(const Tensor& like, const Shape& shape, ScalarType dtype) {
   return torch::stable::new_zeros(like, shape, dtype);
