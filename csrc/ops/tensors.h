@@ -25,9 +25,11 @@ inline Tensor empty_of(const Tensor& like, const Shape& shape, int32_t dtype) {
   int32_t device = 0;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device));
   AtenTensorHandle made = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(shape.size()), shape.data(),
-                                                  strides, dtype, device, like.get_device_index(),
-                                                  &made));
+  const auto error =
+      aoti_torch_empty_strided(static_cast<int64_t>(shape.size()), shape.data(), strides, dtype,
+                               device, like.get_device_index(), &made);
+  STD_TORCH_CHECK(error == AOTI_TORCH_SUCCESS, "qflux_kernels: a tensor of shape ",
+                  shape_text(shape), " could not be allocated");
   return Tensor(made);
 }
 inline Tensor empty(const Tensor& like, const Shape& shape, ScalarType dtype) {

@@ -197,6 +197,15 @@ def test_subclasses_of_tensors(kind):
     assert torch.equal(cache.keys, states)
 
 
+def test_memory_that_is_not_there_is_named():
+    states = torch.zeros(1, 1, 2).expand(2**45, 1, 2)  # more than a process can address
+    with pytest.raises(
+        RuntimeError, match=r"shape \(35184372088832, 1, 2\) could not be allocated"
+    ):
+        interact(states)
+    assert interact(states[:1]).context.shape == (1, 1, 2)
+
+
 def test_nothing_here_is_refused_as_not_deterministic():
     states = torch.randn(2, 30, 2)
     wanted = everything(states)
