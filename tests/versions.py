@@ -1,11 +1,11 @@
 """One wheel with several versions of torch: `make versions`.
 
-    python tests/versions.py [--tests FILE ...] VERSION_OR_FOLDER ...
+    python tests/versions.py [--wheel WHEEL] [--tests FILE ...] VERSION_OR_FOLDER ...
 
-Builds a wheel with the torch of this interpreter, and runs tests on it with each version, which pip
-installs into a folder of its own, or which lies in the folder that is given. Everything else comes
-from this interpreter. A copy of the tests runs, away from the sources, so that the wheel is what is
-imported.
+Builds a wheel with the torch of this interpreter, or takes the one that is given, which another
+Python may have built, and runs tests on it with each version, which pip installs into a folder of
+its own, or which lies in the folder that is given. Everything else comes from this interpreter. A
+copy of the tests runs, away from the sources, so that the wheel is what is imported.
 """
 
 from __future__ import annotations
@@ -24,11 +24,12 @@ ROOT = Path(__file__).resolve().parents[1]
 TESTS = [f"tests/kernels/test_{name}.py" for name in ("schema", "dispatch", "cache")]
 
 
-def wheel_in(folder: Path) -> Path:
+def wheel_in(folder: Path, wheel: Path | None) -> Path:
     """The wheel's files, in a folder that can be imported from."""
-    options = ["--no-build-isolation", "--no-deps", "-q", "-w", str(folder)]
-    subprocess.run([sys.executable, "-m", "pip", "wheel", *options, str(ROOT)], check=True)
-    (wheel,) = folder.glob("*.whl")
+    if wheel is None:
+        options = ["--no-build-isolation", "--no-deps", "-q", "-w", str(folder)]
+        subprocess.run([sys.executable, "-m", "pip", "wheel", *options, str(ROOT)], check=True)
+        (wheel,) = folder.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(folder / "wheel")
     return folder / "wheel"
@@ -46,12 +47,13 @@ def tests_in(folder: Path) -> Path:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("versions", nargs="+", help="versions of torch, or folders with one")
+    parser.add_argument("--wheel", type=Path, help="a wheel of this source, instead of a new one")
     parser.add_argument("--tests", nargs="+", default=TESTS)
     options, pytest_options = parser.parse_known_args()
     failed = []
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        wheel, tree = wheel_in(folder), tests_in(folder)
+        wheel, tree = wheel_in(folder, options.wheel), tests_in(folder)
         for version in options.versions:
             torch = Path(version).resolve() if os.path.isdir(version) else folder / "torch"
             if not os.path.isdir(version):
