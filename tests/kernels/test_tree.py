@@ -126,6 +126,20 @@ def test_scales_that_are_not_positive(scale):
         assert_same(dense, tree, 1e-9, states, states, scale, causal)
 
 
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("exponent", [13, 15, 18])
+def test_products_coarser_than_a_weight_keep_the_largest_key(exponent, causal):
+    """A threshold that is rounded up to the largest pair must not drop it."""
+    torch.manual_seed(0)
+    states, values = torch.randn(2000, 2) * 2.0**exponent, torch.randn(2000, 3)
+    values[:, 0] = 1
+    dense, tree = both(states, values=values, score=Sparsemax(1.0), causal=causal)
+    assert (tree[0].degree > 0).all()
+    assert torch.equal(tree[0].degree, dense[0].degree)
+    assert_relative("sum of the weights", tree[0].context[:, 0], torch.ones(2000), 1e-2)
+    assert_relative("context", tree[0].context, dense[0].context, 1e-2)
+
+
 def test_values_in_any_layout():
     values = torch.randn(1, 2200, 3, dtype=F64)
     states = torch.randn(2200, 2, dtype=F64)

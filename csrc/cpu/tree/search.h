@@ -42,7 +42,14 @@ class ThresholdSearch {
     ++steps_;
     const double here = double(tau) + rest;
     if (!(at.count > 0)) {
-      if (here <= lower_ || steps_ > kMost) return true;
+      if (steps_ > kMost) return true;
+      if (tau <= static_cast<T>(lower_)) {
+        // Products coarser than a weight: from just below the largest all of a step is the rest.
+        coarse_ = true;
+        tau = std::nextafter(tau, -kInfinity);
+        rest = 0;
+        return false;
+      }
       highest_ = here;
       const double middle = (lower_ + here) / 2;
       move(middle < here && steps_ < kBold ? middle : lower_);
@@ -50,6 +57,13 @@ class ThresholdSearch {
     }
     const double excess = at.excess - 1, step = excess / at.count;
     if (std::abs(excess) <= double(mass_tolerance<T>()) || steps_ > kMost) return true;
+    if (coarse_) {
+      if (settled_) return true;
+      rest += static_cast<T>(step);
+      settled_ = true;
+      changing_ = 0;
+      return false;
+    }
     if (here + step > lower_) lower_ = here + step;
     careful_ = careful_ || std::abs(excess) < kNear || steps_ > kBold;
     // Keys that the next step is likely to drop.
@@ -85,7 +99,7 @@ class ThresholdSearch {
 
   double lower_ = 0, highest_ = kInfinity, changing_ = kInfinity;
   int steps_ = 0;
-  bool careful_ = false, settled_ = false;
+  bool careful_ = false, settled_ = false, coarse_ = false;
 };
 
 }  // namespace qflux::cpu
