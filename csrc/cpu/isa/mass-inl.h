@@ -18,11 +18,12 @@ using namespace dense;
 
 // Of so many keys one is in the sample, if every row of the group sees so many.
 constexpr int64_t kSampled = 8, kSampledFrom = 128;
-constexpr int kSampleSteps = 4, kBoldSteps = 2;
+constexpr int kSampleSteps = 3, kBoldSteps = 2;
 // Of the mass of the sample: what more steps would gain, the sample does not know.
 constexpr double kSampleTolerance = 0x1p-3;
-// A row that keeps fewer than one of so many keys makes a list worth its making.
-constexpr int64_t kWorthListing = 4;
+// Rows that keep fewer than one of so many keys make a list worth its making, if about one of so
+// many keys is missing from it; so many keys say whether.
+constexpr int64_t kWorthListing = 4, kMostListed = 4, kAsked = 32;
 // Pairs that a step may be expected to drop and yet be taken for the last.
 constexpr double kUnlikely = 0x1p-6;
 // Bold steps are for more excess than that, and for so many pairs up to half of all. They may lead
@@ -40,44 +41,19 @@ struct Room {
 template <class T>
 struct Excess {
   Vector<T> mass[kVectors], count[kVectors];
-
-  QFLUX_INLINE Excess() {
-    each_vector([&](auto r) QFLUX_INLINE_LAMBDA { mass[r] = count[r] = Vector<T>(T(0)); });
-  }
-  template <class Index>
-  QFLUX_INLINE void add(Index r, Mask<T> above, Vector<T> difference) {
-    mass[r] = add_where(above, difference, mass[r]);
-    count[r] = add_where(above, Vector<T>(T(1)), count[r]);
-  }
 };
 
-// The excess of each lane over all tiles, as the forward adds it up too: sums of tiles in double or
-// compensated.
+// Numbers of lanes, as a sum has them or a counter.
 template <class T>
-class Excesses {
- public:
-  QFLUX_INLINE void add(const Excess<T>& tile) {
-    const Vector<T> parts[2][kVectors] = {{tile.mass[0], tile.mass[1]},
-                                          {tile.count[0], tile.count[1]}};
-    add_parts(totals_, parts);
-  }
-  Excess<T> get() const {
-    Excess<T> sum;
-    each_vector([&](auto r) QFLUX_INLINE_LAMBDA {
-      sum.mass[r] = values(totals_[0][r]);
-      sum.count[r] = values(totals_[1][r]);
-    });
-    return sum;
-  }
-  static Vector<T> values(const Total<T>& total) {
-    T lane[Vector<T>::kWidth];
-    for (int l = 0; l < Vector<T>::kWidth; ++l) lane[l] = total.get(l);
-    return load(lane);
-  }
-
- private:
-  Total<T> totals_[2][kVectors];
-};
+Vector<T> values(const Total<T>& total) {
+  T lane[Vector<T>::kWidth];
+  for (int l = 0; l < Vector<T>::kWidth; ++l) lane[l] = total.get(l);
+  return load(lane);
+}
+template <class T>
+Vector<T> values(const typename Vector<T>::Bits& counter) {
+  return __builtin_convertvector(counter, typename Vector<T>::Raw);
+}
 
 // A group of rows on the way to its thresholds.
 template <class T>
@@ -100,6 +76,7 @@ class Solver {
     begin();
     if (sampled_) sample();
     step(products_are_finite(largest) ? pass<kMeetsAll>() : pass<kFindsPoison>());
+    worth_listing_ = worth_listing_ && left_ && list_is_short();
   }
 
   // The thresholds, or what is likely to be them if `accept` is asked later.
@@ -191,23 +168,28 @@ class Solver {
     V lower[kVectors] = {lower_[0], lower_[1]};
     uint32_t left = 1;
     for (int step = 0; left && step < kSampleSteps; ++step) {
-      Excess<T> e;
+      V mass[kVectors] = {V(T(0)), V(T(0))};
+      typename V::Bits counts[kVectors] = {};
       const Pairs pair = pairs_above();
       each_sampled([&](auto r, int64_t j, const Mask<T>*) QFLUX_INLINE_LAMBDA {
         const V p = pair(r, j);
-        e.add(r, not_less_equal(p, V(T(0))), p);
+        const Mask<T> above = not_less_equal(p, V(T(0)));
+        mass[r] = add_where(above, p, mass[r]);
+        count(above, counts[r]);
       });
       left = 0;
       for (int r = 0; r < kVectors; ++r)
-        left |= sample_step(e.mass[r], e.count[r], share, V(step < kBoldSteps ? sampled / 2 : T(0)),
-                            tau_[r], lower[r]);
+        left |= sample_step(mass[r], values<T>(counts[r]), share,
+                            V(step < kBoldSteps ? sampled / 2 : T(0)), tau_[r], lower[r]);
     }
   }
   // A step of one vector, bold if no more than so many pairs are kept: of most, the mass is linear.
   static QFLUX_NO_INLINE uint32_t sample_step(V mass, V count, V share, V bold_up_to, V& tau,
                                               V& lower) {
     const Mask<T> some = less(V(T(0)), count);
-    const V newton = tau + (mass - share) / count, further = tau + mass_stride(mass, share) / count;
+    const V each = V(T(1)) / count;
+    const V newton = multiply_add(mass - share, each, tau);
+    const V further = multiply_add(mass_stride(mass, share), each, tau);
     lower = select(both(some, less(lower, newton)), newton, lower);
     const Mask<T> bold = both(both(some, less(lower, further)), not_less(bold_up_to, count));
     const V next = select(bold, further, lower);
@@ -216,21 +198,39 @@ class Solver {
     return lane_bits(going);
   }
 
+  // By keys at even distances: a single row that keeps nearly all would make a long list.
+  bool list_is_short() const {
+    const Pairs pair = pairs(V(T(0)) - lower_[0], V(T(0)) - lower_[1]);
+    const int64_t stride = group_.common_end / kAsked + 1;
+    int64_t asked = 0, listed = 0;
+    for (int64_t j = 0; j < group_.common_end; j += stride, ++asked) {
+      uint32_t any = 0;
+      each_vector([&](auto r) QFLUX_INLINE_LAMBDA {
+        any |= lane_bits(not_less_equal(pair(r, j), V(T(0))));
+      });
+      listed += any != 0;
+    }
+    return listed * kMostListed < asked * (kMostListed - 1);
+  }
+
   enum Pass { kFindsPoison, kMeetsAll, kMakesList, kUsesList };
 
   template <Pass kPass>
   Excess<T> pass() {
     const V zero(T(0));
     V poison[kVectors] = {zero, zero};
-    Excesses<T> all;
+    // As the forward adds them up.
+    Total<T> totals[1][kVectors];
+    typename V::Bits counts[kVectors] = {};
     const V lower[kVectors] = {lower_[0] - tau_[0], lower_[1] - tau_[1]};
     const Pairs pair = pairs_above();
     for (int64_t tile = 0; tile < group_.highest(); tile += kTile) {
-      Excess<T> part;
+      V mass[1][kVectors] = {{zero, zero}};
       const auto meet = [&](auto r, int64_t j, const Mask<T>* visible) QFLUX_INLINE_LAMBDA {
         const V p = pair(r, j);
         const Mask<T> above = kept_and_visible(not_less_equal(p, zero), visible);
-        part.add(r, above, p);
+        mass[0][r] = add_where(above, p, mass[0][r]);
+        count(above, counts[r]);
         if constexpr (kPass == kFindsPoison) poison[r] = add_visible(visible, p, zero, poison[r]);
         return kPass == kMakesList ? lane_bits(not_less_equal(p, lower[r])) : 0;
       };
@@ -249,9 +249,13 @@ class Solver {
       } else {
         each_key<false, kPass == kUsesList>(group_, tile, tile + kTile, meet);
       }
-      all.add(part);
+      add_parts(totals, mass);
     }
-    Excess<T> sum = all.get();
+    Excess<T> sum;
+    each_vector([&](auto r) QFLUX_INLINE_LAMBDA {
+      sum.mass[r] = values(totals[0][r]);
+      sum.count[r] = values<T>(counts[r]);
+    });
     // What is not finite makes the row undefined.
     if constexpr (kPass == kFindsPoison)
       each_vector([&](auto r) QFLUX_INLINE_LAMBDA { sum.mass[r] = sum.mass[r] + poison[r]; });
@@ -360,12 +364,14 @@ struct Columns<double> {
   typedef double Raw __attribute__((vector_size(kColumns * sizeof(double))));
 };
 
-// Whether all values of so many keys are finite.
+// Whether all values of so many keys are finite. Sums of zeros, in as many chains as hide what an
+// addition takes.
 template <class T>
 bool finite_values(const Sequence<T>& s, int64_t keys) {
   if (!s.values) return true;
   using Part = typename Columns<T>::Raw;
-  Part even{}, odd{};
+  constexpr int64_t kChains = 8;
+  Part chain[kChains] = {};
   T rest = 0;
   const auto add = [&](const T* from, Part& to) QFLUX_INLINE_LAMBDA {
     Part part;
@@ -376,33 +382,40 @@ bool finite_values(const Sequence<T>& s, int64_t keys) {
   for (; column + kColumns <= s.value_dim; column += kColumns) {
     const T* value = s.values + column;
     int64_t j = 0;
-    for (; j + 1 < keys; j += 2, value += 2 * s.value_stride) {
-      add(value, even);
-      add(value + s.value_stride, odd);
-    }
-    if (j < keys) add(value, even);
+    for (; j + kChains <= keys; j += kChains)
+      for (Part& sum : chain) {
+        add(value, sum);
+        value += s.value_stride;
+      }
+    for (; j < keys; ++j, value += s.value_stride) add(value, chain[0]);
   }
   for (; column < s.value_dim; ++column)
     for (int64_t j = 0; j < keys; ++j) rest += s.values[j * s.value_stride + column] * 0;
-  even += odd;
-  for (int c = 0; c < kColumns; ++c) rest += even[c];
+  for (const Part& sum : chain)
+    for (int c = 0; c < kColumns; ++c) rest += sum[c];
   return rest == 0;
 }
 
-// The largest magnitude of so many numbers, of a plane that is padded with zeros; or NaN.
+// The largest magnitude of either component of so many keys, whose planes are padded with zeros; or
+// NaN.
 template <class T>
-T largest(const T* plane, int64_t count) {
+Point<T> largest(const Sequence<T>& s, int64_t keys) {
   using V = Vector<T>;
-  V most(T(0)), poison(T(0));
-  for (int64_t n = 0; n < count; n += V::kWidth) {
-    const V size = absolute(load(plane + n));
-    most = select(less(most, size), size, most);
-    poison = poison + size * V(T(0));
+  const T* const plane[2] = {s.key_x, s.key_y};
+  V most[2] = {V(T(0)), V(T(0))}, poison[2] = {V(T(0)), V(T(0))};
+  for (int64_t n = 0; n < keys; n += V::kWidth)
+    for (int c = 0; c < 2; ++c) {
+      const V size = absolute(load(plane[c] + n));
+      most[c] = select(less(most[c], size), size, most[c]);
+      poison[c] = multiply_add(size, V(T(0)), poison[c]);
+    }
+  T all[2] = {0, 0};
+  for (int c = 0; c < 2; ++c) {
+    T lane[V::kWidth];
+    store(lane, most[c] + poison[c]);
+    for (T size : lane) all[c] = size > all[c] || size != size ? size : all[c];
   }
-  T lane[V::kWidth], all = 0;
-  store(lane, most + poison);
-  for (T size : lane) all = size > all || size != size ? size : all;
-  return all;
+  return {all[0], all[1]};
 }
 
 // What the rows of a block share on the way to their thresholds.
@@ -421,7 +434,7 @@ struct Block {
         keys(s.visibility.visible_keys(last - 1)),
         room(keys),
         finite(finite_values(s, keys)),
-        largest{mass::largest(s.key_x, keys), mass::largest(s.key_y, keys)} {}
+        largest(mass::largest(s, keys)) {}
 };
 
 // The thresholds of a group of rows, if they are not there already.
@@ -457,7 +470,7 @@ class Thresholds<true, T> {
     T lane[Group<T>::kOwners];
     for (int l = 0; l < Group<T>::kOwners; ++l) lane[l] = static_cast<T>(counts[l]);
     each_vector([&](auto r) QFLUX_INLINE_LAMBDA {
-      e.mass[r] = Excesses<T>::values(sums[r]);
+      e.mass[r] = values(sums[r]);
       e.count[r] = load(lane + r * Vector<T>::kWidth);
     });
     const bool right = solver_.accept(e);
