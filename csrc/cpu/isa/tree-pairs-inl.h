@@ -39,20 +39,40 @@ QFLUX_INLINE Mask<T> mask_of(uint32_t bits) {
 #endif
 }
 
+// What is left of `count` numbers when, again and again, the second half of them is joined to the
+// first: a lane after the other would take longer than the few leaves behind a sum.
+template <int kCount, class T, class Join>
+QFLUX_INLINE T fold(T* number, const Join& join) {
+  if constexpr (kCount > 1) {
+    for (int l = 0; l < kCount / 2; ++l) number[l] = join(number[l], number[l + kCount / 2]);
+    return fold<kCount / 2>(number, join);
+  }
+  return number[0];
+}
+
 template <class T>
 QFLUX_INLINE double total(Vector<T> v) {
-  T lane[Vector<T>::kWidth];
+  constexpr int kWidth = Vector<T>::kWidth;
+  T lane[kWidth];
   store(lane, v);
-  double sum = 0;
-  for (int l = 0; l < Vector<T>::kWidth; ++l) sum += lane[l];
-  return sum;
+  double sum[kWidth];
+  for (int l = 0; l < kWidth; ++l) sum[l] = lane[l];
+  return fold<kWidth>(sum, [](double a, double b) QFLUX_INLINE_LAMBDA { return a + b; });
 }
 
 template <class T>
 QFLUX_INLINE double total_count(typename Vector<T>::Bits counter) {
-  int64_t sum = 0;
-  for (int l = 0; l < Vector<T>::kWidth; ++l) sum += counter[l];
-  return static_cast<double>(sum);
+  typename Vector<T>::Integer lane[Vector<T>::kWidth];
+  std::memcpy(lane, &counter, sizeof(counter));
+  return static_cast<double>(
+      fold<Vector<T>::kWidth>(lane, [](auto a, auto b) QFLUX_INLINE_LAMBDA { return a + b; }));
+}
+
+template <class T>
+QFLUX_INLINE T largest_lane(Vector<T> v) {
+  T lane[Vector<T>::kWidth];
+  store(lane, v);
+  return fold<Vector<T>::kWidth>(lane, [](T a, T b) QFLUX_INLINE_LAMBDA { return a > b ? a : b; });
 }
 
 // Calls body(columns) with the number of columns as a type where it is a usual one, else 0.
@@ -121,9 +141,7 @@ void mass_of(const KeyPlanes<T>& keys, const Runs& runs, const T* record, Mass<T
     excess.add(p);
   });
   excess.take(out);
-  T lane[V::kWidth];
-  store(lane, top);
-  for (int l = 0; l < V::kWidth; ++l) out->top = lane[l] > out->top ? lane[l] : out->top;
+  out->top = largest_lane(top);
 }
 
 template <class T, int kColumns>
