@@ -83,8 +83,9 @@ def interact(
             GPU and in traced programs.
         algorithm: "dense" meets every pair. "sweep" gives the same answer in about O(S log S), for
             `Threshold`, and between that and O(S^1.5) for `Sparsemax` (on a CPU only). "auto"
-            (default) takes it from 8,192 tokens on a CPU (if not causal from 2,048, `Sparsemax`
-            from 4,096), and never on a GPU, where no crossover is measured yet.
+            (default) takes it on a CPU from 8,192 tokens, if not causal from 2,048, and for
+            `Sparsemax` from 49,152 forward and 16,384 backward, if not causal from 12,288 and
+            8,192. It never does on a GPU, where no crossover is measured yet.
         backend: "auto" (the device of the states decides), "cpu", "cuda", "triton" or "reference".
             "auto" takes "triton" on a GPU for which nothing was compiled.
 

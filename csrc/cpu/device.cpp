@@ -14,9 +14,10 @@ namespace qflux::cpu {
 namespace {
 
 // Rows and keys from which the sweep, or for a mass the tree, is faster, by measurement
-// (benchmarks/README.md).
+// (docs/subquadratic.md). A forward by trees searches for its thresholds, a backward has them.
 constexpr int64_t kSweepFrom = 2048, kCausalSweepFrom = 8192;
-constexpr int64_t kTreeFrom = 4096, kCausalTreeFrom = 8192;
+constexpr int64_t kTreeFrom = 12288, kCausalTreeFrom = 49152;
+constexpr int64_t kTreeBackwardFrom = 8192, kCausalTreeBackwardFrom = 16384;
 
 // Numbers that are staged at a time, about: 32 MB in float. A short sequence takes many times its
 // own memory, since its planes are padded.
@@ -74,13 +75,16 @@ void for_each_part(const Params& params, const Body& body) {
 
 // Whether a method below O(S^2) is asked for, or pays.
 template <class T>
-bool chooses_sweep(const PairParams<T>& p) {
+bool chooses_sweep(const PairParams<T>& p, bool backward) {
   const bool mass = has_mass(p.score);
   if (!(is_affine(p.score) || mass) || p.algorithm == Algorithm::kDense) return false;
   if (p.rows > std::numeric_limits<int32_t>::max() || p.keys > std::numeric_limits<int32_t>::max())
     return false;
-  const int64_t from =
-      mass ? (p.causal ? kCausalTreeFrom : kTreeFrom) : (p.causal ? kCausalSweepFrom : kSweepFrom);
+  int64_t from = p.causal ? kCausalSweepFrom : kSweepFrom;
+  if (mass && backward)
+    from = p.causal ? kCausalTreeBackwardFrom : kTreeBackwardFrom;
+  else if (mass)
+    from = p.causal ? kCausalTreeFrom : kTreeFrom;
   return p.algorithm == Algorithm::kSweep || std::min(p.rows, p.keys) >= from;
 }
 
@@ -306,7 +310,7 @@ void interact_part(const InteractParams<T>& params) {
   const PairParams<T>& p = params.pair;
   const Staging<T> staging(p);
   const int64_t count = ceil_div(p.rows, kBlock), grain = grain_for(kBlock * p.keys);
-  if (!chooses_sweep(p))
+  if (!chooses_sweep(p, false))
     return for_each_block(p.batch(), count, p.causal, grain, [&](int64_t n, int64_t block) {
       forward_block(params, staging, p.index(n), block);
     });
@@ -336,7 +340,7 @@ void interact_backward_part(const InteractBackwardParams<T>& params) {
           count, ceil_div(p.keys, kBlock), p.causal, grain_for(kBlock * p.rows),
           [&](int64_t n, int64_t block) { backward_key_block(params, staging, index(n), block); });
   };
-  if (!chooses_sweep(p)) return dense(p.batch(), [&](int64_t n) { return p.index(n); });
+  if (!chooses_sweep(p, true)) return dense(p.batch(), [&](int64_t n) { return p.index(n); });
   for_each_sequence(p, [&](BatchIndex b) {
     if (!swept_backward(params, staging, b, need_rows, need_keys))
       dense(1, [&](int64_t) { return b; });
