@@ -61,11 +61,13 @@ def main() -> None:
                 subprocess.run([*install, f"torch=={version}"], check=True)
             environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (torch, wheel)))}
             print(f"torch {version}", flush=True)
-            for module, *arguments in (
-                ("qflux_kernels",),
-                ("pytest", *pytest_options, *options.tests),
+            for arguments in (
+                # A folder without a torch that works would leave the tests to this interpreter's.
+                ("-c", f"import torch; assert torch.__file__.startswith({str(torch)!r}), torch"),
+                ("-m", "qflux_kernels"),
+                ("-m", "pytest", *pytest_options, *options.tests),
             ):
-                command = [sys.executable, "-m", module, *arguments]
+                command = [sys.executable, *arguments]
                 if subprocess.run(command, cwd=tree, env=environment).returncode:
                     failed.append(version)
                     break
