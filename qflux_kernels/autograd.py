@@ -230,8 +230,8 @@ class _Interact(OpFunction):
                 of_threshold, states, keys, coefficient, lengths, ctx.pair, ctx.family
             )
             # What was not given has an empty gradient here as there.
-            of_states, of_keys = of_states + by_states, of_keys + by_keys
-            of_coefficient = of_coefficient + by_coefficient
+            of_states, of_keys = _sum(of_states, by_states), _sum(of_keys, by_keys)
+            of_coefficient = _sum(of_coefficient, by_coefficient)
         return tuple(
             _InteractInputs(
                 states=_narrowed(of_states, states, needs.states),
@@ -303,6 +303,14 @@ class _Evolve(OpFunction):
 _SWEEP = ALGORITHMS.index("sweep")
 # Dynamo takes neither an attribute of a Function nor a named tuple of gradients.
 _InteractInputs, _EvolveInputs = _Interact.Inputs, _Evolve.Inputs
+
+
+def _sum(grad: torch.Tensor, further: torch.Tensor) -> torch.Tensor:
+    """The sum of two gradients, in the memory of the first where nobody records or transforms."""
+    eager = not (torch.is_grad_enabled() or torch.compiler.is_compiling())
+    if eager and not torch._C._are_functorch_transforms_active():
+        return grad.add_(further)
+    return grad + further
 
 
 def _narrowed(grad: torch.Tensor, given: torch.Tensor | None, needed: bool) -> torch.Tensor | None:
