@@ -143,28 +143,42 @@ template <class T>
 void Staging<T>::stage_gradients(const InteractBackwardParams<T>& backward, BatchIndex b,
                                  Range range) const {
   const int64_t first = range.first, last = range.last;
-  const Visibility visibility = p_.visibility(b);
-  T scale[kTile];
-  for (int64_t i = first; i < last; ++i)
-    scale[i - first] = p_.reduction_scale(visibility.visible_keys(i));
   // A plane of a component of the rows, from a view of them.
-  const auto stage = [&](int64_t plane, const View<const T>& from, int64_t component, bool scaled) {
-    T* to = row_plane(b, plane);
-    const T* at = from.sequence(b) + component * from.component;
-    for (int64_t i = first; i < last; ++i)
-      to[i] = at[i * from.token] * (scaled ? scale[i - first] : T(1));
+  const auto stage = [&](int64_t plane, const View<const T>& from, int64_t component) {
+    T* const to = row_plane(b, plane);
+    const T* const at = from.sequence(b) + component * from.component;
+    for (int64_t i = first; i < last; ++i) to[i] = at[i * from.token];
   };
-  stage(2, backward.threshold, 0, false);
-  for (int64_t c = 0; c < value_dim; ++c) stage(3 + c, backward.grad_context, c, true);
-  T* strength = row_plane(b, 3 + value_dim);
+  const View<const T>& context = backward.grad_context;
+  stage(2, backward.threshold, 0);
+  for (int64_t c = 0; c < value_dim; ++c) stage(3 + c, context, c);
+  T* const strength = row_plane(b, 3 + value_dim);
   // The strength of a mass is one, whatever its pairs.
   if (backward.grad_strength && !has_mass(p_.score))
-    stage(3 + value_dim, backward.grad_strength, 0, true);
+    stage(3 + value_dim, backward.grad_strength, 0);
   else
     std::fill(strength + first, strength + last, T(0));
-  if (copies_grads_)
+  if (p_.mean) {
+    const Visibility visibility = p_.visibility(b);
+    T scale[kTile];
     for (int64_t i = first; i < last; ++i)
-      for (int64_t c = 0; c < value_dim; ++c) grad_record(b, i)[c] = row_plane(b, 3 + c)[i];
+      scale[i - first] = p_.reduction_scale(visibility.visible_keys(i));
+    for (int64_t c = 0; c <= value_dim; ++c) {
+      T* const plane = row_plane(b, 3 + c);
+      for (int64_t i = first; i < last; ++i) plane[i] *= scale[i - first];
+    }
+  }
+  if (!copies_grads_) return;
+  T* const records = grad_record(b, first);
+  if (!p_.mean && context.component == 1 && context.token == value_dim) {
+    const T* const from = context.sequence(b) + first * value_dim;
+    std::copy(from, from + (last - first) * value_dim, records);
+    return;
+  }
+  for (int64_t c = 0; c < value_dim; ++c) {
+    const T* const plane = row_plane(b, 3 + c) + first;
+    for (int64_t n = 0; n < last - first; ++n) records[n * value_dim + c] = plane[n];
+  }
 }
 
 // [batch][tiles]: moments of the keys in front of a tile.

@@ -39,9 +39,9 @@ struct RowPlanes {
 };
 
 template <class T>
-Point<double> state_of(const View<const T>& states, BatchIndex b, int64_t i) {
-  const Point<T> state = load_point(states, b, i);
-  return {double(state.x), double(state.y)};
+QFLUX_INLINE Point<double> state_of(const View<const T>& states, BatchIndex b, int64_t i) {
+  const T* const state = states.sequence(b) + i * states.token;
+  return {double(state[0]), double(state[states.component])};
 }
 
 template <class T>
