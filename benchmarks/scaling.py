@@ -15,9 +15,10 @@ import math
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from common import (
@@ -34,6 +35,7 @@ from common import (
     time_in_turn,
 )  # fmt: skip
 from files import write_csv
+from lm_curves import save_svg, svg_pyplot
 
 import qflux_kernels
 from qflux_kernels import Sparsemax, Threshold
@@ -218,12 +220,17 @@ def measure_apart(options: argparse.Namespace, provider: str, length: int) -> li
 
 
 def exponent(rows: list[dict], provider: str, mode: str) -> float | None:
-    """The slope of log time over log length from 65,536 to 1,048,576."""
-    points = [
-        (math.log(row["S"]), math.log(float(row["p50_ms"])))
+    """The power of the length that time grows with, from 65,536 to 1,048,576."""
+    return power(
+        (row["S"], float(row["p50_ms"]))
         for row in rows
         if row["provider"] == provider and row["mode"] == mode and FIT_FROM <= row["S"] <= 1 << 20
-    ]
+    )
+
+
+def power(measured: Iterable[tuple[int, float]]) -> float | None:
+    """The slope of log time over log length, of lengths and times; None for fewer than two."""
+    points = [(math.log(length), math.log(taken)) for length, taken in measured]
     if len(points) < 2:
         return None
     mean_x, mean_y = (sum(p[axis] for p in points) / len(points) for axis in (0, 1))
@@ -263,16 +270,8 @@ def run(options: argparse.Namespace) -> list[dict]:
     return rows
 
 
-def plot(rows: list[dict], path: Path) -> None:
-    try:
-        import matplotlib
-    except ImportError:
-        sys.exit("--plot needs matplotlib: pip install 'qflux[bench]'")
-    matplotlib.use("svg")
-    matplotlib.rcParams["svg.hashsalt"] = "qflux"
-    from matplotlib import pyplot
-
-    _, (time, memory) = pyplot.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+def plot(pyplot: Any, rows: list[dict], path: Path) -> None:
+    figure, (time, memory) = pyplot.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
     for provider in dict.fromkeys(row["provider"] for row in rows):
         chosen = [r for r in rows if r["provider"] == provider and r["mode"] == "both"]
         lengths = [r["S"] for r in chosen]
@@ -285,8 +284,7 @@ def plot(rows: list[dict], path: Path) -> None:
     for axes in (time, memory):
         axes.grid(True, alpha=0.3)
         axes.legend()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pyplot.savefig(path, metadata={"Date": None})
+    save_svg(figure, path)
 
 
 def shares(states: torch.Tensor, keys: torch.Tensor | None, score: Threshold) -> torch.Tensor:
@@ -474,11 +472,12 @@ def main() -> None:
         return train_states(options)
     if options.one:
         return print(json.dumps(measure(options, options.one[0], int(options.one[1]))))
+    pyplot = svg_pyplot("scaling.py --plot") if options.plot else None
     rows = run(options)
     if options.output:
         write_csv(options.output, COLUMNS, rows)
     if options.plot:
-        plot(rows, options.plot)
+        plot(pyplot, rows, options.plot)
 
 
 if __name__ == "__main__":

@@ -14,18 +14,19 @@ Both sides are timed in turn, by processor time where one thread works, which ot
 from __future__ import annotations
 
 import argparse
-import math
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from common import environment
 from files import write_csv
-from scaling import DATA, FIT_FROM, HARD, draw
+from lm_curves import save_svg, svg_pyplot
+from scaling import DATA, FIT_FROM, HARD, draw, power
 
 import qflux_kernels
 from qflux_kernels import Sparsemax
@@ -154,15 +155,8 @@ def measure(case: Case, algorithm: str, dense: bool, calls: int) -> list[dict[st
 
 
 def exponent(rows: list[dict[str, object]]) -> float | None:
-    """The slope of log time over log length from 65,536 tokens on."""
-    points = [
-        (math.log(row["S"]), math.log(float(row["ms"]))) for row in rows if row["S"] >= FIT_FROM
-    ]
-    if len(points) < 2:
-        return None
-    mean_x, mean_y = (statistics.fmean(p[axis] for p in points) for axis in (0, 1))
-    spread = sum((x - mean_x) ** 2 for x, _ in points)
-    return sum((x - mean_x) * (y - mean_y) for x, y in points) / spread
+    """The power of the length that time grows with from 65,536 tokens on."""
+    return power((row["S"], float(row["ms"])) for row in rows if row["S"] >= FIT_FROM)
 
 
 def growth(options: argparse.Namespace) -> list[dict[str, object]]:
@@ -202,15 +196,7 @@ def hostile(options: argparse.Namespace) -> list[dict[str, object]]:
     return rows
 
 
-def plot(rows: list[dict[str, object]], path: Path) -> None:
-    try:
-        import matplotlib
-    except ImportError:
-        sys.exit("--plot needs matplotlib: pip install 'qflux[bench]'")
-    matplotlib.use("svg")
-    matplotlib.rcParams["svg.hashsalt"] = "qflux"
-    from matplotlib import pyplot
-
+def plot(pyplot: Any, rows: list[dict[str, object]], path: Path) -> None:
     figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.6), layout="constrained", sharey=True)
     for side, data in zip(axes, ("random", "circle"), strict=True):
         of_data = [
@@ -234,8 +220,7 @@ def plot(rows: list[dict[str, object]], path: Path) -> None:
         side.grid(True, alpha=0.3)
     axes[0].set(ylabel="seconds, forward + backward")
     axes[0].legend(fontsize="small")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, metadata={"Date": None})
+    save_svg(figure, path)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -256,6 +241,7 @@ def main(arguments: list[str] | None = None) -> None:
     parts = options.parts or ["growth", "hostile", *(["model"] if options.model else [])]
     if "model" in parts and not options.model:
         parser.error("--parts model needs --model DIR")
+    pyplot = svg_pyplot("sparsemax.py --plot") if options.plot else None
     torch.set_num_threads(options.threads)
     print(
         "states                    scale        S     kept   ms: forward, backward, both;", end=" "
@@ -268,7 +254,7 @@ def main(arguments: list[str] | None = None) -> None:
     if options.output:
         write_csv(options.output, COLUMNS, rows)
     if options.plot:
-        plot(rows, options.plot)
+        plot(pyplot, rows, options.plot)
 
 
 if __name__ == "__main__":

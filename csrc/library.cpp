@@ -109,8 +109,7 @@ STABLE_TORCH_LIBRARY(qflux_kernels, m) {
   m.def(
       "cache_token(Tensor ids, Tensor angle, Tensor[] weights, float[] norm_eps, float[] bounds, "
       "Tensor[] pasts, Tensor(a!)[] caches, int at, int chunk, int[] indexed, int[] scores, "
-      "float[] "
-      "numbers) -> (Tensor hidden, Tensor pasts, bool served)");
+      "float[] numbers) -> (Tensor hidden, Tensor pasts, bool served)");
   // Texts as uint8: a str in a schema leaks in the stable ABI before torch 2.14.
   m.def("instruction_set() -> Tensor");
   m.def("cuda_architectures() -> Tensor");

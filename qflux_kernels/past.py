@@ -33,6 +33,8 @@ KEPT_BACK = 64
 # Beyond this squares may overflow: `kLargestTame` in csrc/math/sweep.h.
 LARGEST_TAME = 1e18
 
+# In a list, which has no None: a tensor that is not there.
+NOTHING = torch.empty(0)
 Allocate = Callable[[tuple[int, ...], torch.dtype], torch.Tensor]
 # Of a layer, for `cache_token`: `TOKEN_CACHES`, the tokens of a chunk, how many are indexed, the
 # kernel of the score, and `TOKEN_NUMBERS`.
@@ -90,8 +92,6 @@ class Past:
         self._wild: int | None = None
         self._mean = mean
         self._arguments = _score_arguments(score, mean)
-        _, coefficient, _, min_gate, _, eps, _ = self._arguments
-        self._numbers = coefficient, min_gate, eps  # TOKEN_NUMBERS
 
     @property
     def nbytes(self) -> int:
@@ -211,7 +211,7 @@ class Past:
         if self._wild is not None or self._half or self._mean or len(buffers) != 2:
             return None
         # It stays for as many tokens as neither wants more.
-        end = length + CHUNK
+        end = length + self._chunk
         if self._indexes:
             wanted = self._wanted(length + 1, 1)
             if wanted > self._indexed:
@@ -221,15 +221,12 @@ class Past:
             self._extend_moments(buffers, length)
             end = min(end, (length // MOMENTS_TILE + 1) * MOMENTS_TILE)
         self._prepared_to = end
-        beside = (*buffers, *self._beside())
-        self._prepared = beside, self._chunk, self._indexed, self._kernel, self._numbers
+        coefficient, value, min_gate, min_gate_value, kernel, eps, _ = self._arguments
+        beside = self.index, self.moments, self.tangents, coefficient, min_gate
+        tensors = *buffers, *(NOTHING if part is None else part for part in beside)
+        numbers = value, min_gate_value, eps
+        self._prepared = tensors, self._chunk, self._indexed, kernel, numbers
         return self._prepared
-
-    def _beside(self) -> tuple[torch.Tensor, ...]:
-        """`TOKEN_CACHES` behind keys and values."""
-        coefficient, _, min_gate, _, *_ = self._arguments
-        parts = self.index, self.moments, self.tangents, coefficient, min_gate
-        return tuple([_NOTHING if part is None else part for part in parts])
 
     def _extend_index(self, buffers: list[torch.Tensor], end: int) -> None:
         # Of the runs that are there, those stay which the new number has too.
@@ -296,7 +293,6 @@ def _score_arguments(score: Score, mean: bool) -> tuple[Any, ...]:
     return (*numbers, SCORES.index(score.kernel), float(score.eps), mean)
 
 
-_NOTHING = torch.empty(0)
 _OPS = torch.ops.qflux_kernels
 # The overload itself, which a call finds faster.
 _ATTEND: Any = None if LOAD_ERROR is not None else _OPS.cache_attend.default

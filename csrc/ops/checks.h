@@ -50,22 +50,14 @@ std::string shape_text(const Sizes& sizes) {
 }
 
 // `tensor` has this shape; -1 admits any size.
-template <class Sizes>
-void check_sizes(const char* name, const Tensor& tensor, const Sizes& shape) {
+template <class Sizes = std::initializer_list<int64_t>>
+void check_shape(const char* name, const Tensor& tensor, const Sizes& shape) {
   const auto sizes = tensor.sizes();
   bool same = sizes.size() == shape.size();
   const auto wanted = shape.begin();
   for (size_t d = 0; same && d < shape.size(); ++d) same = wanted[d] < 0 || sizes[d] == wanted[d];
   STD_TORCH_CHECK(same, "qflux_kernels: ", name, " must have shape ", shape_text(shape), ", got ",
                   shape_text(sizes));
-}
-
-inline void check_shape(const char* name, const Tensor& tensor, const Shape& shape) {
-  check_sizes(name, tensor, shape);
-}
-inline void check_shape(const char* name, const Tensor& tensor,
-                        std::initializer_list<int64_t> shape) {
-  check_sizes(name, tensor, shape);
 }
 
 // What a tensor of a call holds: points, values and results, which are stored as the states are;
@@ -90,14 +82,9 @@ inline void check_beside(const char* name, const Tensor& tensor, const Tensor& s
                   holds == Holds::kNumbers ? " (float32 beside half precision)" : "");
 }
 
-inline void check_argument(const char* name, const Tensor& tensor, const Shape& shape,
-                           const Tensor& states, Holds holds = Holds::kNumbers) {
-  check_shape(name, tensor, shape);
-  check_beside(name, tensor, states, holds);
-}
-inline void check_argument(const char* name, const Tensor& tensor,
-                           std::initializer_list<int64_t> shape, const Tensor& states,
-                           Holds holds = Holds::kNumbers) {
+template <class Sizes = std::initializer_list<int64_t>>
+void check_argument(const char* name, const Tensor& tensor, const Sizes& shape,
+                    const Tensor& states, Holds holds = Holds::kNumbers) {
   check_shape(name, tensor, shape);
   check_beside(name, tensor, states, holds);
 }

@@ -156,7 +156,6 @@ struct LayerCache {
     STD_TORCH_CHECK(keys.dim() == 4, "qflux_kernels: keys must be (batch, cylinders, room, 2)");
     const int64_t cylinders = keys.size(1), room = keys.size(2);
     check_argument("keys", keys, {batch, cylinders, room, 2}, like);
-    check_argument("values", given[kValues], {batch, cylinders, room, -1}, like);
     pair.values = given[kValues];
     pair.coefficient = given.optional(kCoefficient);
     pair.coefficient_value = numbers[kCoefficientValue];

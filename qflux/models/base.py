@@ -183,24 +183,26 @@ class CausalLM(nn.Module, ABC):
         Raises:
             TypeError, ValueError: wrong dtype, shape or (checked on the CPU) token ids.
         """
-        alone = None
         if cache is not None and labels is None and not return_layers:
-            alone = self.read_token(input_ids, cache)
-        if alone is None:
-            check_ids("input_ids", input_ids, self.config.vocab_size)
+            outputs = self.read_token(input_ids, cache)
+            if outputs is not None:
+                return self._told(outputs, cache)
+        check_ids("input_ids", input_ids, self.config.vocab_size)
         split = current_split()
         if cache is not None:
             if split is not None:
                 raise ValueError("a cache needs whole sequences: it cannot be read over ranks")
             if labels is not None or return_layers:
                 raise ValueError("labels and return_layers cannot be given with a cache")
-            outputs = self._read_on(input_ids, cache).outputs if alone is None else alone
-            with torch.no_grad():
-                return LanguageModelOutput(self.logits_of(outputs, cache), None, None, ())
+            return self._told(self._read_on(input_ids, cache).outputs, cache)
         if split is None:
             return self._forward(input_ids, labels, return_layers, num_labels)
         with split.sequences(input_ids.shape[1]):
             return self._forward(input_ids, labels, return_layers, num_labels)
+
+    @torch.no_grad()
+    def _told(self, outputs: tuple[Tensor, ...], cache: ModelCache) -> LanguageModelOutput:
+        return LanguageModelOutput(self.logits_of(outputs, cache), None, None, ())
 
     def _forward(
         self,

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from qflux_kernels.arguments import is_eager
 from qflux_kernels.backends import LOAD_ERROR
+from qflux_kernels.past import NOTHING
 
 from ..parallel import current_split
 from .cache import ModelCache
@@ -88,7 +89,7 @@ class TokenStep:
         embedding = model.embedding
         given += [embedding.radius_logit, embedding.phase]
         given += [part for end in (model.projection, model.norm) for part in (end.weight, end.bias)]
-        self._weights = [_NOTHING if part is None else part for part in given]
+        self._weights = [NOTHING if part is None else part for part in given]
         self._eps = [eps for layer in model.layers for eps in _eps(layer)] + [model.norm.eps]
         self._bounds = [float(bound) for bound in embedding.bounds]
         self._phase, self._rotation = embedding.phase, model.rotation
@@ -206,6 +207,5 @@ def _convolution(module: Any) -> list[tuple[Any, type[nn.Module]]]:
     return [(module, CausalConvolution if wide else nn.Identity)]
 
 
-_NOTHING = torch.empty(0)
 # The overload itself, which a call finds faster.
 _STEP: Any = None if LOAD_ERROR is not None else torch.ops.qflux_kernels.cache_token.default

@@ -426,14 +426,11 @@ CachedAttention<T>::CachedAttention(const CachedRows<T>& params) : params_(param
 }
 
 template <class T>
-void CachedAttention<T>::prefetch(int64_t sequence) const {
-  const auto fetch = [](const T* from, int64_t count) {
-    for (int64_t n = 0; n < count; n += 64 / static_cast<int64_t>(sizeof(T)))
-      __builtin_prefetch(from + n);
-  };
-  if (params_.tangents) fetch(params_.tangents + sequence * kTangentNumbers, kTangentNumbers);
+void CachedAttention<T>::fetch(int64_t sequence) const {
+  if (params_.tangents) prefetch(params_.tangents + sequence * kTangentNumbers, kTangentNumbers);
   for (const IndexView<T>& tree : trees_)
-    fetch(moved(tree, sequence * params_.index.stride).box(tree.first[tree.height]), 6 * kIndexFan);
+    prefetch(moved(tree, sequence * params_.index.stride).box(tree.first[tree.height]),
+             6 * kIndexFan);
 }
 
 template <class T>

@@ -85,7 +85,7 @@ class CachedAttention {
  public:
   explicit CachedAttention(const CachedRows<T>& params);
   // What rows of a sequence will meet first, while something else is done.
-  void prefetch(int64_t sequence) const;
+  void fetch(int64_t sequence) const;
   bool run(int64_t sequence, int64_t first, int64_t last) const;
 
  private:

@@ -145,7 +145,7 @@ class LayerStep {
     crew.share(sequences, [&](int64_t n) {
       const int64_t b = n / p_.cylinders;
       T* const to = &projected[b * p_.inputs.rows];
-      attention.prefetch(n);
+      attention.fetch(n);
       if (!project(n, &normed[b * hidden()], to, &queries[2 * n]) || !attention.run(n, 0, 1)) {
         tame.store(false, std::memory_order_relaxed);
         return;

@@ -11,6 +11,7 @@ namespace {
 namespace decode {
 
 using tree::larger;
+using tree::largest_lane;
 using tree::mask_of;
 using tree::total;
 using tree::total_count;
@@ -77,12 +78,6 @@ void build_nodes(const IndexView<T>& index, int height, bool exact_points) {
     }
     set_box(index, node, tree::box_around<T>(x, y, corners, exact_points));
   }
-}
-
-template <class T>
-QFLUX_INLINE void prefetch(const T* from, int64_t count) {
-  for (int64_t n = 0; n < count; n += 64 / static_cast<int64_t>(sizeof(T)))
-    __builtin_prefetch(from + n);
 }
 
 // What a walk has seen of a tree: it looks at the blocks of children begin .. end - 1 next, whose
@@ -174,9 +169,7 @@ void cut(const IndexView<T>* indices, int64_t count, const Query<T>& query, Cut<
         sums[m] += indices[n].moments[cuts[n].nodes[i] * indices[n].width + m];
     for (int m = 0; m < kColumnMoments; ++m) cuts[n].sums[m] = sums[m];
   }
-  T lane[V::kWidth];
-  store(lane, most);
-  for (int l = 0; l < V::kWidth; ++l) *top = lane[l] > *top ? lane[l] : *top;
+  *top = largest_lane(most);
 }
 
 // What a row keeps of vectors of keys; with `kPoints` the sum of the keys too.
@@ -250,9 +243,8 @@ QFLUX_INLINE void each_part(int64_t count, const Body& body) {
 
 template <class T>
 QFLUX_INLINE void add_top(Vector<T> top, Mass<T>* out) {
-  T lane[Vector<T>::kWidth];
-  store(lane, top);
-  for (int l = 0; l < Vector<T>::kWidth; ++l) out->top = lane[l] > out->top ? lane[l] : out->top;
+  const T largest = largest_lane(top);
+  out->top = largest > out->top ? largest : out->top;
 }
 
 template <class T>

@@ -15,9 +15,7 @@ template <class T>
 QFLUX_INLINE T across(Vector<T> v) {
   T lane[Vector<T>::kWidth];
   store(lane, v);
-  for (int half = Vector<T>::kWidth / 2; half > 0; half /= 2)
-    for (int l = 0; l < half; ++l) lane[l] += lane[l + half];
-  return lane[0];
+  return fold<Vector<T>::kWidth>(lane, [](T a, T b) QFLUX_INLINE_LAMBDA { return a + b; });
 }
 
 template <class T, int kCount>

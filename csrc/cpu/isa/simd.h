@@ -262,6 +262,17 @@ struct Constant {
 QFLUX_INLINE int64_t lesser(int64_t a, int64_t b) { return a < b ? a : b; }
 QFLUX_INLINE int64_t greater(int64_t a, int64_t b) { return a > b ? a : b; }
 
+// What is left of so many numbers when, again and again, the second half of them is joined to the
+// first: one after the other would wait for each.
+template <int kCount, class T, class Join>
+QFLUX_INLINE T fold(T* number, const Join& join) {
+  if constexpr (kCount > 1) {
+    for (int l = 0; l < kCount / 2; ++l) number[l] = join(number[l], number[l + kCount / 2]);
+    return fold<kCount / 2>(number, join);
+  }
+  return number[0];
+}
+
 // Zeroed memory. Those of the standard library are weak functions, of which a program keeps one
 // copy: it may be the one of an instruction set that the machine does not have.
 template <class T>

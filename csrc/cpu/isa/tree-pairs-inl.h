@@ -39,17 +39,6 @@ QFLUX_INLINE Mask<T> mask_of(uint32_t bits) {
 #endif
 }
 
-// What is left of `count` numbers when, again and again, the second half of them is joined to the
-// first: a lane after the other would take longer than the few leaves behind a sum.
-template <int kCount, class T, class Join>
-QFLUX_INLINE T fold(T* number, const Join& join) {
-  if constexpr (kCount > 1) {
-    for (int l = 0; l < kCount / 2; ++l) number[l] = join(number[l], number[l + kCount / 2]);
-    return fold<kCount / 2>(number, join);
-  }
-  return number[0];
-}
-
 template <class T>
 QFLUX_INLINE double total(Vector<T> v) {
   constexpr int kWidth = Vector<T>::kWidth;
