@@ -70,6 +70,17 @@ def test_tokens_one_by_one_give_the_full_logits(steps, name, dtype, batch):
     assert steps == [True] * 33
 
 
+def test_a_call_of_the_model_goes_the_same_way(steps):
+    model = build()
+    ids = torch.randint(0, VOCABULARY, (2, 9))
+    caches = [model.new_cache(2) for _ in range(2)]
+    for cache in caches:
+        model.prefill(ids[:, :8], cache)
+    logits = model(ids[:, 8:], cache=caches[0]).logits
+    assert torch.equal(logits[:, 0], model.prefill(ids[:, 8:], caches[1]))
+    assert steps == [True] * 2 and not logits.requires_grad
+
+
 def test_behind_an_index(steps):
     model = build(score="sparsemax")
     ids = torch.randint(0, VOCABULARY, (2, 1300))
@@ -326,17 +337,21 @@ def test_what_is_not_tame_goes_by_modules(steps, monkeypatch, number):
     assert steps == [False]  # which the cache remembers
 
 
-def test_operations_are_counted_as_those_of_the_modules(monkeypatch):
+def test_operations_are_counted_as_those_of_the_modules(steps, monkeypatch):
     counts = []
     model = build(num_layers=1)
     ids = torch.randint(0, VOCABULARY, (1, 9))
     for alone in (True, False):
         cache = model.new_cache(1)
-        model.prefill(ids[:, :8], cache)
+        model.prefill(ids[:, :7], cache)
+        # The counter has hooks on all modules; what a cache knows of its model is from before.
+        model.prefill(ids[:, 7:8], cache)
+        steps.clear()
         with monkeypatch.context() as patch, FlopCounterMode(display=False) as counter:
             if not alone:
                 patch.setattr("qflux.models.fused.goes_alone", lambda *_: False)
             model.prefill(ids[:, 8:], cache)
+        assert steps == [True] * alone
         counts.append(counter.get_total_flops())
     assert counts[0] == counts[1] > 0
 
