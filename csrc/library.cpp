@@ -110,6 +110,17 @@ STABLE_TORCH_LIBRARY(qflux_kernels, m) {
       "cache_token(Tensor ids, Tensor angle, Tensor[] weights, float[] norm_eps, float[] bounds, "
       "Tensor[] pasts, Tensor(a!)[] caches, int at, int chunk, int[] indexed, int[] scores, "
       "float[] numbers) -> (Tensor hidden, Tensor pasts, bool served)");
+  // The attention of a layer of the language model on a CPU, between its linear maps.
+  m.def(
+      "attention(Tensor projected, Tensor turns, Tensor scale, Tensor? norm_weight, "
+      "Tensor? norm_bias, float norm_eps, int value_dim, int algorithm) -> (Tensor out, "
+      "Tensor points, Tensor threshold, Tensor gathered, Tensor moments)");
+  m.def(
+      "attention_backward(Tensor grad, Tensor projected, Tensor turns, Tensor scale, "
+      "Tensor? norm_weight, Tensor? norm_bias, float norm_eps, int value_dim, int algorithm, "
+      "Tensor points, Tensor threshold, Tensor gathered, Tensor moments) -> "
+      "(Tensor grad_projected, Tensor grad_angle, Tensor grad_scale, Tensor grad_norm_weight, "
+      "Tensor grad_norm_bias)");
   // Texts as uint8: a str in a schema leaks in the stable ABI before torch 2.14.
   m.def("instruction_set() -> Tensor");
   m.def("cuda_architectures() -> Tensor");

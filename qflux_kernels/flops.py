@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 from .schema import (
+    ATTENTION,
+    ATTENTION_BACKWARD,
     CACHE_ATTEND,
     CACHE_TOKEN,
     COMPILED,
@@ -106,6 +109,23 @@ def _project_norm_backward(given: Any) -> int:
     return 2 * _project_norm(given)
 
 
+def _attention(given: Any) -> int:
+    # As `interact`: passes over tokens without a matrix product are not counted elsewhere either.
+    (batch, tokens, _), (cylinders,) = tuple(given.projected), tuple(given.scale)
+    return interact_flops(batch * cylinders, tokens, tokens, given.value_dim)
+
+
+def _attention_backward(given: Any) -> int:
+    (batch, tokens, _), (cylinders,) = tuple(given.projected), tuple(given.scale)
+    points = batch, cylinders, tokens, 2
+    return _interact_backward(
+        SimpleNamespace(
+            states=points, keys=points, values=(batch, cylinders, tokens, given.value_dim),
+            causal=True, need_rows=True, need_keys=True,
+        )
+    )  # fmt: skip
+
+
 def _cache_attend(given: Any) -> int:
     # As if it met every key, like the others; the keys in front of `base` are in the index.
     states = tuple(given.states)
@@ -133,6 +153,8 @@ FORMULAS: dict[Op, Callable[[Any], int]] = {
     EVOLVE_BACKWARD: _evolve_backward,
     PROJECT_NORM: _project_norm,
     PROJECT_NORM_BACKWARD: _project_norm_backward,
+    ATTENTION: _attention,
+    ATTENTION_BACKWARD: _attention_backward,
     CACHE_ATTEND: _cache_attend,
     CACHE_TOKEN: _cache_token,
 }

@@ -248,6 +248,36 @@ PROJECT_NORM_BACKWARD = Op(
         Field("grad_norm_bias", "Tensor"),
     ),
 )
+# What the attention of a layer of the language model does between its linear maps
+# (csrc/attention.h), with the weights of a sparsemax. CPU only.
+_ATTENTION = (
+    Field("projected", "Tensor"),  # (B, S, 4 C + 2 C D, or 3 C D with own values of their own)
+    Field("turns", "Tensor"),  # (C, S, 2), cosine and sine of each angle
+    Field("scale", "Tensor"),  # (C,)
+    Field("norm_weight", "Tensor?"),  # (C D,)
+    Field("norm_bias", "Tensor?"),
+    Field("norm_eps", "float"),
+    Field("value_dim", "int"),
+    Field("algorithm", "int"),  # an index into options.ALGORITHMS
+)
+_ATTENTION_LEFT = (
+    Field("points", "Tensor"),  # (2, B, C, S, 2), queries and keys, turned
+    Field("threshold", "Tensor"),  # (B, C, S)
+    Field("gathered", "Tensor"),  # (B, S, C D), what LayerNorm is given
+    Field("moments", "Tensor"),  # (B, S, 2), its mean and inverse deviation
+)
+ATTENTION = Op("attention", _ATTENTION, (Field("out", "Tensor"), *_ATTENTION_LEFT))
+ATTENTION_BACKWARD = Op(
+    "attention_backward",
+    (Field("grad", "Tensor"), *_ATTENTION, *_ATTENTION_LEFT),
+    (
+        Field("grad_projected", "Tensor"),
+        Field("grad_angle", "Tensor"),
+        Field("grad_scale", "Tensor"),
+        Field("grad_norm_weight", "Tensor"),
+        Field("grad_norm_bias", "Tensor"),
+    ),
+)
 # How many pairs a sweep meets one by one: [densely, in bands]. CPU only.
 SWEEP_WORK = Op(
     "sweep_work",
@@ -373,6 +403,8 @@ COMPILED_OPS = (
     *FAMILY_OPS,
     PROJECT_NORM,
     PROJECT_NORM_BACKWARD,
+    ATTENTION,
+    ATTENTION_BACKWARD,
     SWEEP_WORK,
     CACHE_APPEND,
     CACHE_MOMENTS,

@@ -23,6 +23,9 @@ QFLUX_INLINE double absolute(double a) { return fabs(a); }
 QFLUX_INLINE float  square_root(float a) { return sqrtf(a); }
 QFLUX_INLINE double square_root(double a) { return sqrt(a); }
 
+QFLUX_INLINE float  exponential(float a) { return expf(a); }
+QFLUX_INLINE double exponential(double a) { return exp(a); }
+
 QFLUX_INLINE double reciprocal(double a) { return 1 / a; }
 
 QFLUX_INLINE float  not_negative(float a) { return a < 0 ? 0 : a; }  // of NaN: NaN

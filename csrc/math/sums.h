@@ -28,4 +28,23 @@ struct CompensatedSum {
   QFLUX_INLINE T get() const { return error == error ? value + error : value; }
 };
 
+// The sum of term(number), in float64 and in an order that depends on the count alone.
+template <class T, class Term>
+double ordered_sum(const T* numbers, int64_t count, const Term& term) {
+  constexpr int64_t kChains = 8;  // hide the latency of an addition
+  double chains[kChains] = {};
+  const int64_t whole = count / kChains * kChains;
+  for (int64_t n = 0; n < whole; n += kChains)
+    for (int64_t c = 0; c < kChains; ++c) chains[c] += term(static_cast<double>(numbers[n + c]));
+  for (int64_t n = whole; n < count; ++n)
+    chains[n - whole] += term(static_cast<double>(numbers[n]));
+  double sum = 0;
+  for (const double chain : chains) sum += chain;
+  return sum;
+}
+template <class T>
+double ordered_sum(const T* numbers, int64_t count) {
+  return ordered_sum(numbers, count, [](double number) { return number; });
+}
+
 }  // namespace qflux

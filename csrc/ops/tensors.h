@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <initializer_list>
 
+#include "../math/sums.h"
 #include "../params.h"
 #include "checks.h"
 
@@ -203,20 +204,6 @@ class Batch {
   std::vector<Member> members_;
 };
 
-// The sum of numbers in double and in an order that depends on their count alone.
-template <class T>
-T ordered_sum(const T* numbers, int64_t count) {
-  constexpr int64_t kChains = 8;  // hide the latency of an addition
-  double chains[kChains] = {};
-  const int64_t whole = count / kChains * kChains;
-  for (int64_t n = 0; n < whole; n += kChains)
-    for (int64_t c = 0; c < kChains; ++c) chains[c] += numbers[n + c];
-  for (int64_t n = whole; n < count; ++n) chains[n - whole] += numbers[n];
-  double sum = 0;
-  for (const double chain : chains) sum += chain;
-  return static_cast<T>(sum);
-}
-
 // The sums over the rows of a contiguous (*batch, S). The order of torch's own would depend on the
 // number of threads of a CPU.
 inline Tensor sum_rows(const Tensor& tensor) {
@@ -224,7 +211,8 @@ inline Tensor sum_rows(const Tensor& tensor) {
   const int64_t rows = tensor.size(tensor.dim() - 1);
   const Tensor sums = empty(tensor, Batch(tensor, 1).shape());
   const auto add = [&](auto* out, const auto* in) {
-    for (int64_t n = 0; n < sums.numel(); ++n) out[n] = ordered_sum(in + n * rows, rows);
+    for (int64_t n = 0; n < sums.numel(); ++n)
+      out[n] = static_cast<std::decay_t<decltype(*out)>>(ordered_sum(in + n * rows, rows));
   };
   if (tensor.scalar_type() == ScalarType::Float)
     add(pointer<float>(sums), pointer<float>(tensor));

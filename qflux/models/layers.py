@@ -17,6 +17,7 @@ from qflux_kernels import (
     evolve,
     interact,
 )
+from qflux_kernels.attention import attend, serves
 from qflux_kernels.options import Score
 
 from ..parallel import current_split
@@ -25,6 +26,7 @@ from .config import SCORES, QuantumFluxConfig, radius_of, score_options
 from .constants import WithConstants, initial
 from .embedding import flatten_states, rotate
 from .output import LayerRecord
+from .plain import is_plain
 
 GOLDEN_RATIO = (1 + math.sqrt(5)) / 2
 
@@ -211,7 +213,12 @@ class GeometricAttention(nn.Module):
             hidden = self.conv(hidden)
         else:
             hidden = cache.convolve(self.conv, "attention", hidden)
-        points, values, gate, *own = self.inputs(hidden).split(self.widths, -1)
+        projected = self.inputs(hidden)
+        if cache is None and states is None and not return_parts:
+            gated = self._by_one_op(projected, angle)
+            if gated is not None:
+                return self.output(gated), None
+        points, values, gate, *own = projected.split(self.widths, -1)
         # (B, S, 2 C 2) -> (B, S, 2, C, 2) -> (2, B, C, S, 2), turned together
         points = points.unflatten(-1, (2, self.cylinders, 2)).permute(2, 0, 3, 1, 4)
         queries, keys = rotate(points, angle)
@@ -228,6 +235,22 @@ class GeometricAttention(nn.Module):
         if not return_parts:
             return output, None
         return output, {"queries": queries, "keys": keys, "score": self.score(), **parts}
+
+    def _by_one_op(self, projected: Tensor, angle: Tensor) -> Tensor | None:
+        """What the output map is given, where one op does what the modules in between would."""
+        norm, score = self.norm, self.score
+        if not (
+            type(self) is GeometricAttention
+            and score.averages
+            and current_split() is None
+            and is_plain(norm, nn.LayerNorm)
+            and is_plain(score, PairScore)
+        ):
+            return None
+        scale = score.log_scale.exp()
+        if not serves(projected, angle, scale, self.backend):
+            return None
+        return attend(projected, angle, scale, norm.weight, norm.bias, norm.eps, self.value_dim)
 
     def gather(
         self, queries: Tensor, keys: Tensor, values: Tensor, cache: LayerCache | None = None

@@ -5,7 +5,10 @@
 #include <cmath>
 #include <vector>
 
+#include "../../math/gate.h"
+#include "../../math/sums.h"
 #include "../../math/sweep.h"
+#include "../../math/turn.h"
 #include "../isa/dispatch.h"
 #include "../parallel.h"
 
@@ -18,32 +21,10 @@ constexpr int64_t kWeights = 1 << 12;
 constexpr int64_t kPairs = 1 << 20;
 
 template <class T>
-T sigmoid(T x) {
-  return T(1) / (T(1) + std::exp(-x));
-}
-template <class T>
-T silu(T x) {
-  return x * sigmoid(x);
-}
-
-// The sum of term(x[n]), in chains that hide the latency of an addition.
-template <class T, class Term>
-double sum_of(const T* x, int64_t count, const Term& term) {
-  constexpr int64_t kChains = 8;
-  double chains[kChains] = {}, sum = 0;
-  int64_t n = 0;
-  for (; n + kChains <= count; n += kChains)
-    for (int64_t c = 0; c < kChains; ++c) chains[c] += term(static_cast<double>(x[n + c]));
-  for (; n < count; ++n) sum += term(static_cast<double>(x[n]));
-  for (const double chain : chains) sum += chain;
-  return sum;
-}
-
-template <class T>
 void normalise(const NormParams<T>& p, const T* x, int64_t count, T* out) {
   const double size = static_cast<double>(count);
-  const double mean = sum_of(x, count, [](double v) { return v; }) / size;
-  const double squares = sum_of(x, count, [&](double v) { return (v - mean) * (v - mean); });
+  const double mean = ordered_sum(x, count) / size;
+  const double squares = ordered_sum(x, count, [&](double v) { return (v - mean) * (v - mean); });
   const double scale = 1 / std::sqrt(squares / size + p.eps);
   for (int64_t n = 0; n < count; ++n) {
     const T y = static_cast<T>((x[n] - mean) * scale);
@@ -172,9 +153,9 @@ class LayerStep {
     for (int64_t first = value; first < p_.inputs.rows; first += width_) some(first, dim);
     const T cosine = std::cos(token_.angle[c]), sine = std::sin(token_.angle[c]);
     const auto turn = [&](const T* point, T* out) {
-      const T u = point[0], v = point[1];
-      out[0] = u * cosine - v * sine;
-      out[1] = u * sine + v * cosine;
+      const Point<T> moved = qflux::turned(Point<T>{point[0], point[1]}, cosine, sine);
+      out[0] = moved.x;
+      out[1] = moved.y;
     };
     turn(to + query, turned);
     turn(to + key, to + key);

@@ -1,6 +1,7 @@
 // The loops that are compiled once for each instruction set, and the set that this machine runs.
 #pragma once
 
+#include "attention.h"
 #include "decode.h"
 #include "dense.h"
 #include "matvec.h"
@@ -20,6 +21,7 @@ struct Loops {
   DecodeLoops<T> decode;
   ProjectionLoops<T> projection;
   MatvecLoops<T> matvec;
+  AttentionLoops<T> attention;
 };
 
 struct InstructionSet {

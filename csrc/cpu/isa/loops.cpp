@@ -4,6 +4,7 @@
 // keeps one, and that may be the one for a newer processor than this machine's. So all loops are in
 // anonymous namespaces, and what they call is there too, or always inlined
 // (tests/project/test_instruction_sets.py).
+#include "attention-inl.h"
 #include "decode-inl.h"
 #include "dense-inl.h"
 #include "dispatch.h"
@@ -17,9 +18,9 @@ namespace qflux::cpu {
 namespace {
 
 template <class T>
-constexpr Loops<T> kLoops = {dense::kLoops<T>, statistics::kLoops<T>, sweep::kLoops<T>,
-                             tree::kLoops<T>,  decode::kLoops<T>,     projection::kLoops<T>,
-                             matvec::kLoops<T>};
+constexpr Loops<T> kLoops = {dense::kLoops<T>,  statistics::kLoops<T>, sweep::kLoops<T>,
+                             tree::kLoops<T>,   decode::kLoops<T>,     projection::kLoops<T>,
+                             matvec::kLoops<T>, attention::kLoops<T>};
 
 }  // namespace
 

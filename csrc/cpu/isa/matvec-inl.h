@@ -11,13 +11,6 @@ namespace matvec {
 // Rows whose sums are in registers together, enough to hide the latency of an addition.
 constexpr int kRows = 8;
 
-template <class T>
-QFLUX_INLINE T across(Vector<T> v) {
-  T lane[Vector<T>::kWidth];
-  store(lane, v);
-  return fold<Vector<T>::kWidth>(lane, [](T a, T b) QFLUX_INLINE_LAMBDA { return a + b; });
-}
-
 template <class T, int kCount>
 QFLUX_INLINE void some_rows(const T* weight, const T* bias, int64_t count, const T* x, T* out) {
   using V = Vector<T>;

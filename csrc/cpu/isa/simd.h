@@ -232,6 +232,32 @@ QFLUX_INLINE Vector<T> square_root(Vector<T> a) {
   return root;
 }
 
+// e^a, a few units in the last place off; where it is hardly a number, infinity or next to zero.
+template <class T>
+QFLUX_INLINE Vector<T> exponential(Vector<T> a) {
+  using V = Vector<T>;
+  using Bits = typename V::Bits;
+  constexpr bool kWide = sizeof(T) == 8;
+  constexpr int kMantissa = kWide ? 52 : 23, kTerms = kWide ? 13 : 7;
+  const T most = kWide ? T(708) : T(87);
+  const V low(-most), high(most);
+  const Mask<T> beyond = less(high, a);
+  a = select(less(a, low), low, select(beyond, high, a));  // a NaN stays one
+  // a = n ln 2 + r. Next to such a number the integers are a unit in the last place apart.
+  const V shift(T(1.5) * T(typename V::Integer(1) << kMantissa));
+  const V shifted = multiply_add(a, V(T(1.4426950408889634)), shift);
+  const V n = shifted - shift;
+  // ln 2 in two parts, of which the first has few enough bits for its product with n.
+  const V first(kWide ? T(0.693147180369123816490) : T(0.693359375));
+  const V rest(kWide ? T(1.90821492927058770002e-10) : T(-2.12194440e-4));
+  const V r = multiply_add(-n, rest, multiply_add(-n, first, a));
+  V power(T(1));
+  for (int k = kTerms; k > 0; --k) power = multiply_add(power * r, V(T(1) / T(k)), V(T(1)));
+  const Bits scale = ((Bits)shifted.raw - (Bits)shift.raw) << kMantissa;
+  const V result = (typename V::Raw)((Bits)power.raw + scale);
+  return select(beyond, V(T(INFINITY)), result);
+}
+
 // A bit for each lane that holds.
 template <class T>
 QFLUX_INLINE uint32_t lane_bits(Mask<T> mask) {
@@ -271,6 +297,14 @@ QFLUX_INLINE T fold(T* number, const Join& join) {
     return fold<kCount / 2>(number, join);
   }
   return number[0];
+}
+
+// The sum of the lanes.
+template <class T>
+QFLUX_INLINE T across(Vector<T> v) {
+  T lane[Vector<T>::kWidth];
+  store(lane, v);
+  return fold<Vector<T>::kWidth>(lane, [](T a, T b) QFLUX_INLINE_LAMBDA { return a + b; });
 }
 
 // Zeroed memory. Those of the standard library are weak functions, of which a program keeps one

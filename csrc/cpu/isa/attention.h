@@ -1,0 +1,28 @@
+// The passes of a layer's attention over tokens, around its pairs.
+#pragma once
+
+#include "../../attention.h"
+
+namespace qflux::cpu {
+
+// Tokens that are turned at a time: their points of a cylinder fill lines of the cache.
+constexpr int64_t kTurned = 16;
+
+template <class T>
+struct AttentionLoops {
+  // Turns the points of tokens first .. last - 1, at most kTurned, of sequence b.
+  void (*turn)(const AttentionParams<T>&, int64_t b, int64_t first, int64_t last, T* points);
+  // Of the same tokens of every sequence: gradients `points` of turned points, as those are stored,
+  // become gradients of projections and of angles.
+  void (*turn_back)(const AttentionParams<T>&, int64_t first, int64_t last, const T* turned,
+                    const T* points, const AttentionGradients<T>&);
+  // LayerNorm and gates of rows first .. last - 1; adds own values to what was gathered.
+  void (*gate)(const AttentionParams<T>&, int64_t first, int64_t last, const AttentionResults<T>&);
+  // Gradients of gates and, as rows `to` with `stride`, of what was gathered; adds to the sums over
+  // rows [scale, shift][width].
+  void (*gate_back)(const AttentionParams<T>&, int64_t first, int64_t last,
+                    const AttentionResults<T>&, const AttentionGradients<T>&, T* to, int64_t stride,
+                    double* sums);
+};
+
+}  // namespace qflux::cpu
