@@ -120,7 +120,11 @@ class CylinderEmbedding(nn.Module):
         ):
             states = self._states(self.radius_logit[input_ids], self.phase[input_ids])
             return states.transpose(1, 2)  # (B, S, C, 2) -> (B, C, S, 2)
-        return look_up(self._states(self.radius_logit, self.phase), input_ids)
+        return look_up(self.table(), input_ids)
+
+    def table(self) -> Tensor:
+        """The states `(V, C, 2)` of all tokens."""
+        return self._states(self.radius_logit, self.phase)
 
     def _states(self, radius_logit: Tensor, phase: Tensor) -> Tensor:
         """The states `(..., C, 2)` of parameters `(..., C)`."""

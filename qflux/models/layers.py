@@ -331,51 +331,68 @@ class EvolutionLayer(nn.Module):
 
     def forward(
         self,
-        states: Tensor,
+        states: Tensor | None,
         hidden: Tensor,
         angle: Tensor,
         return_record: bool = False,
         cache: LayerCache | None = None,
-    ) -> tuple[Tensor, Tensor, LayerRecord | None]:
+    ) -> tuple[Tensor | None, Tensor, LayerRecord | None]:
         """States `(B, C, S, 2)` and hidden `(B, S, H)` after the layer, and its record if asked.
 
         Args:
-            states: `(B, C, S, 2)`.
+            states: `(B, C, S, 2)`; None where they neither evolve nor are recorded.
             hidden: `(B, S, H)`.
             angle: `(C, S)` or `(B, C, S)`, the turn of each position.
             return_record: whether to return a `LayerRecord`, else None.
             cache: of the tokens before these, which join it; None: there are none.
         """
-        before, evolved, parts = states, None, {}
+        if states is None:
+            if self.evolution is not None or return_record:
+                raise ValueError("states must be given where they evolve or are recorded, got None")
+            return None, self._branches(hidden, None, angle, False, cache)[0], None
+        after, evolved, parts = states, None, {}
         if self.evolution is not None:
             further = () if cache is None else (cache,)
             evolution = self.evolution(states, *further)
-            states = evolved = evolution.states
+            after = evolved = evolution.states
             if return_record:
                 parts = {
-                    "queries": before,
-                    "keys": before,
+                    "queries": states,
+                    "keys": states,
                     "degree": evolution.degree,
                     "strength": evolution.strength,
                     "gathered": None,
                     "score": self.evolution.score(),
                     "skip": self.evolution.time_step()[1],
                 }
-            projected = self.projection(flatten_states(rotate(states, -angle)))
+            projected = self.projection(flatten_states(rotate(after, -angle)))
             hidden = hidden + self._drop(projected)
+        hidden, own = self._branches(hidden, evolved, angle, return_record, cache)
+        if not return_record:
+            return after, hidden, None
+        if own is not None:
+            parts = {"skip": None, **parts, **own}
+        radius = torch.linalg.vector_norm(after, dim=-1)
+        return after, hidden, LayerRecord(states, after, radius=radius, **parts)
+
+    def _branches(
+        self,
+        hidden: Tensor,
+        evolved: Tensor | None,
+        angle: Tensor,
+        return_record: bool,
+        cache: LayerCache | None,
+    ) -> tuple[Tensor, dict[str, Any] | None]:
+        """Hidden after the value path and the MLP, and what the value path has of a record."""
+        own = None
         if self.attention is not None:
             gathered, own = self.attention(
                 self.attention_norm(hidden), evolved, angle, return_record, cache
             )
             hidden = hidden + self._drop(gathered)
-            if own is not None:
-                parts = {"skip": None, **parts, **own}
         if self.mlp is not None:
             hidden = hidden + self._drop(self.mlp(self.mlp_norm(hidden), cache))
-        if not return_record:
-            return states, hidden, None
-        radius = torch.linalg.vector_norm(states, dim=-1)
-        return states, hidden, LayerRecord(before, states, radius=radius, **parts)
+        return hidden, own
 
     def _drop(self, branch: Tensor) -> Tensor:
         return self.dropout(branch) if self.training else branch

@@ -5,12 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from qflux_kernels.arguments import is_eager
+
 from .base import CausalLM, Reading
 from .cache import ModelCache
 from .config import QuantumFluxConfig
 from .embedding import CylinderEmbedding, PhaseRotation, flatten_states, rotate
 from .fused import step
 from .layers import CausalConvolution, EvolutionLayer
+from .plain import is_plain
 
 # The output layer starts as much larger than PyTorch's linear maps do: larger logits send larger
 # gradients to the layers, which then learn sooner (docs/claims.md, section 4).
@@ -55,15 +58,14 @@ class QuantumFluxLM(CausalLM):
         position: Tensor | None = None,
     ) -> Reading:
         """Run embedding and layers on checked token ids `(B, S)`; see `CausalLM.read`."""
-        states = self.embedding(input_ids)  # (B, C, S, 2)
-        hidden = self.projection(flatten_states(states))  # (B, S, H)
+        states, hidden = self._start(input_ids, return_layers or self.moves)
         layers = []
         if len(self.layers):
             if position is None:
                 angle = self.rotation(input_ids.shape[-1])  # (C, S)
             else:
                 angle = self.rotation.at(position)
-            if return_layers or self.moves:
+            if states is not None:
                 states = rotate(states, angle)
             pasts = [None] * len(self.layers) if cache is None else cache.layers
             for layer, past in zip(self.layers, pasts, strict=True):
@@ -71,6 +73,21 @@ class QuantumFluxLM(CausalLM):
                 if record is not None:
                     layers.append(record)
         return Reading((self.norm(hidden),), tuple(layers))
+
+    def _start(self, input_ids: Tensor, with_states: bool) -> tuple[Tensor | None, Tensor]:
+        """The states `(B, C, S, 2)`, None unless wanted, and the stream `(B, S, H)`."""
+        if not with_states and (
+            is_eager(input_ids)  # a program is for any number of tokens
+            and input_ids.numel() > self.config.vocab_size
+            and is_plain(self.embedding, CylinderEmbedding)
+            and is_plain(self.projection, nn.Linear)
+        ):
+            # There are fewer states to project before they are looked up.
+            table = self.projection(self.embedding.table().flatten(1))  # (V, H)
+            return None, nn.functional.embedding(input_ids, table)
+        states = self.embedding(input_ids)
+        hidden = self.projection(flatten_states(states))
+        return states if with_states else None, hidden
 
     def read_token(self, input_ids: Tensor, cache: ModelCache) -> tuple[Tensor, ...] | None:
         if type(self).read is not QuantumFluxLM.read:

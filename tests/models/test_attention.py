@@ -394,3 +394,34 @@ def test_the_op_is_counted_as_the_pairs_it_meets():
 
 def test_positional_names():
     assert tuple(inspect.signature(attention.attend).parameters)[:5] == CALLED
+
+
+def test_a_vocabulary_smaller_than_the_text_is_projected_before_it_is_looked_up(monkeypatch):
+    model = build()
+    many = torch.randint(11, (2, 30))
+    shapes = []
+    model.projection.forward = lambda x: (
+        shapes.append(x.shape) or nn.Linear.forward(model.projection, x)
+    )
+    model(many)  # of a module that is not plain
+    del model.projection.forward
+    assert shapes == [(2, 30, 6)]
+    wanted = model(many, return_layers=True)
+    looked_up = []
+    real = layers.EvolutionLayer.forward
+    monkeypatch.setattr(
+        layers.EvolutionLayer, "forward",
+        lambda self, states, *rest: looked_up.append(states) or real(self, states, *rest),
+    )  # fmt: skip
+    found = model(many)
+    assert looked_up == [None, None]
+    torch.testing.assert_close(found.logits, wanted.logits, rtol=1e-12, atol=1e-12)
+    gradients = [
+        torch.autograd.grad(output.logits.square().sum(), list(model.embedding.parameters()))
+        for output in (found, wanted)
+    ]
+    for got, truth in zip(*gradients, strict=True):
+        torch.testing.assert_close(got, truth, rtol=1e-9, atol=1e-9)
+    layer = model.layers[0]
+    with pytest.raises(ValueError, match="states must be given"):
+        layer(None, torch.zeros(1, 3, 20, dtype=F64), torch.zeros(3, 3, dtype=F64), True)

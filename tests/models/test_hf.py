@@ -246,8 +246,9 @@ def test_gradient_checkpointing_changes_no_gradient(transformers, preset):
     wrapped.gradient_checkpointing_disable()
     assert not wrapped.is_gradient_checkpointing
     calls.clear()
+    # Transformers leaves a hook at the embedding, which is then called; else it would be equal.
     for got, grad in zip(gradients(), expected, strict=True):
-        assert torch.equal(got, grad)
+        torch.testing.assert_close(got, grad)
     assert len(calls) == 1
     handle.remove()
 
