@@ -74,12 +74,6 @@ struct Tangent {
   T threshold, inverse;  // q . m - 1 / n and 1 / n, which is zero where there is none
 };
 
-template <class T>
-QFLUX_INLINE void prefetch(const T* from, int64_t count) {
-  for (int64_t n = 0; n < count; n += 64 / static_cast<int64_t>(sizeof(T)))
-    __builtin_prefetch(from + n);
-}
-
 // Of the q . k of some keys.
 template <class T>
 struct Spread {

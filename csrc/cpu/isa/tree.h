@@ -11,6 +11,12 @@ constexpr int32_t kFan = 4;
 constexpr int kGroup = 16;
 constexpr int kHeights = 16;
 
+template <class T>
+QFLUX_INLINE void prefetch(const T* from, int64_t count) {
+  for (int64_t n = 0; n < count; n += 64 / static_cast<int64_t>(sizeof(T)))
+    __builtin_prefetch(from + n);
+}
+
 // Sums of one row over the keys that it keeps.
 template <class T>
 struct Mass {

@@ -18,6 +18,8 @@ constexpr int kWindowSteps = 4;
 // rows see, so many may be in one walk, and in all of a search, before the dense loops are as fast.
 constexpr int64_t kProbed = 16;
 constexpr double kMostInWalk = 0.25, kMostInSearch = 1.0;
+// Rows that are fetched ahead of those which walk: neighbours in space stand apart in memory.
+constexpr int64_t kAhead = 2 * kGroup;
 // Subtrees whose keys gather from rows at the same time.
 constexpr int64_t kSubtrees = 16;
 
@@ -63,6 +65,10 @@ class MassTree {
         });
         const bool few = each_group(
             [&](int64_t row) { return state_[row] == state; },
+            [&](int64_t row) {
+              prefetch(&sums[row], 1);
+              if (state == State::kContext) prefetch(out.context + row * value_dim, value_dim);
+            },
             [&](const TreeView<T>& tree, const TreeRows<T>& group, const int32_t* row) {
               Mass<T> part[kGroup];
               for (int64_t n = 0; n < group.count; ++n) part[n] = sums[row[n]];
@@ -113,7 +119,7 @@ class MassTree {
       if (begin < end)
         loops_.run_row_gradient(keys_from(begin), end - begin, record(row), &sums[row]);
     });
-    each_group([](int64_t) { return true; },
+    each_group([](int64_t) { return true; }, [&](int64_t row) { prefetch(&sums[row], 1); },
                [&](const TreeView<T>& tree, const TreeRows<T>& group, const int32_t* row) {
                  KeptSums part[kGroup];
                  for (int64_t n = 0; n < group.count; ++n) part[n] = sums[row[n]];
@@ -226,7 +232,7 @@ class MassTree {
           const int64_t row = where.row_begin + group * kGroup * kProbed;
           each_group_of(
               level.rows.data(), {row, std::min(row + kGroup, where.row_end)},
-              [](int64_t) { return true; },
+              [](int64_t) { return true; }, [](int64_t) {},
               [&](const TreeRows<T>& rows, const int32_t*) {
                 Mass<T> sums[kGroup] = {};
                 int64_t pairs = 0;
@@ -239,9 +245,11 @@ class MassTree {
   }
 
   // Calls body(tree, rows, numbers) for the groups of chosen rows of every rectangle, level after
-  // level, as long as more() holds behind a level; returns whether that was all along.
-  template <class Chosen, class Body, class More>
-  bool each_group(const Chosen& chosen, const Body& body, const More& more) const {
+  // level, as long as more() holds behind a level; returns whether that was all along. fetch(row)
+  // asks for what body will need of a row.
+  template <class Chosen, class Fetch, class Body, class More>
+  bool each_group(const Chosen& chosen, const Fetch& fetch, const Body& body,
+                  const More& more) const {
     for (const TreeLevel<T>& level : forest_.levels()) {
       std::vector<Range> items;
       std::vector<const TreeView<T>*> trees;
@@ -254,7 +262,7 @@ class MassTree {
           }
       each(items.size(), [&](int64_t item) {
         each_group_of(
-            level.rows.data(), items[item], chosen,
+            level.rows.data(), items[item], chosen, fetch,
             [&](const TreeRows<T>& group, const int32_t* row) { body(*trees[item], group, row); });
       });
       if (!more()) return false;
@@ -262,8 +270,8 @@ class MassTree {
     return true;
   }
 
-  template <class Chosen, class Body>
-  void each_group_of(const int32_t* order, Range range, const Chosen& chosen,
+  template <class Chosen, class Fetch, class Body>
+  void each_group_of(const int32_t* order, Range range, const Chosen& chosen, const Fetch& fetch,
                      const Body& body) const {
     const auto records = room<T>(kGroup * stride_);
     int32_t row[kGroup];
@@ -273,6 +281,10 @@ class MassTree {
       count = 0;
     };
     for (int64_t n = range.first; n < range.last; ++n) {
+      if (n + kAhead < range.last && chosen(order[n + kAhead])) {
+        prefetch(record(order[n + kAhead]), stride_);
+        fetch(order[n + kAhead]);
+      }
       if (!chosen(order[n])) continue;
       row[count] = order[n];
       std::copy_n(record(order[n]), stride_, &records[count * stride_]);
@@ -330,8 +342,11 @@ class MassTree {
     const auto records = room<T>(where.rows() * stride_);
     each(ceil_div(where.rows(), kRowsAtOnce), [&](int64_t tile) {
       const Range range = tile_range(tile, kRowsAtOnce, where.rows());
-      for (int64_t n = range.first; n < range.last; ++n)
-        std::copy_n(record(order[where.row_begin + n]), stride_, &records[n * stride_]);
+      for (int64_t n = range.first; n < range.last; ++n) {
+        const int32_t* const row = order + where.row_begin + n;
+        if (n + kAhead < range.last) prefetch(record(row[kAhead]), stride_);
+        std::copy_n(record(*row), stride_, &records[n * stride_]);
+      }
     });
     const int64_t threads = thread_count();
     const int64_t parts = threads > 1 ? std::min<int64_t>(roots, 2 * threads) : 1;
