@@ -36,10 +36,10 @@ struct AttentionParams {
   View<U> of_cylinders(U* data, int64_t at, int64_t stride) const {
     return {data + at, tokens * stride, value_dim, stride, 1};
   }
-  // Points [batch][cylinders][tokens][2].
+  // Numbers [batch][cylinders][tokens][count].
   template <class U>
-  View<U> of_points(U* data) const {
-    return {data, cylinders * tokens * 2, tokens * 2, 2, 1};
+  View<U> packed(U* data, int64_t count) const {
+    return {data, cylinders * tokens * count, tokens * count, count, 1};
   }
   // Numbers [batch][cylinders][tokens].
   template <class U>

@@ -15,7 +15,7 @@ namespace {
 constexpr int64_t kNumbers = 1 << 15;  // a share of work that is worth waking a thread for
 
 template <class T>
-PairParams<T> pair_params(const AttentionParams<T>& p, const T* points) {
+PairParams<T> pair_params(const AttentionParams<T>& p, const T* points, const T* values) {
   PairParams<T> pair{};
   pair.outer = p.batch;
   pair.inner = p.cylinders;
@@ -25,10 +25,21 @@ PairParams<T> pair_params(const AttentionParams<T>& p, const T* points) {
   pair.causal = true;
   pair.algorithm = p.algorithm;
   pair.coefficient = {p.scale, T(0), 0, 1};
-  pair.states = p.of_points(points);
-  pair.key_points = p.of_points(points + p.points_size());
-  pair.values = p.of_cylinders(p.projected, p.values_at(), p.columns());
+  pair.states = p.packed(points, 2);
+  pair.key_points = p.packed(points + p.points_size(), 2);
+  pair.values = p.packed(values, p.value_dim);
   return pair;
+}
+
+// Calls body(sequence, tokens) for tiles of tokens.
+template <class T, class Body>
+void each_tile(const AttentionParams<T>& p, const Body& body) {
+  const int64_t tiles = ceil_div(p.tokens, kTurned);
+  parallel_for(0, p.batch * tiles, 1 + kNumbers / (kTurned * p.columns()),
+               [&](int64_t begin, int64_t end) {
+                 for (int64_t n = begin; n < end; ++n)
+                   body(n / tiles, tile_range(n % tiles, kTurned, p.tokens));
+               });
 }
 
 // Scale and shift of a LayerNorm that may be without them.
@@ -73,20 +84,18 @@ void attend(const AttentionParams<T>& given, const AttentionResults<T>& results)
   AttentionParams<T> p = given;
   const Affine<T> affine(&p);
   const AttentionLoops<T>& loop = loops<T>().attention;
-  const int64_t tiles = ceil_div(p.tokens, kTurned), columns = p.columns();
-  parallel_for(0, p.batch * tiles, 1 + kNumbers / (kTurned * 4 * p.cylinders),
-               [&](int64_t begin, int64_t end) {
-                 for (int64_t n = begin; n < end; ++n) {
-                   const Range range = tile_range(n % tiles, kTurned, p.tokens);
-                   loop.turn(p, n / tiles, range.first, range.last, results.points);
-                 }
-               });
+  const auto values = room<T>(p.rows() * p.width());
+  each_tile(p, [&](int64_t b, Range range) {
+    loop.turn(p, b, range.first, range.last, results.points);
+    loop.pack(p, b, range.first, range.last, p.projected + p.values_at(), p.columns(),
+              values.get());
+  });
   InteractParams<T> interaction{};
-  interaction.pair = pair_params(p, static_cast<const T*>(results.points));
+  interaction.pair = pair_params(p, static_cast<const T*>(results.points), values.get());
   interaction.context = p.of_cylinders(results.gathered, 0, p.width());
   interaction.threshold = p.of_rows(results.threshold);
   Device().interact(interaction);
-  parallel_for(0, p.rows(), 1 + kNumbers / columns,
+  parallel_for(0, p.rows(), 1 + kNumbers / p.columns(),
                [&](int64_t begin, int64_t end) { loop.gate(p, begin, end, results); });
 }
 
@@ -116,25 +125,30 @@ void attend_backward(const AttentionParams<T>& given, const AttentionResults<T>&
     (k < width ? grads.norm_scale[k] : grads.norm_shift[k - width]) = static_cast<T>(sum);
   }
 
+  const int64_t size = p.rows() * width;
+  const auto packed = room<T>(3 * size);
+  T *const values = packed.get(), *const of_context = values + size,
+           *const of_values = of_context + size;
+  each_tile(p, [&](int64_t b, Range range) {
+    loop.pack(p, b, range.first, range.last, p.projected + p.values_at(), columns, values);
+    loop.pack(p, b, range.first, range.last, gathered, stride, of_context);
+  });
   const auto points = room<T>(2 * p.points_size());
   std::vector<T> of_scale(static_cast<size_t>(p.rows() * p.cylinders), T(0));
   InteractBackwardParams<T> interaction{};
-  interaction.pair = pair_params(p, static_cast<const T*>(saved.points));
-  interaction.grad_context = as_const(p.own ? p.of_cylinders(grads.projected, p.own_at(), columns)
-                                            : p.of_cylinders(gathered, 0, width));
+  interaction.pair = pair_params(p, static_cast<const T*>(saved.points), values);
+  interaction.grad_context = as_const(p.packed(of_context, p.value_dim));
   interaction.threshold = as_const(p.of_rows(saved.threshold));
-  interaction.grad_states = p.of_points(points.get());
-  interaction.grad_keys = p.of_points(points.get() + p.points_size());
-  interaction.grad_values = p.of_cylinders(grads.projected, p.values_at(), columns);
+  interaction.grad_states = p.packed(points.get(), 2);
+  interaction.grad_keys = p.packed(points.get() + p.points_size(), 2);
+  interaction.grad_values = p.packed(of_values, p.value_dim);
   interaction.grad_coefficient = p.of_rows(of_scale.data());
   Device().interact_backward(interaction);
   sum_scales(p, of_scale, grads.scale);
-  if (!p.own)
-    parallel_for(0, p.rows(), 1 + kNumbers / width, [&](int64_t begin, int64_t end) {
-      for (int64_t row = begin; row < end; ++row)
-        for (int64_t k = 0; k < width; ++k)
-          grads.projected[row * columns + p.values_at() + k] += gathered[row * width + k];
-    });
+  each_tile(p, [&](int64_t b, Range range) {
+    loop.unpack(p, b, range.first, range.last, of_values, p.own ? nullptr : of_context,
+                grads.projected + p.values_at(), columns);
+  });
   const int64_t tiles = ceil_div(p.tokens, kTurned);
   parallel_for(0, tiles, 1 + kNumbers / (p.batch * kTurned * 4 * p.cylinders),
                [&](int64_t begin, int64_t end) {

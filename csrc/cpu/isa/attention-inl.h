@@ -29,6 +29,47 @@ void turn(const AttentionParams<T>& p, int64_t b, int64_t first, int64_t last, T
     }
 }
 
+// Calls body(numbers of a token and cylinder in rows, the same when packed).
+template <class T, class Rows, class Packed, class Body>
+QFLUX_INLINE void each_packed(const AttentionParams<T>& p, int64_t b, int64_t first, int64_t last,
+                              Rows* rows, int64_t stride, Packed* packed, const Body& body) {
+  const int64_t dim = p.value_dim;
+  for (int64_t c = 0; c < p.cylinders; ++c)
+    for (int64_t i = first; i < last; ++i)
+      body(rows + (b * p.tokens + i) * stride + c * dim,
+           packed + ((b * p.cylinders + c) * p.tokens + i) * dim);
+}
+
+// A number of columns that the compiler knows is copied by a move or two.
+template <class Body>
+QFLUX_INLINE void with_columns(int64_t count, const Body& body) {
+  if (count == 4) return body(Constant<4>());
+  body(count);
+}
+
+template <class T>
+void pack(const AttentionParams<T>& p, int64_t b, int64_t first, int64_t last, const T* rows,
+          int64_t stride, T* packed) {
+  with_columns(p.value_dim, [&](auto dim) QFLUX_INLINE_LAMBDA {
+    each_packed(p, b, first, last, rows, stride, packed,
+                [&](const T* row, T* to) QFLUX_INLINE_LAMBDA {
+                  for (int64_t d = 0; d < dim; ++d) to[d] = row[d];
+                });
+  });
+}
+
+template <class T>
+void unpack(const AttentionParams<T>& p, int64_t b, int64_t first, int64_t last, const T* packed,
+            const T* more, T* rows, int64_t stride) {
+  with_columns(p.value_dim, [&](auto dim) QFLUX_INLINE_LAMBDA {
+    each_packed(p, b, first, last, rows, stride, packed,
+                [&](T* row, const T* from) QFLUX_INLINE_LAMBDA {
+                  for (int64_t d = 0; d < dim; ++d)
+                    row[d] = more ? from[d] + more[from - packed + d] : from[d];
+                });
+  });
+}
+
 template <class T>
 void turn_back(const AttentionParams<T>& p, int64_t first, int64_t last, const T* turned,
                const T* points, const AttentionGradients<T>& grads) {
@@ -156,7 +197,8 @@ void gate_back(const AttentionParams<T>& p, int64_t first, int64_t last,
 }
 
 template <class T>
-constexpr AttentionLoops<T> kLoops = {turn<T>, turn_back<T>, gate<T>, gate_back<T>};
+constexpr AttentionLoops<T> kLoops = {turn<T>,      pack<T>, unpack<T>,
+                                      turn_back<T>, gate<T>, gate_back<T>};
 
 }  // namespace attention
 }  // namespace

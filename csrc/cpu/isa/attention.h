@@ -12,6 +12,14 @@ template <class T>
 struct AttentionLoops {
   // Turns the points of tokens first .. last - 1, at most kTurned, of sequence b.
   void (*turn)(const AttentionParams<T>&, int64_t b, int64_t first, int64_t last, T* points);
+  // Numbers of the same tokens, value_dim of each cylinder: `rows` with `stride` between tokens,
+  // from sequence b on, to [cylinder][token] and back, there added to what stands in `more` if it
+  // is not null. Tokens far apart in memory share few places of a cache; the pairs are to find them
+  // together.
+  void (*pack)(const AttentionParams<T>&, int64_t b, int64_t first, int64_t last, const T* rows,
+               int64_t stride, T* packed);
+  void (*unpack)(const AttentionParams<T>&, int64_t b, int64_t first, int64_t last, const T* packed,
+                 const T* more, T* rows, int64_t stride);
   // Of the same tokens of every sequence: gradients `points` of turned points, as those are stored,
   // become gradients of projections and of angles.
   void (*turn_back)(const AttentionParams<T>&, int64_t first, int64_t last, const T* turned,
