@@ -49,7 +49,8 @@ SANITIZER := CXX="g++ -fsanitize=address,undefined -fno-sanitize-recover=undefin
 	-fno-sanitize=null,object-size,vptr,pointer-overflow \
 	--param asan-instrumentation-with-call-threshold=0"
 SANITIZED_TESTS := tests/kernels/test_tree.py tests/kernels/test_past.py \
-	tests/kernels/test_project_norm.py tests/models/test_fused.py tests/emulator
+	tests/kernels/test_project_norm.py tests/models/test_fused.py \
+	tests/models/test_attention.py tests/emulator
 SANITIZED_SET := $(shell grep -qs avx2 /proc/cpuinfo && echo AVX2 || echo baseline)
 SANITIZED = $(SANITIZER) PYTHONPATH=$(CURDIR)/build/sanitized \
 	ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 \
@@ -67,7 +68,7 @@ sanitize: $(VENV)/.tested
 # first run has parts that overlap, which must be found.
 RACE_TESTS := tests/kernels/test_fuzz.py tests/kernels/test_sweep.py tests/kernels/test_tree.py \
 	tests/kernels/test_past.py tests/kernels/test_cache.py tests/kernels/test_project_norm.py \
-	tests/models/test_fused.py \
+	tests/models/test_fused.py tests/models/test_attention.py \
 	tests/kernels/test_surroundings.py::test_threads_may_call_at_once
 RACE_ENVIRONMENT = PYTHONPATH=$(CURDIR)/build/threads OMP_NUM_THREADS=1 \
 	TSAN_OPTIONS=halt_on_error=1:allocator_may_return_null=1 \
