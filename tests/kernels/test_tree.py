@@ -117,6 +117,17 @@ def test_keys_and_values_of_their_own(depth, rows, keys, causal):
         assert_same(dense, tree, 1e-9, states, sources, scale, causal)
 
 
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("scale", [0.01, 50.0, 1e4])
+def test_searches_that_go_on_among_the_keys_of_trees(scale, causal):
+    # The last 2,048 of so many keys tell a sharp row little; clusters come and go among them.
+    keys = torch.randn(140_000, 2, dtype=F64)
+    keys[20_000:90_000] += 3 * torch.randn(7, 2, dtype=F64).repeat_interleave(10_000, 0)
+    states, values = torch.randn(600, 2, dtype=F64), torch.randn(140_000, 1, dtype=F64)
+    dense, tree = both(states, keys, values, score=Sparsemax(scale), causal=causal)
+    assert_same(dense, tree, 1e-9, states, keys, scale, causal)
+
+
 @pytest.mark.parametrize("scale", [0.0, -0.7, -30.0])
 def test_scales_that_are_not_positive(scale):
     states = torch.randn(2000, 2, dtype=F64)

@@ -1,6 +1,7 @@
 #include "driver.h"
 
 #include <algorithm>
+#include <cmath>
 #include <vector>
 
 #include "forest.h"
@@ -14,6 +15,10 @@ constexpr int64_t kRowsAtOnce = 256;
 // Keys in front of a row among which its search starts, and among which it goes on.
 constexpr int64_t kWindow = 256, kWideWindow = 2048;
 constexpr int kWindowSteps = 4;
+// Where that is a small part of all keys, a row that has few of them above where its threshold is
+// expected goes on among the keys of trees, each at least so many times as many as those before.
+constexpr int64_t kSmallPart = 64, kGrowth = 4;
+constexpr double kFewAbove = 8;
 // One group of rows in so many tells how many pairs a walk leaves to be met one by one; of all that
 // rows see, so many may be in one walk, and in all of a search, before the dense loops are as fast.
 constexpr int64_t kProbed = 16;
@@ -36,17 +41,15 @@ class MassTree {
     const int64_t rows = visible_.row_end, value_dim = s_.value_dim;
     std::vector<ThresholdSearch<T>> search(rows);
     std::vector<Mass<T>> sums(rows);
+    std::vector<int32_t> sampled(rows, 0);
     state_.assign(rows, State::kDone);
     each_run(rows, [&](int64_t row) {
-      if (visible_.visible_keys(row) > 0) {
-        start(row, search[row]);
-        record(row)[2] = search[row].tau;
-        state_[row] = State::kMass;
-      }
+      if (visible_.visible_keys(row) > 0) state_[row] = start(row, search, sums, sampled);
     });
     const double seen = visible_pairs();
     if (probe() > kMostInWalk * seen) return false;
     int64_t met = 0;
+    start_in_trees(search, sums, sampled, &met);
     for (int64_t active = 1; active > 0;) {
       for (const State state : {State::kMass, State::kContext}) {
         each_run(rows, [&](int64_t row) {
@@ -140,7 +143,7 @@ class MassTree {
   }
 
  private:
-  enum class State : int8_t { kDone, kMass, kContext };
+  enum class State : int8_t { kDone, kStart, kMass, kContext };
 
   T* record(int64_t row) const { return &records_[row * stride_]; }
 
@@ -175,8 +178,12 @@ class MassTree {
   }
 
   // Where the search of a row starts: the threshold among the last keys that it sees, as if all
-  // were like these; among few, and then once among more.
-  void start(int64_t row, ThresholdSearch<T>& search) const {
+  // were like these; among few, and then once among more. What it does next: kStart where even
+  // these tell too little of all, and then `search`, `sums` and `sampled` hold where they were
+  // evaluated, what they gave and how many they are.
+  State start(int64_t row, std::vector<ThresholdSearch<T>>& searches,
+              std::vector<Mass<T>>& all_sums, std::vector<int32_t>& sampled) const {
+    ThresholdSearch<T>& search = searches[row];
     const double seen = static_cast<double>(visible_.visible_keys(row));
     T probe[kRowNumbers] = {record(row)[0], record(row)[1], std::numeric_limits<T>::infinity(), 0};
     Mass<T> sums{0, 0, -std::numeric_limits<T>::infinity()};
@@ -185,14 +192,9 @@ class MassTree {
       const int64_t begin = std::max<int64_t>(end - window, 0) / kPadding * kPadding;
       sums.excess = sums.count = 0;
       loops_.run_mass(keys_from(begin), end - begin, probe, &sums);
-      return static_cast<double>(end - begin);
+      return end - begin;
     };
-    const auto root = [&](double more) {
-      return sums.count > 0
-                 ? power_law_root(probe[2], sums.excess * more, sums.count * more, sums.top)
-                 : double(probe[2]);
-    };
-    double count = evaluate(kWindow);
+    int64_t count = evaluate(kWindow);
     const double least = mass_bound(sums.top);
     search.start(least, least);
     for (int n = 0; n < kWindowSteps; ++n) {
@@ -201,16 +203,78 @@ class MassTree {
       evaluate(kWindow);
       if (search.update(sums)) break;
     }
-    double guess = root(std::min(seen, double(kWideWindow)) / count);
+    double guess = guess_among(sums, probe[2], std::min(seen, double(kWideWindow)) / count);
     if (seen > count) {
       probe[2] = static_cast<T>(guess);
       probe[3] = 0;
       count = evaluate(kWideWindow);
-      guess = root(seen / count);
+      guess = guess_among(sums, probe[2], seen / count);
     }
     const double lower = search.lower();
     search = ThresholdSearch<T>();
+    record(row)[2] = static_cast<T>(guess);
+    if (seen >= static_cast<double>(kSmallPart * kWideWindow) &&
+        expected_above(sums, probe[2], guess) < kFewAbove) {
+      search.start(lower, probe[2]);
+      all_sums[row] = sums;
+      sampled[row] = static_cast<int32_t>(count);
+      return State::kStart;
+    }
     search.start(lower, guess);
+    return State::kMass;
+  }
+
+  // The threshold among `more` times as many keys as those of which these are the sums above t.
+  static double guess_among(const Mass<T>& sums, double t, double more) {
+    return sums.count > 0 ? power_law_root(t, sums.excess * more, sums.count * more, sums.top) : t;
+  }
+  // How many of the same keys are above a guess behind t, by the power law of their mass.
+  static double expected_above(const Mass<T>& sums, double t, double guess) {
+    const double above = sums.top - t;
+    if (!(sums.count > 0 && sums.excess > 0 && above > 0 && guess > t)) return sums.count;
+    const double power = sums.count * above / sums.excess;
+    return sums.count * std::pow(std::max(sums.top - guess, 0.0) / above, power - 1);
+  }
+
+  // Rows whose start is kStart go on among the keys of ever larger trees.
+  void start_in_trees(std::vector<ThresholdSearch<T>>& search, std::vector<Mass<T>>& sums,
+                      std::vector<int32_t>& sampled, int64_t* met) {
+    for (size_t n = forest_.levels().size(); n-- > 0;) {
+      const int64_t size = forest_.levels()[n].size;
+      each_group_of_level(
+          forest_.levels()[n],
+          [&](int64_t row) {
+            if (state_[row] != State::kStart || sampled[row] > size / kGrowth) return false;
+            const double more = static_cast<double>(size) / sampled[row];
+            record(row)[2] = static_cast<T>(guess_among(sums[row], search[row].tau, more));
+            return true;
+          },
+          [](int64_t) {},
+          [&](const TreeView<T>& tree, const TreeRows<T>& group, const int32_t* row) {
+            Mass<T> part[kGroup];
+            for (int64_t l = 0; l < group.count; ++l)
+              part[l] = {0, 0, -std::numeric_limits<T>::infinity()};
+            int64_t pairs = 0;
+            loops_.mass(tree, group, part, &pairs);
+            for (int64_t l = 0; l < group.count; ++l) {
+              if (!(part[l].count > 0)) continue;
+              part[l].top = std::max(part[l].top, sums[row[l]].top);
+              sums[row[l]] = part[l];
+              search[row[l]].tau = group.at(l)[2];
+              sampled[row[l]] = static_cast<int32_t>(size);
+            }
+            __atomic_fetch_add(met, pairs, __ATOMIC_RELAXED);
+          });
+    }
+    each_run(visible_.row_end, [&](int64_t row) {
+      if (state_[row] != State::kStart) return;
+      const double seen = static_cast<double>(visible_.visible_keys(row));
+      const double guess = guess_among(sums[row], search[row].tau, seen / sampled[row]);
+      const double lower = search[row].lower();
+      search[row] = ThresholdSearch<T>();
+      search[row].start(lower, guess);
+      state_[row] = State::kMass;
+    });
   }
 
   double visible_pairs() const {
@@ -251,23 +315,29 @@ class MassTree {
   bool each_group(const Chosen& chosen, const Fetch& fetch, const Body& body,
                   const More& more) const {
     for (const TreeLevel<T>& level : forest_.levels()) {
-      std::vector<Range> items;
-      std::vector<const TreeView<T>*> trees;
-      for (size_t n = 0; n < level.where.size(); ++n)
-        if (level.trees[n])
-          for (int64_t row = level.where[n].row_begin; row < level.where[n].row_end;
-               row += kRowsAtOnce) {
-            items.push_back({row, std::min(row + kRowsAtOnce, level.where[n].row_end)});
-            trees.push_back(&level.trees[n]->view());
-          }
-      each(items.size(), [&](int64_t item) {
-        each_group_of(
-            level.rows.data(), items[item], chosen, fetch,
-            [&](const TreeRows<T>& group, const int32_t* row) { body(*trees[item], group, row); });
-      });
+      each_group_of_level(level, chosen, fetch, body);
       if (!more()) return false;
     }
     return true;
+  }
+
+  template <class Chosen, class Fetch, class Body>
+  void each_group_of_level(const TreeLevel<T>& level, const Chosen& chosen, const Fetch& fetch,
+                           const Body& body) const {
+    std::vector<Range> items;
+    std::vector<const TreeView<T>*> trees;
+    for (size_t n = 0; n < level.where.size(); ++n)
+      if (level.trees[n])
+        for (int64_t row = level.where[n].row_begin; row < level.where[n].row_end;
+             row += kRowsAtOnce) {
+          items.push_back({row, std::min(row + kRowsAtOnce, level.where[n].row_end)});
+          trees.push_back(&level.trees[n]->view());
+        }
+    each(items.size(), [&](int64_t item) {
+      each_group_of(
+          level.rows.data(), items[item], chosen, fetch,
+          [&](const TreeRows<T>& group, const int32_t* row) { body(*trees[item], group, row); });
+    });
   }
 
   template <class Chosen, class Fetch, class Body>
