@@ -33,7 +33,7 @@ SLOTS = {
     ("hard", "forward"): {0: 7, 4: 10, 8: 14, 16: 22, 64: 70},
     ("soft", "forward"): {0: 7, 4: 9, 8: 13},
     ("gate", "forward"): {0: 12},
-    ("hard", "rows"): {0: 7, 4: 9},
+    ("hard", "rows"): {4: 9},  # without values they meet no pairs
     ("soft", "rows"): {0: 7, 4: 10},
     ("hard", "keys"): {0: 9, 4: 13, 8: 21},
     ("soft", "keys"): {0: 9, 4: 13, 8: 21},

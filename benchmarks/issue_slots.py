@@ -106,14 +106,18 @@ def readable(names: list[str]) -> list[str]:
 
 def pairs_of(name: str, loop: Loop) -> float | None:
     """Pairs of an iteration; None for a kernel that is not one of a pass over pairs."""
-    match = re.match(r"(Forward|RowPass|KeyPass)<\w+, (\w+)<\w+>, (\d+)", name)
+    match = re.match(
+        r"(Forward|RowPass|KeyPass)<\w+, (\w+)<\w+>, (\d+)(?:, \w+, (true|false))?", name
+    )
     if not match:
         return None
     if match[2] == "InverseGate":
         return loop.count("MUFU.RCP") or None
     columns = int(match[3]) or 2
-    # Two for the score and, in a backward, two for the gradient of what owns the pair.
-    adds = {"Forward": 2 + columns, "RowPass": 4 + columns, "KeyPass": 4 + 2 * columns}
+    # Two for the score and, in a backward, two for the gradient of what owns the pair. A forward
+    # that keeps sums for the backward has three products of the key among them.
+    kept = 3 if match[4] == "true" else 0
+    adds = {"Forward": 2 + columns + kept, "RowPass": 4 + columns, "KeyPass": 4 + 2 * columns}
     return loop.multiply_adds / adds[match[1]]
 
 

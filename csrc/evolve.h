@@ -77,6 +77,7 @@ QFLUX_INLINE InteractParams<T> stage_params(const EvolveParams<T>& p, int64_t st
   stage.pair.key_points = stage.pair.states;
   stage.context = p.plane(step, middle ? kTapeMiddleContext : kTapeContext);
   stage.threshold = p.plane(step, middle ? kTapeMiddleThreshold : kTapeThreshold);
+  if (p.keeps_sums()) stage.moments = p.plane(step, middle ? kTapeMiddleKept : kTapeKept);
   if (!middle) stage.strength = p.plane(step, kTapeStrength);
   if (!middle && step + 1 == p.steps) stage.degree = p.degree;
   return stage;
@@ -173,6 +174,7 @@ QFLUX_INLINE InteractBackwardParams<T> stage_backward_params(const StepGradients
   InteractBackwardParams<T> backward{};
   backward.pair = forward.pair;
   backward.threshold = as_const(forward.threshold);
+  backward.moments = as_const(forward.moments);
   backward.grad_context = as_const(g.plane(middle ? kGradMiddleContext : kGradContext));
   if (!middle) backward.grad_strength = as_const(g.plane(kGradStrength));
   backward.grad_states = g.plane(middle ? kGradMiddle : kGradState);

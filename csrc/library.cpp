@@ -37,7 +37,8 @@ Tensor cuda_architectures() { return text(architectures<kHasCuda>()); }
 Tensor constants() {
   return text(std::string("scores=") + kScoreNames + " algorithms=" + kAlgorithmNames +
               " tape_planes=" + std::to_string(kTapePlanes) + " kept_moments=" +
-              std::to_string(kKeptMoments) + " max_features=" + std::to_string(kMaxFeatures) +
+              std::to_string(kKeptMoments) + " kept_sums=" + std::to_string(kKeptSums) +
+              " max_features=" + std::to_string(kMaxFeatures) +
               " run_factor=" + std::to_string(cpu::kRunFactor) +
               " moments_tile=" + std::to_string(cpu::kMomentsTile) +
               " largest_tame=" + std::to_string(kLargestTame<float>));
@@ -57,7 +58,7 @@ Tensor constants() {
 
 STABLE_TORCH_LIBRARY(qflux_kernels, m) {
   m.def("interact(Tensor states, Tensor? keys, Tensor? values, " QFLUX_PAIR
-        ") -> (Tensor context, Tensor strength, Tensor degree, Tensor threshold, "
+        ", bool save) -> (Tensor context, Tensor strength, Tensor degree, Tensor threshold, "
         "Tensor moments)");
   m.def(
       "interact_backward(Tensor grad_context, Tensor grad_strength, Tensor threshold, "

@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "math/kept.h"
 #include "math/score.h"
 #include "math/step.h"
 #include "math/storage.h"
@@ -150,8 +151,9 @@ struct InteractParams {
   View<int32_t> degree;  // [batch][rows]; null: not wanted
   View<T> threshold;     // [batch][rows]: the limit, for the backward; zero
                          // for a score that is not thresholded
-  // [batch][rows][kKeptMoments], of a score with kMass over values of their own, for the backward.
-  // On a GPU; null: not wanted.
+  // For the backward, on a GPU; null: not wanted. [batch][rows][kKeptMoments] of a score with kMass
+  // over values of their own, [batch][rows][kKeptSums] of one that has these where values are the
+  // keys.
   View<T> moments;
   // Counts of pairs that a sweep met one by one, added to: [0] densely, [1] in bands. Null: none.
   int64_t* work = nullptr;
@@ -163,7 +165,8 @@ struct InteractBackwardParams {
   View<const T> grad_context;   // [batch][rows][value_dim]
   View<const T> grad_strength;  // [batch][rows]; null: zero
   View<const T> threshold;      // as the forward left it
-  View<const T> moments;        // the same; null where it left none
+  // The same; null where it left none, for which a row pass over keys as values has to meet pairs.
+  View<const T> moments;
   // What to compute. Each is written unless `accumulate`, which adds to grad_states. When keys are
   // the states, grad_keys is grad_states and the key pass adds to what the row pass left there.
   View<T> grad_states;  // [batch][rows][2]; null: no row pass
@@ -203,6 +206,10 @@ enum TapePlane : int64_t {
   kTapeThreshold = 9,
   kTapeMiddleThreshold = 10,
   kTapePlanes = 11,
+  // With what rows keep for the backward, the KeptSums of both stages.
+  kTapeKept = 11,
+  kTapeMiddleKept = kTapeKept + kKeptSums,
+  kTapeKeptPlanes = kTapeMiddleKept + kKeptSums,
 };
 
 // dt or skip: one number, or [steps or 1][batch][length].
@@ -227,12 +234,14 @@ struct EvolveParams {
   View<T> out;           // [batch][rows][2]
   View<T> strength;      // [batch][rows]
   View<int32_t> degree;  // [batch][rows]
-  // [steps or 1][kTapePlanes][batch][length]: one step's worth is scratch when nothing is saved.
+  // [steps or 1][planes][batch][length]: one step's worth is scratch when nothing is saved.
   T* tape;
   bool save;
+  int64_t planes = kTapePlanes;  // or kTapeKeptPlanes
 
+  QFLUX_INLINE bool keeps_sums() const { return planes == kTapeKeptPlanes; }
   QFLUX_INLINE View<T> plane(int64_t step, int64_t which) const {
-    return pair.plane(tape, (save ? step : 0) * kTapePlanes + which);
+    return pair.plane(tape, (save ? step : 0) * planes + which);
   }
 };
 

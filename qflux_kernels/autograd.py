@@ -29,6 +29,7 @@ from .schema import (
     INTERACT,
     INTERACT_BACKWARD,
     KEPT_MOMENTS,
+    KEPT_SUMS,
     SCORE_KINDS,
     SCORES,
     TAPE_PLANES,
@@ -132,7 +133,7 @@ class _Call:
 
 
 _TENSORS = "states", "keys", "values", "coefficient", "min_gate", "lengths"
-_interact_op = _Call(INTERACT, *_TENSORS, *PairOptions._fields)
+_interact_op = _Call(INTERACT, *_TENSORS, "save", *PairOptions._fields)
 _interact_backward_op = _Call(
     INTERACT_BACKWARD, "grad_context", "grad_strength", "threshold", "moments", *_TENSORS,
     "need_rows", "need_keys", *PairOptions._fields,
@@ -192,13 +193,15 @@ class _Interact(OpFunction):
     op = INTERACT
 
     @staticmethod
-    def forward(states, keys, values, coefficient, min_gate, lengths, pair, family):
+    def forward(states, keys, values, coefficient, min_gate, lengths, save, pair, family):
         states, keys, values = _points(family, pair.algorithm, states, keys, values)
-        return _interact_op(family, states, keys, values, coefficient, min_gate, lengths, *pair)
+        return _interact_op(
+            family, states, keys, values, coefficient, min_gate, lengths, save, *pair
+        )
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        states, keys, values, coefficient, min_gate, lengths, ctx.pair, ctx.family = inputs
+        states, keys, values, coefficient, min_gate, lengths, _, ctx.pair, ctx.family = inputs
         context, _, degree, threshold, moments = output
         ctx.dtype = context.dtype
         ctx.mark_non_differentiable(degree, threshold, moments)
@@ -361,8 +364,9 @@ def interact(
     """Context `(*batch, S, D)`, strength and degree `(*batch, S)`, in the dtype of computation or,
     where the kernels store half precision, that of the states."""
     coefficient, min_gate, pair = _pair(args, algorithm)
+    save = torch.is_grad_enabled() and _may_need_grad(args.states)
     context, strength, degree, *_ = _Interact.run(
-        args.states, args.keys, args.values, coefficient, min_gate, args.lengths, pair, family
+        args.states, args.keys, args.values, coefficient, min_gate, args.lengths, save, pair, family
     )
     return context, strength, degree
 
@@ -411,22 +415,31 @@ def _gradient_like(
     return like.new_empty(0 if given is None else given.shape, dtype=dtype)
 
 
-def _interact_fake(given, family):
-    batch_rows, wide = given.states.shape[:-1], COMPUTE_DTYPES[given.states.dtype]
-    keeps_moments = (
+def _keeps_sums(given, family):
+    """Whether a forward that saves for a backward leaves sums over the keys that rows keep."""
+    return (
         family == COMPILED
         and given.states.device.type == "cuda"
-        and SCORE_KINDS[given.score].mass
-        and given.values is not None
+        and SCORE_KINDS[given.score].kept_sums
+        and given.algorithm != _SWEEP
     )
+
+
+def _interact_fake(given, family):
+    batch_rows, wide = given.states.shape[:-1], COMPUTE_DTYPES[given.states.dtype]
+    moments = 0
+    if given.values is None:
+        moments = KEPT_SUMS if given.save and _keeps_sums(given, family) else 0
+    elif family == COMPILED and given.states.device.type == "cuda":
+        moments = KEPT_MOMENTS if SCORE_KINDS[given.score].mass else 0
     value_dim = 2 if given.values is None else given.values.shape[-1]
     return INTERACT.Results(
         context=given.states.new_empty(*batch_rows, value_dim),
         strength=given.states.new_empty(batch_rows),
         degree=given.states.new_empty(batch_rows, dtype=torch.int32),
         threshold=given.states.new_empty(batch_rows, dtype=wide),
-        moments=given.states.new_empty((*batch_rows, KEPT_MOMENTS), dtype=wide)
-        if keeps_moments
+        moments=given.states.new_empty((*batch_rows, moments), dtype=wide)
+        if moments
         else given.states.new_empty(0),
     )
 
@@ -464,12 +477,14 @@ def _threshold_backward_fake(given, family):
 
 def _evolve_fake(given, family):
     batch_rows = given.states.shape[:-1]
+    keeps_sums = given.save and _keeps_sums(given, family)
+    planes = TAPE_PLANES + (2 * KEPT_SUMS if keeps_sums else 0)
     return EVOLVE.Results(
         result=given.states.new_empty(given.states.shape),
         strength=given.states.new_empty(batch_rows),
         degree=given.states.new_empty(batch_rows, dtype=torch.int32),
         tape=given.states.new_empty(
-            (given.steps if given.save else 0, TAPE_PLANES, *batch_rows),
+            (given.steps if given.save else 0, planes, *batch_rows),
             dtype=COMPUTE_DTYPES[given.states.dtype],
         ),
     )

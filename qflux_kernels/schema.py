@@ -25,18 +25,30 @@ class ScoreKind(NamedTuple):
     thresholded: bool  # its limit is tau, the row's adaptive threshold
     mass: bool  # of which the weights of a row sum to one
     limit_vjp: bool  # the limit has a gradient, which goes to the statistics of the row
+    # Over keys as values, sums over the keys that a row keeps spare a backward its pairs.
+    kept_sums: bool
     swept_on: tuple[str, ...]  # devices with a method below O(S^2), which needs an affine weight
 
 
 # In the order of `ScoreKind` in csrc/math/score.h.
 SCORE_KINDS = (
     ScoreKind(
-        "hard_threshold", thresholded=True, mass=False, limit_vjp=False, swept_on=("cpu", "cuda")
+        "hard_threshold", thresholded=True, mass=False, limit_vjp=False, kept_sums=True,
+        swept_on=("cpu", "cuda"),
     ),
-    ScoreKind("inverse_gate", thresholded=False, mass=False, limit_vjp=False, swept_on=()),
-    ScoreKind("soft_threshold", thresholded=True, mass=False, limit_vjp=True, swept_on=("cpu",)),
-    ScoreKind("sparsemax", thresholded=True, mass=True, limit_vjp=False, swept_on=("cpu",)),
-)
+    ScoreKind(
+        "inverse_gate", thresholded=False, mass=False, limit_vjp=False, kept_sums=False,
+        swept_on=(),
+    ),
+    ScoreKind(
+        "soft_threshold", thresholded=True, mass=False, limit_vjp=True, kept_sums=False,
+        swept_on=("cpu",),
+    ),
+    ScoreKind(
+        "sparsemax", thresholded=True, mass=True, limit_vjp=False, kept_sums=False,
+        swept_on=("cpu",),
+    ),
+)  # fmt: skip
 SCORES = tuple(kind.name for kind in SCORE_KINDS)
 # What a token leaves on the tape at each step of `evolve`: planes of numbers, points have two.
 TAPE = {
@@ -49,8 +61,10 @@ TAPE = {
     "middle_threshold": 1,
 }
 TAPE_PLANES = sum(TAPE.values())
-# Numbers of `moments`.
+# Numbers of `moments`: with a mass; of a score with kept_sums, of which both stages of a step are
+# on the tape, behind the others.
 KEPT_MOMENTS = 3
+KEPT_SUMS = 5
 # The most features that the kernels of `project_norm` take.
 MAX_FEATURES = 8
 
@@ -141,14 +155,17 @@ STEP = (
 
 INTERACT = Op(
     "interact",
-    (*POINTS, *PAIR),
+    # save: whether a backward will want the gradient of the states
+    (*POINTS, *PAIR, Field("save", "bool")),
     (
         Field("context", "Tensor", 0),
         Field("strength", "Tensor", 0),
         Field("degree", "Tensor", 0),
         Field("threshold", "Tensor", 0),  # tau, for the backward; zero without an adaptive one
-        # (*batch, S, 3), number and sum of the keys that a row keeps, from which a backward of the
-        # compiled kernels on a GPU starts where weights have a mass and values are given; else (0,)
+        # What the compiled kernels of a GPU leave of the keys that a row keeps, for a backward to
+        # start from: (*batch, S, 3), number and sum, where weights have a mass and values are
+        # given; (*batch, S, 5), the sums of x, y, xx, xy and yy, of a score with kept_sums where
+        # values are the keys, no sweep is asked for and `save` is set; else (0,)
         Field("moments", "Tensor", 0),
     ),
 )
@@ -200,7 +217,7 @@ EVOLVE = Op(
         Field("result", "Tensor", 0),
         Field("strength", "Tensor", 0),
         Field("degree", "Tensor", 0),
-        Field("tape", "Tensor", 2),  # (steps, or 0 if not saved, TAPE_PLANES, *batch, S)
+        Field("tape", "Tensor", 2),  # (steps, or 0 if not saved, planes, *batch, S)
     ),
 )
 EVOLVE_BACKWARD = Op(

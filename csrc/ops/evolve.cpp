@@ -38,6 +38,7 @@ struct StepArguments {
     p.skip = batch.per_token<T>(skip, skip_value);
     p.tape = pointer<T>(tape);
     p.save = save;
+    p.planes = tape.size(1);
     return p;
   }
 
@@ -72,8 +73,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> evolve(
   step.check(states, batch);
   batch.settle();
   const int64_t rows = pair.rows();
+  const int64_t planes = save && pair.keeps_sums() ? kTapeKeptPlanes : kTapePlanes;
   const auto tape_of = [&](int64_t saved) {
-    return empty(states, batch.shape({rows}, {saved, kTapePlanes}), compute_dtype(states));
+    return empty(states, batch.shape({rows}, {saved, planes}), compute_dtype(states));
   };
   const Tensor out = empty(states, batch.shape({rows, 2}));
   const Tensor strength = empty(states, batch.shape({rows}));
@@ -116,7 +118,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> evolve_backward(
   step.check(grad_states, batch);
   const int64_t rows = pair.rows();
   check_argument("grad_strength", grad_strength, batch.shape({rows}), grad_states, Holds::kStored);
-  check_argument("tape", tape, batch.shape({rows}, {steps, kTapePlanes}), grad_states);
+  const bool keeps_sums = pair.keeps_sums() && tape.dim() > 1 && tape.size(1) == kTapeKeptPlanes;
+  check_argument("tape", tape,
+                 batch.shape({rows}, {steps, keeps_sums ? kTapeKeptPlanes : kTapePlanes}),
+                 grad_states);
   STD_TORCH_CHECK(tape.is_contiguous(), "qflux_kernels: tape must be contiguous");
   batch.include(grad_strength);
   batch.settle();

@@ -13,7 +13,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> interact(
     Tensor states, OptionalTensor keys, OptionalTensor values, OptionalTensor coefficient,
     double coefficient_value, OptionalTensor min_gate, double min_gate_value,
     OptionalTensor lengths, int64_t score, double eps, bool whole_window, bool causal, bool mean,
-    int64_t algorithm) {
+    int64_t algorithm, bool save) {
   PairArguments pair{states,       keys,           values,  coefficient, coefficient_value,
                      min_gate,     min_gate_value, lengths, score,       eps,
                      whole_window, causal,         mean,    algorithm};
@@ -28,9 +28,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> interact(
   const Tensor context = output(batch.shape({pair.rows(), pair.value_dim()}), dtype);
   const Tensor strength = output(rows, dtype), degree = output(rows, ScalarType::Int);
   const Tensor threshold = output(rows, wide);
-  const Tensor moments = pair.keeps_moments()
-                             ? output(batch.shape({pair.rows(), kKeptMoments}), wide)
-                             : nothing(states);
+  const int64_t left = pair.moments(save);
+  const Tensor moments =
+      left > 0 ? output(batch.shape({pair.rows(), left}), wide) : nothing(states);
   if (!pairs) return {context, strength, degree, threshold, moments};
   const Tensor row_scratch = pair.row_scratch(batch);
   with_dtype(states, [&](auto zero) {
@@ -42,7 +42,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> interact(
     params.strength = batch.view<T>(strength);
     params.degree = batch.view<int32_t>(degree);
     params.threshold = batch.view<T>(threshold);
-    if (pair.keeps_moments()) params.moments = batch.view<T>(moments);
+    if (left > 0) params.moments = batch.view<T>(moments);
     on_device(
         states, [&](cpu::Device& device) { device.interact(params); },
         [&](auto stream) {
@@ -70,7 +70,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> interact_backward(
   check_argument("threshold", threshold, rows, states);
   for (Tensor* tensor : {&grad_context, &grad_strength, &threshold}) batch.include(*tensor);
   if (moments)
-    check_argument("moments", *moments, batch.shape({pair.rows(), kKeptMoments}), states);
+    check_argument("moments", *moments,
+                   batch.shape({pair.rows(), values ? kKeptMoments : kKeptSums}), states);
   batch.include(moments);
   batch.settle();
 

@@ -90,8 +90,18 @@ struct PairArguments {
     return coefficient ? sum_rows(parts) : nothing(states);
   }
 
-  // Whether a forward leaves the moments of kept keys for its backward.
-  bool keeps_moments() const { return has_mass(kind()) && values && states.is_cuda(); }
+  // Whether a forward that saves for a backward leaves the KeptSums of its rows. On a CPU they take
+  // longer than the pairs of a backward that they spare (benchmarks/README.md).
+  bool keeps_sums() const {
+    return has_kept_sums(kind()) && !values && states.is_cuda() &&
+           algorithm != static_cast<int64_t>(Algorithm::kSweep);
+  }
+  // How many numbers of a row's kept keys `interact` leaves for its backward. Those of a mass it
+  // gathers anyway.
+  int64_t moments(bool save) const {
+    if (save && keeps_sums()) return kKeptSums;
+    return has_mass(kind()) && values && states.is_cuda() ? kKeptMoments : 0;
+  }
 
   // For PairParams, of a score that needs it.
   Tensor row_scratch(const Batch& batch) const {

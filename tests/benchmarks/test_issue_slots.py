@@ -55,6 +55,9 @@ def test_the_multiply_adds_of_a_pair():
     assert pairs_of("KeyPass<float, HardThreshold<float>, 4", twelve) == 1
     assert pairs_of("RowPass<float, HardThreshold<float>, 4", twelve) == 1.5
     assert pairs_of("Forward<double, SoftThreshold<double>, 4", twelve) == 2
+    assert pairs_of("Forward<float, HardThreshold<float>, 0, true, false>", twelve) == 3
+    seven = Loop(("FFMA R1",) * 7)
+    assert pairs_of("Forward<float, HardThreshold<float>, 0, false, true>, a part", seven) == 1
 
 
 def test_a_loop_that_stages_is_none_over_pairs():

@@ -133,6 +133,7 @@ EvolveParams<T> evolve_params(const py::dict& d) {
   p.skip = per_token<T>(d["skip"]);
   p.tape = data_of<T>(d["tape"]);
   p.save = d["save"].cast<bool>();
+  p.planes = d["planes"].cast<int64_t>();
   return p;
 }
 
@@ -339,6 +340,8 @@ void dispatch(const py::dict& d) {
 PYBIND11_MODULE(qflux_emulator, m) {
   m.attr("TAPE_CONTEXT") = static_cast<int64_t>(kTapeContext);
   m.attr("TAPE_PLANES") = static_cast<int64_t>(kTapePlanes);
+  m.attr("TAPE_KEPT_PLANES") = static_cast<int64_t>(kTapeKeptPlanes);
+  m.attr("KEPT_SUMS") = static_cast<int64_t>(kKeptSums);
   m.attr("WINDOW_SUMS") = kWindowSums;
   m.attr("SCRATCH_PLANES") = static_cast<int64_t>(kScratchPlanes);
   m.def("architectures", &cuda::architectures);

@@ -163,8 +163,14 @@ class Case:
 
     @property
     def keeps_moments(self) -> bool:
-        """Whether the forward leaves the moments of kept keys for the backward."""
+        """Whether the forward leaves number and sum of kept keys for the backward."""
         return self.mass and self.value_dim is not None
+
+    @property
+    def keeps_sums(self) -> bool:
+        """Whether it leaves the sums over kept keys from which the gradients of rows are made."""
+        plain = not (self.gate or self.soft or self.mass) and self.value_dim is None
+        return plain and not self.base
 
     @property
     def num_columns(self) -> int:
@@ -283,8 +289,9 @@ def interact(
         "degree": memory.array(case.tokens, np.int32, case.layout),
         "threshold": memory.array(case.tokens, dtype, case.layout),
     } | dict.fromkeys(omit)
-    if case.keeps_moments:
-        out["moments"] = memory.array((*case.tokens, 3), dtype, case.layout)
+    left = 3 if case.keeps_moments else emulator.KEPT_SUMS if case.keeps_sums else 0
+    if left and "moments" not in omit:
+        out["moments"] = memory.array((*case.tokens, left), dtype, case.layout)
     emulator.interact(call | out)
     memory.check()
     return out
@@ -441,15 +448,17 @@ def run_evolve(
         "skip": skip if isinstance(skip, float) else memory.copy(skip.astype(dtype), case.layout),
     }
 
+    kept = emulator.TAPE_KEPT_PLANES if case.keeps_sums else emulator.TAPE_PLANES
+
     def forward(save: bool) -> dict[str, np.ndarray]:
-        planes = (evolution.steps if save else 1) * emulator.TAPE_PLANES
+        planes = kept if save else emulator.TAPE_PLANES
         out = {
-            "tape": memory.array((planes, *tokens), dtype),
+            "tape": memory.array(((evolution.steps if save else 1) * planes, *tokens), dtype),
             "out": memory.array((*tokens, 2), dtype, case.layout),
             "strength": memory.array(tokens, dtype, case.layout),
             "degree": memory.array(tokens, np.int32, case.layout),
         }
-        emulator.evolve(call | out | {"save": save, "launches": launches[0]})
+        emulator.evolve(call | out | {"save": save, "planes": planes, "launches": launches[0]})
         memory.check()
         return out
 
@@ -470,6 +479,7 @@ def run_evolve(
         | {
             "tape": memory.copy(out["tape"]),
             "save": True,
+            "planes": kept,
             "launches": launches[1],
             "grad_out": memory.copy(inputs.grad_context.astype(dtype), case.layout),
             "grad_strength": memory.copy(inputs.grad_strength.astype(dtype), case.layout),

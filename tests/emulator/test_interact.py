@@ -401,6 +401,68 @@ def test_results_that_are_not_wanted(emulator, case):
             np.testing.assert_array_equal(part[name], full[name])
 
 
+def kept_sums(inputs: Inputs, threshold: np.ndarray) -> np.ndarray:
+    """Of x, y, xx, xy and yy over the keys that each row keeps."""
+    case, keys = inputs.case, inputs.states if inputs.keys is None else inputs.keys
+    row, key = np.arange(case.rows)[:, None], np.arange(case.num_keys)
+    visible = (key <= row + case.num_keys - case.rows) | (not case.causal)
+    if inputs.lengths is not None:
+        length = inputs.lengths[..., None, None]
+        visible = visible & (row < length) & (key < length)
+    score = (inputs.states @ keys.swapaxes(-1, -2) + 1) / 2
+    x, y = keys[..., 0], keys[..., 1]
+    powers = np.stack([x, y, x * x, x * y, y * y], -1)
+    return (visible & (score >= threshold[..., None])) @ powers
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(0),
+        Case(1),
+        Case(150),
+        Case(150, lengths=(150, 33), mean=True, whole_window=True),
+        Case(60, keys=90, causal=False, layout="strided"),
+        Case(90, keys=60, batch=(2, 3), layout="heads"),
+        Case(40, batch=(2, 3), layout="expanded"),
+        Case(2500, batch=1),
+    ],
+    ids=str,
+)
+def test_rows_that_keep_sums_need_no_pairs_backward(emulator, case):
+    inputs = Inputs.random(case)
+    out, plain = interact(emulator, inputs), interact(emulator, inputs, omit=("moments",))
+    for name in ("context", "strength", "degree", "threshold"):
+        np.testing.assert_array_equal(out[name], plain[name], err_msg=name)
+    close("moments", out["moments"], kept_sums(inputs, out["threshold"]))
+    grads, by_pairs = (interact_backward(emulator, inputs, of) for of in (out, plain))
+    for name, grad in grads.items():
+        close(name, grad, by_pairs[name], 1e-12)
+    # All that rows have comes from there; keys that are the states add their own.
+    out["moments"][...] = 0
+    without = interact_backward(emulator, inputs, out)
+    if inputs.keys is not None:
+        assert not without["grad_states"].any()
+        np.testing.assert_array_equal(without["grad_keys"], grads["grad_keys"])
+    elif case.rows > 1:
+        assert (without["grad_states"] != grads["grad_states"]).any()
+
+
+def test_float32_gradients_from_sums_are_those_from_pairs(emulator):
+    """Where upstream gradients cancel over keys far from the origin, to the size of their terms."""
+    case = Case(40, keys=3000, batch=1, causal=False)
+    inputs = Inputs.random(case, dtype=np.float32)
+    inputs.keys = (inputs.keys + np.array([60.0, -40.0])).astype(np.float32).astype(np.float64)
+    toward = inputs.grad_context
+    inputs.grad_strength = -(toward @ np.array([60.0, -40.0])).astype(np.float32).astype(np.float64)
+    out = interact(emulator, inputs, np.float32)
+    by_sums = interact_backward(emulator, inputs, out, np.float32)["grad_states"]
+    by_pairs = interact_backward(emulator, inputs, out | {"moments": None}, np.float32)
+    terms = np.abs(inputs.grad_strength) * np.linalg.norm(inputs.keys, axis=-1).sum(-1)
+    error = np.abs(by_sums.astype(np.float64) - by_pairs["grad_states"])
+    assert (error <= 1e-6 * terms[..., None]).all()
+
+
 @pytest.mark.parametrize(
     "case",
     [

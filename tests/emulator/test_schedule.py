@@ -46,7 +46,8 @@ DIVIDED = {
     Case(3, keys=1100, value_dim=2, mass=True, causal=False): 6,
     Case(1100, value_dim=3, soft=True, lengths=(1100, 30)): 9,
     Case(1100, keys=5, gate=True, value_dim=1, layout="strided"): 4,
-    Case(2500, batch=1): 7,
+    Case(2500, batch=1): 6,
+    Case(2500, batch=1, soft=True): 9,
 }
 
 

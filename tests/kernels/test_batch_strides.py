@@ -112,7 +112,7 @@ class Call:
         values = self.tokens("values", KEYS, DIM) if given == "values" else None
         options = self.pair(pair, given == "states")
         points = (states, keys, values)
-        *_, threshold, moments = run(OPS.interact, *points, *options)
+        *_, threshold, moments = run(OPS.interact, *points, *options, True)
         grad_context = self.tokens("grad_context", ROWS, DIM if given == "values" else 2)
         left = (threshold, moments if moments.dim() > 1 else None)
         upstream = (grad_context, self.row("grad_strength"), *left)

@@ -78,6 +78,7 @@ def test_opcheck_interact(device, wanted, given, pair):
             0.0,
             lengths if given == "lengths" else None,
             *PAIR[pair],
+            bool(wanted),
         ),
     )
 
@@ -99,7 +100,7 @@ def test_opcheck_interact_backward(device, needs, wanted, given, pair):
     values = values if given in ("values", "all") else None
     alpha = alpha if given == "all" else None
     arguments = (states, sources, values, alpha, 0.5, None, 0.0, None, *PAIR[pair])
-    context, strength, _, threshold, moments = (t.detach() for t in OPS.interact(*arguments))
+    context, strength, _, threshold, moments = (t.detach() for t in OPS.interact(*arguments, True))
     upstream = torch.randn_like(context), torch.randn_like(strength)
     left = threshold, moments if moments.dim() > 1 else None
     torch.library.opcheck(OPS.interact_backward.default, (*upstream, *left, *arguments, *needs))

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from qflux_kernels import backends, past, schema
 from qflux_kernels.options import ALGORITHMS, Score
@@ -50,10 +51,31 @@ def test_constants_are_those_of_the_kernels():
         "algorithms": ",".join(ALGORITHMS),
         "tape_planes": str(schema.TAPE_PLANES),
         "kept_moments": str(schema.KEPT_MOMENTS),
+        "kept_sums": str(schema.KEPT_SUMS),
         "max_features": str(schema.MAX_FEATURES),
         "run_factor": str(past.RUN_FACTOR),
         "moments_tile": str(past.MOMENTS_TILE),
     }
+
+
+@pytest.mark.parametrize("save", [False, True])
+@pytest.mark.parametrize("algorithm", range(len(ALGORITHMS)), ids=ALGORITHMS)
+@pytest.mark.parametrize("score", range(len(schema.SCORES)), ids=schema.SCORES)
+def test_what_a_gpu_leaves_for_a_backward(score, algorithm, save):
+    """By the fakes, which need none; test_batches compares them with the ops on one."""
+    plain = schema.SCORES[score] == "hard_threshold" and ALGORITHMS[algorithm] != "sweep"
+    pair = (None, 0.5, None, 0.0, None, score, 1e-6, False, True, False, algorithm)
+    with FakeTensorMode():
+        states = torch.empty(2, 9, 2, device="cuda")
+        values = torch.empty(2, 9, 3, device="cuda")
+        left = OPS.interact(states, None, None, *pair, save)[-1]
+        beside = OPS.interact(states, None, values, *pair, save)[-1]
+        step = (2, False, 0.1, 2.0, 0.0, 0.0, 1.0)
+        tape = OPS.evolve(states, None, 0.1, None, 0.0, *pair, *step, save)[-1]
+    sums = schema.KEPT_SUMS if plain and save else 0
+    assert left.shape == ((2, 9, sums) if sums else (0,))
+    assert beside.shape == ((2, 9, 3) if schema.SCORES[score] == "sparsemax" else (0,))
+    assert tape.shape == (2 if save else 0, schema.TAPE_PLANES + 2 * sums, 2, 9)
 
 
 def test_every_option_of_a_score_has_a_kernel():

@@ -318,8 +318,8 @@ def test_dispatcher():
     pair = (SIGMA.to(DEVICE), 0.0, None, 0.5, None, 1, 1e-2, False, True, True, 0)
     x = tensor(2, 2, 7).mT.requires_grad_()
     values = tensor(2, 3, 7).mT
-    torch.library.opcheck(ops.triton_interact.default, (x, None, values, *pair))
-    context, strength, _, threshold, _ = ops.triton_interact(x, None, values, *pair)
+    torch.library.opcheck(ops.triton_interact.default, (x, None, values, *pair, True))
+    context, strength, _, threshold, _ = ops.triton_interact(x, None, values, *pair, True)
     grads = torch.randn_like(context), torch.randn_like(strength)
     torch.library.opcheck(
         ops.triton_interact_backward.default,
@@ -343,7 +343,7 @@ def test_ops_refuse_what_does_not_fit():
         (None, tensor(2, 5)),
     ):
         with pytest.raises(RuntimeError, match=r"(keys|values) must be"):
-            torch.ops.qflux_kernels.triton_interact(x, keys, values, *pair)
+            torch.ops.qflux_kernels.triton_interact(x, keys, values, *pair, False)
 
 
 @needs_kernels
@@ -483,7 +483,7 @@ for dtype, score, (target, binary) in (
     pair = (None, 0.5, None, 0.0, lengths, score, 1e-5, False, True, False, 0)
     for values in (None, v):
         context, strength, _, threshold, _ = torch.ops.qflux_kernels.triton_interact(
-            x, None, values, *pair
+            x, None, values, *pair, True
         )
         torch.ops.qflux_kernels.triton_interact_backward(
             context, strength, threshold, None, x, None, values, *pair, True, True

@@ -7,6 +7,29 @@
 namespace qflux::cuda {
 namespace {
 
+constexpr int kRowThreads = 256;
+
+template <class T, class Score>
+__global__ void __launch_bounds__(kRowThreads) rows_from_kept(InteractBackwardParams<T> params) {
+  const PairParams<T>& pair = params.pair;
+  for (int64_t n = static_cast<int64_t>(blockIdx.x) * kRowThreads + threadIdx.x;
+       n < pair.batch() * pair.rows; n += static_cast<int64_t>(gridDim.x) * kRowThreads)
+    row_from_kept<T, Score>(params, pair.index(n / pair.rows), static_cast<int>(n % pair.rows));
+}
+
+template <class T, class Score, int kValues>
+const char* launch_rows(const InteractBackwardParams<T>& params, void* stream) {
+  const PairParams<T>& pair = params.pair;
+  if constexpr (kHasKeptSums<Score> && kValues == 0) {
+    if (params.moments) {
+      if (const char* error = check_lengths(pair, 0)) return error;
+      const int64_t blocks = (pair.batch() * pair.rows + kRowThreads - 1) / kRowThreads;
+      return launch(rows_from_kept<T, Score>, {blocks, kRowThreads}, stream, params);
+    }
+  }
+  return launch_gather<RowPass<T, Score, kValues>>(params, pair.causal, stream);
+}
+
 template <class T, class Score, int kValues>
 const char* launch_passes(const InteractBackwardParams<T>& params, void* stream) {
   const PairParams<T>& pair = params.pair;
@@ -18,7 +41,7 @@ const char* launch_passes(const InteractBackwardParams<T>& params, void* stream)
   if (Score::kMass && kValues > 0 && row_pass && !params.moments)
     return "the backward of weights that sum to one needs the moments that the forward left";
   const char* error = nullptr;
-  if (row_pass) error = launch_gather<RowPass<T, Score, kValues>>(params, pair.causal, stream);
+  if (row_pass) error = launch_rows<T, Score, kValues>(params, stream);
   if (key_pass && error == nullptr)
     error = launch_gather<KeyPass<T, Score, kValues>>(params, false, stream);
   return error;

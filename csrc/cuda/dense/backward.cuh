@@ -127,6 +127,19 @@ struct RowPass : OwnsRows<T, Score, InteractBackwardParams<T>>, BackwardColumns<
   }
 };
 
+// The row pass where the forward left the KeptSums of the row.
+template <class T, class Score>
+__device__ __forceinline__ void row_from_kept(const InteractBackwardParams<T>& params, BatchIndex b,
+                                              int row) {
+  const RowPass<T, Score, 0> pass(params, b);
+  const auto of = pass.load(row, 0);
+  const auto sum = [&](int n) { return params.moments.at(b, row, n); };
+  const Point<T> grad = kept_query_vjp<T>({sum(0), sum(1), sum(2), sum(3), sum(4)},
+                                          {of.grad[0], of.grad[1]}, of.grad_strength);
+  const T sums[RowPass<T, Score, 0>::kSums] = {grad.x, grad.y};
+  pass.store(row, 0, true, sums);
+}
+
 // Their own totals of columns leave narrow values registers for two owners, which read as many
 // records at a time as four.
 template <class T, int kValues>

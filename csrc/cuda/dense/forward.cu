@@ -20,7 +20,8 @@ int64_t partial_numbers_of(const PairParams<T>& pair) {
   params.pair = pair;
   return visit_score(pair.score, [&](auto tag) {
     using Score = typename decltype(tag)::template of<T>;
-    if (!pair.values) return partial_numbers<Forward<T, Score, 0, true>>(params);
+    if (!pair.values)
+      return partial_numbers<Forward<T, Score, 0, true, kHasKeptSums<Score>>>(params);
     return pair.value_dim <= kNarrow ? partial_numbers<Forward<T, Score, kNarrow, true>>(params)
                                      : partial_numbers<Forward<T, Score, kWide<T>, true>>(params);
   });
@@ -49,6 +50,12 @@ const char* run(const InteractParams<T>& params, void* stream) {
       return visit_values(pair, [&](auto values) {
         return launch_forward<Forward<T, Score, decltype(values)::kColumns, true>>(params, stream);
       });
+    if constexpr (kHasKeptSums<Score>) {
+      if (params.moments)
+        return params.strength || params.degree
+                   ? launch_forward<Forward<T, Score, 0, true, true>>(params, stream)
+                   : launch_forward<Forward<T, Score, 0, false, true>>(params, stream);
+    }
     // A gate's division outweighs the row sums, which then are not worth a kernel without them.
     constexpr bool kAlwaysRowSums = !Score::kThresholded;
     return kAlwaysRowSums || params.strength || params.degree

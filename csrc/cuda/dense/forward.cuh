@@ -1,17 +1,22 @@
-// What a row gathers forward: its context, strength and degree.
+// What a row gathers forward: its context, strength and degree, and what it keeps for the backward.
 #pragma once
 
 #include "../common/gather.cuh"
 
 namespace qflux::cuda {
 
+// With the sums for the backward the totals of four rows leave registers for three blocks.
+template <class T, int kValues, bool kKept>
+using ForwardSizes =
+    TileTraits<T, kValues, 2 + kValues, kKept ? 3 : Traits<T, kValues>::kBlocksPerSm>;
+
 // `kRowSums`: strength and degree are wanted. The second stage of a step wants neither, and they
-// are two of a pair's seven instructions.
-template <class T, class Score, int kValues, bool kRowSums>
+// are two of a pair's seven instructions. `kKept`: the KeptSums are, for the backward.
+template <class T, class Score, int kValues, bool kRowSums, bool kKept = false>
 struct Forward : OwnsRows<T, Score, InteractParams<T>> {
   using Base = OwnsRows<T, Score, InteractParams<T>>;
   using Params = InteractParams<T>;
-  using Sizes = TileTraits<T, kValues, 2 + kValues>;
+  using Sizes = ForwardSizes<T, kValues, kKept>;
   using Base::Base, Base::b, Base::params, Base::visibility;
   static constexpr bool kOwnValues = kValues > 0;
   // The weights of a mass are one in sum: in place of the strength it gathers its kept keys.
@@ -19,7 +24,9 @@ struct Forward : OwnsRows<T, Score, InteractParams<T>> {
   static constexpr int kColumnSums = Sizes::kColumns;
   static constexpr int kStrength = kColumnSums;
   static constexpr int kDegree = kKeepsMoments ? kStrength : kStrength + 1, kKey = kDegree + 1;
-  static constexpr int kSums = kColumnSums + (kKeepsMoments ? 3 : kRowSums ? 2 : 0);
+  static constexpr int kKeptAt = kColumnSums + (kKeepsMoments ? 3 : kRowSums ? 2 : 0);
+  static constexpr int kSums = kKeptAt + (kKept ? kKeptSums : 0);
+  static_assert(!kKept || (kHasKeptSums<Score> && !kOwnValues), "there are such sums");
   static constexpr bool kLoopsColumns = false;
   static constexpr bool kShowsDropped = kOwnValues && Score::kThresholded;
 
@@ -44,11 +51,13 @@ struct Forward : OwnsRows<T, Score, InteractParams<T>> {
     const Score score = this->score(row.limit, row.rest);
     const T p = inner_product(row.query.x, row.query.y, record[0], record[1], score.bias());
     const bool kept = score.kept(p);
-    if constexpr (kShowsDropped && !kCareful) {
+    if constexpr (kKept || (kShowsDropped && !kCareful)) {
+      const bool adds = visible & kept;
       const T w = score.weight(p);
 #pragma unroll
-      for (int c = 0; c < kColumnSums; ++c) multiply_add_if(kept, w, record[kValue + c], sums[c]);
-      add_row_sums(kept, w, record, sums);
+      for (int c = 0; c < kColumnSums; ++c) multiply_add_if(adds, w, record[kValue + c], sums[c]);
+      add_row_sums(adds, w, record, sums);
+      if constexpr (kKept) add_kept_sums(adds, record, sums);
       return;
     }
     // What is dropped is left out of the sum only if it is finite for certain: a key below a
@@ -74,6 +83,15 @@ struct Forward : OwnsRows<T, Score, InteractParams<T>> {
       add_if(kept, w, sums[kStrength]);
     }
   }
+  __device__ __forceinline__ void add_kept_sums(bool kept, const T (&record)[Sizes::kWidth],
+                                                T (&sums)[kSums]) const {
+    const T x = record[0], y = record[1];
+    add_if(kept, x, sums[kKeptAt]);
+    add_if(kept, y, sums[kKeptAt + 1]);
+    multiply_add_if(kept, x, x, sums[kKeptAt + 2]);
+    multiply_add_if(kept, x, y, sums[kKeptAt + 3]);
+    multiply_add_if(kept, y, y, sums[kKeptAt + 4]);
+  }
   __device__ __forceinline__ void store(int row, int column, bool /*last*/,
                                         const T (&sums)[kSums]) const {
     const int64_t visible = visibility().visible_keys(row);
@@ -95,11 +113,12 @@ struct Forward : OwnsRows<T, Score, InteractParams<T>> {
       if (params.degree)
         params.degree.at(b, row) = visible > 0 ? static_cast<int32_t>(sums[kDegree]) : 0;
     }
-    if constexpr (kKeepsMoments) {
+    if constexpr (kKeepsMoments || kKept) {
+      constexpr int kFirst = kKept ? kKeptAt : kDegree, kCount = kKept ? kKeptSums : kKeptMoments;
       if (params.moments) {
 #pragma unroll
-        for (int n = 0; n < kKeptMoments; ++n)
-          params.moments.at(b, row, n) = visible > 0 ? sums[kDegree + n] : T(0);
+        for (int n = 0; n < kCount; ++n)
+          params.moments.at(b, row, n) = visible > 0 ? sums[kFirst + n] : T(0);
       }
     }
     if (!Score::kThresholded && params.threshold) params.threshold.at(b, row) = T(0);

@@ -72,8 +72,13 @@ __device__ __forceinline__ void for_each_token(BatchIndex b, int64_t rows, const
   for (int64_t i = threadIdx.x; i < rows; i += blockDim.x) rule(b, i);
 }
 
-template <class T, class Score>
-__global__ void __launch_bounds__(kResidentThreads, 1) evolve_sequences(EvolveParams<T> p) {
+// With what rows keep for the backward, half as many threads have the registers for its doubles.
+template <class T, bool kKept>
+constexpr int kForwardThreads = kKept && sizeof(T) == 8 ? kResidentThreads / 2 : kResidentThreads;
+
+template <class T, class Score, bool kKept>
+__global__ void __launch_bounds__(kForwardThreads<T, kKept>, 1)
+    evolve_sequences(EvolveParams<T> p) {
   QFLUX_DYNAMIC_SHARED(memory);
   WarpSums& shared = *reinterpret_cast<WarpSums*>(memory);
   T* tile = reinterpret_cast<T*>(memory + sizeof(WarpSums));
@@ -97,9 +102,9 @@ __global__ void __launch_bounds__(kResidentThreads, 1) evolve_sequences(EvolvePa
       // A gate's division outweighs the row sums, which then are not worth a loop without them.
       constexpr bool kAlwaysRowSums = !Score::kThresholded;
       if (kAlwaysRowSums || !middle)
-        gather_sequence(Forward<T, Score, 0, true>(params, b), tile);
+        gather_sequence(Forward<T, Score, 0, true, kKept>(params, b), tile);
       else
-        gather_sequence(Forward<T, Score, 0, kAlwaysRowSums>(params, b), tile);
+        gather_sequence(Forward<T, Score, 0, kAlwaysRowSums, kKept>(params, b), tile);
       __syncthreads();
       if (!middle)
         settle(b, rows, p.plane(step, kTapeMiddle), tile, EndOfFirstStage<T>{p, step});
@@ -108,6 +113,14 @@ __global__ void __launch_bounds__(kResidentThreads, 1) evolve_sequences(EvolvePa
     }
   }
 }
+
+template <class T, class Score>
+struct RowFromKept {
+  const InteractBackwardParams<T>& params;
+  __device__ __forceinline__ void operator()(BatchIndex b, int64_t i) const {
+    row_from_kept<T, Score>(params, b, static_cast<int>(i));
+  }
+};
 
 template <class Pass, class T>
 __device__ __forceinline__ void gather_from_tape(const InteractBackwardParams<T>& params,
@@ -141,7 +154,10 @@ __global__ void __launch_bounds__(kResidentThreads, 1)
         for_each_token(b, rows, EndOfFirstStageVjp<T>{g, step});
       const InteractBackwardParams<T> params = stage_backward_params(g, step, middle);
       __syncthreads();
-      gather_from_tape<RowPass<T, Score, 0>>(params, b, tile);
+      if (kHasKeptSums<Score> && params.moments)
+        for_each_token(b, rows, RowFromKept<T, Score>{params});
+      else
+        gather_from_tape<RowPass<T, Score, 0>>(params, b, tile);
       gather_from_tape<KeyPass<T, Score, 0>>(params, b, tile);
     }
     for_each_token(b, rows, CopyGradient<T>{g});
@@ -162,8 +178,8 @@ int64_t shared_bytes(const EvolveBackwardParams<T>& p) {
 }
 
 template <class T>
-Grid grid_of(const PairParams<T>& pair, int64_t bytes) {
-  return {pair.batch(), resident_warps(pair.rows) * kWarp, bytes};
+Grid grid_of(const PairParams<T>& pair, int64_t bytes, int most_threads = kResidentThreads) {
+  return {pair.batch(), lesser(resident_warps(pair.rows) * kWarp, most_threads), bytes};
 }
 
 constexpr const char* kDoesNotFit = "a sequence does not fit a block";
@@ -173,13 +189,19 @@ const char* run(const EvolveParams<T>& params, void* stream) {
   const PairParams<T>& pair = params.pair;
   if (pair.batch() == 0 || pair.rows == 0) return nullptr;
   if (!fits_block(params)) return kDoesNotFit;
-  const Grid grid = grid_of(pair, shared_bytes(params));
+  const int64_t bytes = shared_bytes(params);
+  const Grid grid = grid_of(pair, bytes);
   return visit_score(pair.score, [&](auto tag) -> const char* {
     using Score = typename decltype(tag)::template of<T>;
+    if constexpr (kHasKeptSums<Score>) {
+      if (params.keeps_sums())
+        return launch(evolve_sequences<T, Score, true>,
+                      grid_of(pair, bytes, kForwardThreads<T, true>), stream, params);
+    }
     if constexpr (Score::kMass)
       return kDoesNotFit;
     else
-      return launch(evolve_sequences<T, Score>, grid, stream, params);
+      return launch(evolve_sequences<T, Score, false>, grid, stream, params);
   });
 }
 
