@@ -30,7 +30,7 @@ VOCABULARY = 84
 # Least issue slots of the FP32 pipe that a pair costs on a GPU, by mode and width of the values
 # (0: none of their own); `benchmarks/README.md` has the tables these come from.
 SLOTS = {
-    ("hard", "forward"): {0: 7, 4: 10, 8: 14, 16: 22, 64: 70},
+    ("hard", "forward"): {0: 7, 4: 10, 8: 14, 16: 13, 64: 30},  # from 16 on by tensor cores
     ("soft", "forward"): {0: 7, 4: 9, 8: 13},
     ("gate", "forward"): {0: 12},
     ("hard", "rows"): {4: 9},  # without values they meet no pairs

@@ -1,11 +1,11 @@
 """Issue slots a pair of the CUDA loops, counted in their machine code: no GPU is needed.
 
-    python benchmarks/issue_slots.py [--arch sm_90] [--units forward backward] [--filter float]
+    python benchmarks/issue_slots.py [--arch sm_90] [--units forward products] [--filter float]
 
 Compiles units of csrc/cuda/dense with nvcc and reads them back with cuobjdump (of the CUDA toolkit,
 or of Triton). A kernel's innermost loops are listed: the one without masks, and that of the edge of
 the causal triangle. The pairs of an iteration follow from its multiply-adds, or for the gate from
-its reciprocals.
+its reciprocals. Where tensor cores multiply the values, only the score is multiply-adds.
 """
 
 from __future__ import annotations
@@ -38,6 +38,10 @@ class Loop:
     def multiply_adds(self) -> int:
         return self.count("FFMA", "DFMA")
 
+    @property
+    def products(self) -> int:
+        return self.count("HMMA")
+
 
 def innermost_loops(listing: str) -> list[Loop]:
     """Those over pairs in the listing of one function by cuobjdump, in their order."""
@@ -54,7 +58,9 @@ def innermost_loops(listing: str) -> list[Loop]:
         Loop(tuple(re.sub(r"^@!?U?P\d+\s+", "", text) for _, text in code[begin : end + 1]))
         for begin, end in inner
     ]
-    return [loop for loop in loops if loop.multiply_adds >= FEWEST and not loop.count("STS")]
+    loops = [loop for loop in loops if loop.multiply_adds >= FEWEST and not loop.count("STS")]
+    # Beside those of tensor cores are others, over what these leave out.
+    return [loop for loop in loops if loop.products] or loops
 
 
 def kernels(sass: str) -> dict[str, list[Loop]]:
@@ -95,7 +101,7 @@ def readable(names: list[str]) -> list[str]:
     listed = subprocess.run(
         ["c++filt", *names], check=True, capture_output=True, text=True
     ).stdout.splitlines()
-    found = [re.search(r"gather<qflux::cuda::(.+), (true|false)>\(", name) for name in listed]
+    found = [re.search(r"gather\w*<qflux::cuda::(.+), (true|false)>\(", name) for name in listed]
     return [
         match[1].replace("qflux::", "") + (", a part" if match[2] == "true" else "")
         if match
@@ -113,7 +119,7 @@ def pairs_of(name: str, loop: Loop) -> float | None:
         return None
     if match[2] == "InverseGate":
         return loop.count("MUFU.RCP") or None
-    columns = int(match[3]) or 2
+    columns = 0 if loop.products else int(match[3]) or 2
     # Two for the score and, in a backward, two for the gradient of what owns the pair. A forward
     # that keeps sums for the backward has three products of the key among them.
     kept = 3 if match[4] == "true" else 0
@@ -124,11 +130,12 @@ def pairs_of(name: str, loop: Loop) -> float | None:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--arch", default="sm_90")
-    parser.add_argument("--units", nargs="+", default=["forward", "backward"])
+    parser.add_argument("--units", nargs="+", default=["forward", "products", "backward"])
     parser.add_argument("--filter", default="<float", help="only kernels with this in their name")
     options = parser.parse_args(arguments)
     tool = find_cuobjdump()
-    print(f"{'kernel':60}{'instructions':>14}{'multiply-adds':>15}{'slots a pair':>14}")
+    header = ("instructions", "multiply-adds", "products", "slots a pair")
+    print(f"{'kernel':60}" + "".join(f"{title:>15}" for title in header))
     for unit in options.units:
         found = kernels(machine_code(unit, options.arch, tool))
         for name, loops in zip(readable(list(found)), found.values(), strict=True):
@@ -137,7 +144,8 @@ def main(arguments: list[str] | None = None) -> None:
             for loop in loops:
                 pairs = pairs_of(name, loop)
                 slots = f"{len(loop.names) / pairs:.2f}" if pairs else ""
-                print(f"{name:60}{len(loop.names):14d}{loop.multiply_adds:15d}{slots:>14}")
+                counts = (len(loop.names), loop.multiply_adds, loop.products, slots)
+                print(f"{name:60}" + "".join(f"{count:>15}" for count in counts))
 
 
 if __name__ == "__main__":

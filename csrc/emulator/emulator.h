@@ -9,6 +9,8 @@
 #include <ucontext.h>
 
 #include <algorithm>
+#include <array>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <functional>
@@ -33,6 +35,9 @@ struct alignas(16) float4 {
 struct alignas(16) double2 {
   double x, y;
 };
+struct alignas(16) uint4 {
+  unsigned x, y, z, w;
+};
 
 namespace qflux::emulator {
 
@@ -53,9 +58,10 @@ struct Fibre {
   ucontext_t context;
   std::unique_ptr<char[]> stack;
   State state;
-  int shuffles;          // of this thread so far
-  double lane_value[2];  // of its last two shuffles: a neighbour may be one ahead
-  int votes;             // the same of barriers that count votes
+  int shuffles;                          // of this thread so far
+  double lane_value[2];                  // of its last two shuffles: a neighbour may be one ahead
+  std::array<uint32_t, 6> fragments[2];  // the same of products: left matrix, right matrix
+  int votes;                             // the same of barriers that count votes
   bool vote[2];
 };
 
@@ -69,7 +75,9 @@ struct Machine {
   Order order = Order::kForward;
   int64_t max_blocks = 64, max_shared_bytes = 227 * 1024;  // of compute capability 9.0
   int64_t launches = 0;
-  int64_t picks = 0;  // of a set bit, by each thread: how often warps turn to one of their lanes
+  bool tensor_cores = true;
+  int64_t products = 0;  // of fragments, by each thread
+  int64_t picks = 0;     // of a set bit, by each thread: how often warps turn to one of their lanes
   size_t dynamic_bytes = 0;  // of the running launch
   int64_t block_serial = 0;
   int threads = 0, current = 0;
@@ -258,6 +266,63 @@ double exchange(double value, const Source& source) {
   return m.fibres[self - lane + source(lane)].lane_value[phase];
 }
 
+inline float widen_half(uint32_t pair, int which) {
+  const uint32_t bits = pair >> 16 * which << 16;
+  float number;
+  std::memcpy(&number, &bits, sizeof(number));
+  return number;
+}
+
+// The number without the bits below the last of a float32 of the size of `like`.
+inline double cut_off(double number, double like) {
+  const double last = std::ldexp(1, std::max(std::ilogb(like) - 23, -149));
+  return std::trunc(number / last) * last;
+}
+
+// sum + a . b as a tensor core adds it up, with fewer bits than any is known to have: the terms
+// lose what lies below the last bit of a float32 as large as the largest of them, and the sum what
+// does not fit float32.
+inline float add_dot(float sum, const float* a, const float* b, int count) {
+  double terms[16 + 1] = {sum}, largest = std::abs(sum);
+  for (int k = 0; k < count; ++k) {
+    terms[k + 1] = static_cast<double>(a[k]) * b[k];
+    largest = std::max(largest, std::abs(terms[k + 1]));
+  }
+  double total = 0;
+  const bool finite =
+      std::all_of(terms, terms + count + 1, [](double t) { return std::isfinite(t); });
+  if (!finite || largest == 0) {
+    for (int k = 0; k <= count; ++k) total += terms[k];
+    return static_cast<float>(total);
+  }
+  for (int k = 0; k <= count; ++k) total += cut_off(terms[k], largest);
+  return total == 0 ? 0 : static_cast<float>(cut_off(total, total));
+}
+
+// mma.m16n8k16 of bfloat16, eight places of k at a time.
+inline void multiply_fragments(const uint32_t (&left)[4], const uint32_t (&right)[2],
+                               float (&sum)[4]) {
+  constexpr int kInner = 16, kAtOnce = 8;
+  Machine& m = machine();
+  const int self = m.current, lane = self % kWarp, warp = self - lane;
+  const int phase = m.fibres[self].shuffles++ % 2;
+  m.fibres[self].fragments[phase] = {left[0], left[1], left[2], left[3], right[0], right[1]};
+  ++m.products;
+  wait(State::kShuffle);
+  const auto fragments = [&](int row, int k) {
+    return m.fibres[warp + 4 * row + k % 8 / 2].fragments[phase];
+  };
+  for (int n = 0; n < 4; ++n) {
+    const int half = n / 2, column = lane % 4 * 2 + n % 2;
+    float a[kInner], b[kInner];
+    for (int k = 0; k < kInner; ++k) {
+      a[k] = widen_half(fragments(lane / 4, k)[half + k / 8 * 2], k % 2);
+      b[k] = widen_half(fragments(column, k)[4 + k / 8], k % 2);
+    }
+    for (int k = 0; k < kInner; k += kAtOnce) sum[n] = add_dot(sum[n], a + k, b + k, kAtOnce);
+  }
+}
+
 }  // namespace qflux::emulator
 
 inline double __shfl_up_sync(unsigned /*mask*/, double value, int distance) {
@@ -267,6 +332,9 @@ inline double __shfl_up_sync(unsigned /*mask*/, double value, int distance) {
 
 inline double __shfl_xor_sync(unsigned /*mask*/, double value, int bits) {
   return qflux::emulator::exchange(value, [&](int lane) { return lane ^ bits; });
+}
+inline float __shfl_xor_sync(unsigned mask, float value, int bits) {
+  return static_cast<float>(__shfl_xor_sync(mask, static_cast<double>(value), bits));
 }
 
 inline unsigned __ballot_sync(unsigned /*mask*/, bool vote) {

@@ -71,5 +71,20 @@ def test_reciprocals_are_the_pairs_of_the_gate():
     assert pairs_of(gate, Loop(("FFMA R1", "MUFU.EX2 R2"))) is None
 
 
+def test_tensor_cores_multiply_all_but_the_score():
+    step = Loop(("FFMA R1",) * 8 + ("HMMA.16816.F32.BF16 R4",) * 24 + ("LDS.128 R8",))
+    assert step.products == 24
+    assert pairs_of("Forward<float, HardThreshold<float>, 32, true", step) == 4
+
+
+def test_loops_beside_those_of_tensor_cores_are_none_over_pairs():
+    adds = ["FFMA R1, R2, R3, R1"] * 6
+    code = [*adds, "@P0 BRA 0x0", *adds, "HMMA.16816.F32.BF16 R4, R8, R12, R4", "@P0 BRA 0x70"]
+    listing = "\n\t\tFunction : _Zboth\n" + "".join(
+        f"        /*{16 * place:04x}*/ {text} ;\n" for place, text in enumerate(code)
+    )
+    assert [loop.products for loop in kernels(listing)["_Zboth"]] == [1]
+
+
 def test_a_listing_without_code_has_no_loop():
     assert innermost_loops("") == []

@@ -360,6 +360,8 @@ PYBIND11_MODULE(qflux_emulator, m) {
   m.def("sweep_bytes", [](const py::dict& d, bool backward) {
     return cuda::sweep_bytes_by(d["sweep_base"].cast<int64_t>(), pair_params<float>(d), backward);
   });
+  m.def("count_products", [] { return std::exchange(emulator::machine().products, 0); });
+  m.def("set_tensor_cores", [](bool there) { emulator::machine().tensor_cores = there; });
   m.def("count_picks", [] { return std::exchange(emulator::machine().picks, 0); });
   m.def("interact", &dispatch<interact<float>, interact<double>>);
   m.def("interact_backward", &dispatch<interact_backward<float>, interact_backward<double>>);

@@ -9,3 +9,4 @@ from emulator.harness import ALL_BLOCKS, FORWARD
 @pytest.fixture(autouse=True)
 def plain_order(emulator):
     emulator.configure(FORWARD, ALL_BLOCKS)
+    emulator.set_tensor_cores(True)

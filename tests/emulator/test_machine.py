@@ -37,6 +37,8 @@ def test_nothing_past_an_array_is_touched(emulator, fence):
             Case(33, lengths=(33, 0)),
             Case(40, lengths=(40, 7), gate=True, whole_window=True),
             Case(5, keys=301, value_dim=3),
+            Case(129, value_dim=17, batch=1),
+            Case(5, keys=131, value_dim=33, layout="planes"),
             Case(301, keys=5, value_dim=2),
             Case(3, keys=0),
             Case(0, keys=3, value_dim=1),

@@ -75,6 +75,7 @@ CASES = [
     Case(70, keys=300, value_dim=3, mass=True, layout="strided"),
     Case(70, value_dim=9, mean=True, lengths=(70, 33)),
     Case(70, keys=90, gate=True, causal=False),
+    Case(70, keys=90, value_dim=18, soft=True),
     Case(40, mass=True, batch=(2, 3), layout="heads"),
 ]
 

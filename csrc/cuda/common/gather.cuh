@@ -177,15 +177,18 @@ struct Partials {
   }
   __device__ __forceinline__ void set(T* at, const CompensatedSum<T> (&sums)[kSums]) const {
 #pragma unroll
-    for (int n = 0; n < kSums; ++n) {
-      at[2 * n * owners] = sums[n].value;
-      at[(2 * n + 1) * owners] = sums[n].error;
-    }
+    for (int n = 0; n < kSums; ++n) set(at, n, sums[n]);
+  }
+  __device__ __forceinline__ void set(T* at, int n, const CompensatedSum<T>& sum) const {
+    at[2 * n * owners] = sum.value;
+    at[(2 * n + 1) * owners] = sum.error;
   }
   __device__ __forceinline__ void add_to(CompensatedSum<T> (&sums)[kSums], const T* at) const {
 #pragma unroll
-    for (int n = 0; n < kSums; ++n)
-      sums[n].add(CompensatedSum<T>{at[2 * n * owners], at[(2 * n + 1) * owners]});
+    for (int n = 0; n < kSums; ++n) add_to(sums[n], at, n);
+  }
+  __device__ __forceinline__ void add_to(CompensatedSum<T>& sum, const T* at, int n) const {
+    sum.add(CompensatedSum<T>{at[2 * n * owners], at[(2 * n + 1) * owners]});
   }
 };
 
@@ -355,7 +358,8 @@ Schedule schedule_of(int64_t batch, int owners, int64_t sources, int column_bloc
     return (owners + per_block - 1) / per_block;
   };
   // A split pays where each slice finds chunks of its own.
-  while (1 << schedule.split_bits < kWarps && sources > Sizes::kChunk << schedule.split_bits &&
+  while (Sizes::kSplits && 1 << schedule.split_bits < kWarps &&
+         sources > Sizes::kChunk << schedule.split_bits &&
          blocks() * batch * column_blocks < kEnoughBlocks)
     ++schedule.split_bits;
   schedule.owner_blocks = blocks();
@@ -405,8 +409,18 @@ int64_t partial_numbers(const typename Pass::Params& params) {
                          Pass::owners(params);
 }
 
+// The kernels of a pass: for all its sources, for a part of them, and to add up the parts, by so
+// many threads for each owner.
+template <class Pass>
+struct GatherKernels {
+  static constexpr int kMergers = 1;
+  static auto whole() { return gather<Pass, false>; }
+  static auto part() { return gather<Pass, true>; }
+  static auto merge() { return merge_parts<Pass>; }
+};
+
 // `kMayDivide`: the sources are divided where there are partials and too few works.
-template <class Pass, bool kMayDivide = true>
+template <class Pass, bool kMayDivide = true, class Kernels = GatherKernels<Pass>>
 const char* launch_gather(const typename Pass::Params& params, bool reversed, void* stream) {
   if (const char* error = check_lengths(params.pair, Pass::columns(params))) return error;
   const bool divides = kMayDivide && params.pair.partials != nullptr;
@@ -415,15 +429,15 @@ const char* launch_gather(const typename Pass::Params& params, bool reversed, vo
   const Grid grid{works * schedule.owner_blocks * schedule.parts, kThreads};
   if constexpr (kMayDivide) {
     if (schedule.parts > 1) {
-      const Grid merge{(works * Pass::owners(params) + kMergeThreads - 1) / kMergeThreads,
-                       kMergeThreads};
+      const int64_t merging = works * Pass::owners(params) * Kernels::kMergers;
+      const Grid merge{(merging + kMergeThreads - 1) / kMergeThreads, kMergeThreads};
       Queue queue(stream);
-      queue.launch(gather<Pass, true>, grid, params, schedule);
-      queue.launch(merge_parts<Pass>, merge, params, schedule);
+      queue.launch(Kernels::part(), grid, params, schedule);
+      queue.launch(Kernels::merge(), merge, params, schedule);
       return queue.error();
     }
   }
-  return launch(gather<Pass, false>, grid, stream, params, schedule);
+  return launch(Kernels::whole(), grid, stream, params, schedule);
 }
 
 }  // namespace qflux::cuda

@@ -50,6 +50,14 @@ inline int64_t max_shared_bytes() {
   return known ? bytes : 0;
 }
 
+// Whether the current device multiplies matrices of bfloat16 (compute capability 8.0).
+inline bool has_tensor_cores() {
+  int device = 0, major = 0;
+  return cudaGetDevice(&device) == cudaSuccess &&
+         cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess &&
+         major >= 8;
+}
+
 // Beyond 48 KB of static and dynamic shared memory a kernel has to ask first, and the two together
 // must fit the device's limit. Always asks for all that fits: a smaller number could undercut a
 // launch of another thread.
@@ -79,6 +87,7 @@ const char* launch(void (*kernel)(Parameters...), const Grid& grid, void* stream
 }
 #else
 inline int64_t max_shared_bytes() { return emulator::max_shared_bytes(); }
+inline bool has_tensor_cores() { return emulator::machine().tensor_cores; }
 
 template <class... Parameters>
 const char* launch(void (*kernel)(Parameters...), const Grid& grid, void* /*stream*/,

@@ -74,6 +74,7 @@ struct Traits<double, 4> {
 template <class T, int kValues, int width, int blocks_per_sm = Traits<T, kValues>::kBlocksPerSm>
 struct TileTraits : Traits<T, kValues> {
   static constexpr int kWidth = width, kBlocksPerSm = blocks_per_sm;
+  static constexpr bool kSplits = true;  // warps of a block may share its owners
   // Records are read in 16-byte parts, two at once where one is not made of whole parts.
   static constexpr int kAtOnce = width * sizeof(T) % 16 == 0 ? 1 : 2;
   // Sources whose sums are taken in T from zero: few enough that their rounding stays far below
@@ -85,6 +86,39 @@ struct TileTraits : Traits<T, kValues> {
   static_assert(kAtOnce * width * sizeof(T) % 16 == 0, "records are read in 16-byte parts");
   static_assert(kChunk % kAtOnce == 0, "a chunk is read whole");
   static_assert(kTile * width * sizeof(T) <= kSharedBytes, "a tile must fit");
+};
+
+// Whether values of float32 from kTensorColumns columns on are summed by tensor cores, on a GPU
+// that has them for bfloat16. They take so many columns at a time, or as many as kTensorWide.
+constexpr bool kTensorCores = true;
+constexpr int kTensorColumns = 16, kTensorWide = 32;
+
+// A warp has two fragments of 16 rows, which share what is read of the values. Twice as many
+// columns halve how often a weight is computed, and leave registers for two blocks.
+template <>
+struct Traits<float, kTensorColumns> {
+  static constexpr int kOwners = 1, kColumns = kTensorColumns, kBlocksPerSm = 3;
+};
+template <>
+struct Traits<float, kTensorWide> {
+  static constexpr int kOwners = 1, kColumns = kTensorWide, kBlocksPerSm = 2;
+};
+
+// Keys in shared memory, in steps of a fragment's 16, and the parts of their values
+// (fragments.cuh).
+template <int kValues>
+struct ProductSizes : Traits<float, kValues> {
+  using Base = Traits<float, kValues>;
+  static constexpr int kWidth = 2;
+  // The sums of a tile start from zero: a tensor core cuts off what it cannot add, always towards
+  // zero, which after eight steps is as much as the rounding of a float32 sum.
+  static constexpr int kTile = 128, kChunk = kTile, kSteps = kTile / 16;
+  static constexpr bool kSplits = false;                       // among the warps of a block
+  static constexpr int kRows = kWarp * Base::kOwners / 8;      // of a thread
+  static constexpr int kFragments = kRows / 2;                 // of rows
+  static constexpr int kColumnFragments = Base::kColumns / 8;  // read in twos
+
+  static_assert(kColumnFragments % 2 == 0, "two fragments are read at once");
 };
 
 // Steps in one launch, a block for each sequence (resident.cu).

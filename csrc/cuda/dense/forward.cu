@@ -5,6 +5,7 @@
 #include "../sweep/sweep.h"
 #include "backward.h"
 #include "forward.cuh"
+#include "products.h"
 
 namespace qflux::cuda {
 namespace {
@@ -16,6 +17,8 @@ const char* launch_forward(const typename Pass::Params& params, void* stream) {
 
 template <class T>
 int64_t partial_numbers_of(const PairParams<T>& pair) {
+  if constexpr (std::is_same_v<T, float>)
+    if (takes_products(pair)) return product_partial_numbers(pair);
   InteractParams<T> params{};
   params.pair = pair;
   return visit_score(pair.score, [&](auto tag) {
@@ -44,6 +47,8 @@ const char* run(const InteractParams<T>& params, void* stream) {
   else if (is_thresholded(pair.score))
     error = thresholds(pair, params.threshold, stream);
   if (error) return error;
+  if constexpr (std::is_same_v<T, float>)
+    if (takes_products(pair)) return interact_products(params, stream);
   return visit_score(pair.score, [&](auto tag) {
     using Score = typename decltype(tag)::template of<T>;
     if (pair.values)

@@ -1,14 +1,18 @@
 // What a row gathers forward: its context, strength and degree, and what it keeps for the backward.
 #pragma once
 
+#include <type_traits>
+
 #include "../common/gather.cuh"
 
 namespace qflux::cuda {
 
-// With the sums for the backward the totals of four rows leave registers for three blocks.
+// Wide values are summed on tensor cores (products.cuh). With the sums for the backward the totals
+// of four rows leave registers for three blocks.
 template <class T, int kValues, bool kKept>
-using ForwardSizes =
-    TileTraits<T, kValues, 2 + kValues, kKept ? 3 : Traits<T, kValues>::kBlocksPerSm>;
+using ForwardSizes = std::conditional_t<
+    (kValues >= kTensorColumns), ProductSizes<kValues>,
+    TileTraits<T, kValues, 2 + kValues, kKept ? 3 : Traits<T, kValues>::kBlocksPerSm>>;
 
 // `kRowSums`: strength and degree are wanted. The second stage of a step wants neither, and they
 // are two of a pair's seven instructions. `kKept`: the KeptSums are, for the backward.
@@ -22,10 +26,11 @@ struct Forward : OwnsRows<T, Score, InteractParams<T>> {
   // The weights of a mass are one in sum: in place of the strength it gathers its kept keys.
   static constexpr bool kKeepsMoments = Score::kMass && kOwnValues;
   static constexpr int kColumnSums = Sizes::kColumns;
-  static constexpr int kStrength = kColumnSums;
-  static constexpr int kDegree = kKeepsMoments ? kStrength : kStrength + 1, kKey = kDegree + 1;
-  static constexpr int kKeptAt = kColumnSums + (kKeepsMoments ? 3 : kRowSums ? 2 : 0);
-  static constexpr int kSums = kKeptAt + (kKept ? kKeptSums : 0);
+  // Behind the sums of columns.
+  static constexpr int kStrength = 0, kDegree = kKeepsMoments ? 0 : 1, kKey = kDegree + 1;
+  static constexpr int kKeptAt = kKeepsMoments ? 3 : kRowSums ? 2 : 0;
+  static constexpr int kOfRow = kKeptAt + (kKept ? kKeptSums : 0);
+  static constexpr int kSums = kColumnSums + kOfRow;
   static_assert(!kKept || (kHasKeptSums<Score> && !kOwnValues), "there are such sums");
   static constexpr bool kLoopsColumns = false;
   static constexpr bool kShowsDropped = kOwnValues && Score::kThresholded;
@@ -56,8 +61,8 @@ struct Forward : OwnsRows<T, Score, InteractParams<T>> {
       const T w = score.weight(p);
 #pragma unroll
       for (int c = 0; c < kColumnSums; ++c) multiply_add_if(adds, w, record[kValue + c], sums[c]);
-      add_row_sums(adds, w, record, sums);
-      if constexpr (kKept) add_kept_sums(adds, record, sums);
+      add_row_sums(adds, w, record, sums + kColumnSums);
+      if constexpr (kKept) add_kept_sums(adds, record, sums + kColumnSums + kKeptAt);
       return;
     }
     // What is dropped is left out of the sum only if it is finite for certain: a key below a
@@ -67,14 +72,32 @@ struct Forward : OwnsRows<T, Score, InteractParams<T>> {
 #pragma unroll
     for (int c = 0; c < kColumnSums; ++c) sums[c] = multiply_add(w, record[kValue + c], sums[c]);
     if constexpr (kKeepsMoments) {
-      add_row_sums(kept, w, record, sums);
+      add_row_sums(kept, w, record, sums + kColumnSums);
     } else if constexpr (kRowSums) {
-      sums[kStrength] += w;
-      if (kept) sums[kDegree] += 1;
+      sums[kColumnSums + kStrength] += w;
+      if (kept) sums[kColumnSums + kDegree] += 1;
     }
   }
-  __device__ __forceinline__ void add_row_sums(bool kept, T w, const T (&record)[Sizes::kWidth],
-                                               T (&sums)[kSums]) const {
+  // The weight of a pair, zero unless it is kept, of which only the sums of the row are taken.
+  template <bool kCareful>
+  __device__ __forceinline__ T weigh(const Owner& row, Point<T> key, bool visible,
+                                     T (&sums)[kOfRow]) const {
+    const Score score = this->score(row.limit, row.rest);
+    const T p = inner_product(row.query.x, row.query.y, key.x, key.y, score.bias());
+    const bool kept = score.kept(p) & (!kCareful | visible);
+    T w = score.weight(p, kept);
+    // A score without a threshold shows an infinity that it drops.
+    if (kCareful && !Score::kThresholded) w = where(visible, w);
+    const T record[2] = {key.x, key.y};
+    if constexpr (Score::kThresholded) {
+      add_row_sums(kept, w, record, sums);
+    } else {
+      sums[kStrength] += w;
+      add_if(kept, T(1), sums[kDegree]);
+    }
+    return w;
+  }
+  __device__ __forceinline__ void add_row_sums(bool kept, T w, const T* record, T* sums) const {
     if constexpr (kRowSums) add_if(kept, T(1), sums[kDegree]);
     if constexpr (kKeepsMoments) {
       add_if(kept, record[0], sums[kKey]);
@@ -83,17 +106,29 @@ struct Forward : OwnsRows<T, Score, InteractParams<T>> {
       add_if(kept, w, sums[kStrength]);
     }
   }
-  __device__ __forceinline__ void add_kept_sums(bool kept, const T (&record)[Sizes::kWidth],
-                                                T (&sums)[kSums]) const {
+  __device__ __forceinline__ void add_kept_sums(bool kept, const T* record, T* sums) const {
     const T x = record[0], y = record[1];
-    add_if(kept, x, sums[kKeptAt]);
-    add_if(kept, y, sums[kKeptAt + 1]);
-    multiply_add_if(kept, x, x, sums[kKeptAt + 2]);
-    multiply_add_if(kept, x, y, sums[kKeptAt + 3]);
-    multiply_add_if(kept, y, y, sums[kKeptAt + 4]);
+    add_if(kept, x, sums[0]);
+    add_if(kept, y, sums[1]);
+    multiply_add_if(kept, x, x, sums[2]);
+    multiply_add_if(kept, x, y, sums[3]);
+    multiply_add_if(kept, y, y, sums[4]);
   }
   __device__ __forceinline__ void store(int row, int column, bool /*last*/,
                                         const T (&sums)[kSums]) const {
+    const RowEnd end = row_end(row);
+#pragma unroll
+    for (int c = 0; c < kColumnSums; ++c) store_column(row, end, column + c, sums[c]);
+    if (column > 0) return;
+    store_row(row, end, sums + kColumnSums);
+  }
+
+  // What becomes of the sums of a row.
+  struct RowEnd {
+    int64_t visible;
+    T scale;
+  };
+  __device__ __forceinline__ RowEnd row_end(int row) const {
     const int64_t visible = visibility().visible_keys(row);
     T scale = params.pair.reduction_scale(visible);
     if constexpr (Score::kThresholded) {
@@ -101,11 +136,15 @@ struct Forward : OwnsRows<T, Score, InteractParams<T>> {
       const T tau = params.threshold.at(b, row);
       if (tau != tau) scale = tau;
     }
-#pragma unroll
-    for (int c = 0; c < kColumnSums; ++c)
-      if (column + c < columns(params))
-        params.context.store(b, row, column + c, visible > 0 ? scale * sums[c] : T(0));
-    if (column > 0) return;
+    return {visible, scale};
+  }
+  __device__ __forceinline__ void store_column(int row, const RowEnd& end, int column,
+                                               T sum) const {
+    if (column < columns(params))
+      params.context.store(b, row, column, end.visible > 0 ? end.scale * sum : T(0));
+  }
+  __device__ __forceinline__ void store_row(int row, const RowEnd& end, const T* sums) const {
+    const auto [visible, scale] = end;
     if constexpr (kRowSums) {
       if (params.strength)
         params.strength.store(
