@@ -278,7 +278,11 @@ class Inputs:
 
 
 def interact(
-    emulator, inputs: Inputs, dtype: type = np.float64, omit: tuple[str, ...] = ()
+    emulator,
+    inputs: Inputs,
+    dtype: type = np.float64,
+    omit: tuple[str, ...] = (),
+    divides: bool = True,
 ) -> dict[str, np.ndarray]:
     """The launcher on guarded memory; results named in `omit` are not asked for."""
     case, memory = inputs.case, Memory()
@@ -292,7 +296,7 @@ def interact(
     left = 3 if case.keeps_moments else emulator.KEPT_SUMS if case.keeps_sums else 0
     if left and "moments" not in omit:
         out["moments"] = memory.array((*case.tokens, left), dtype, case.layout)
-    emulator.interact(call | out)
+    emulator.interact(call | out | {"divides": divides})
     memory.check()
     return out
 

@@ -45,11 +45,12 @@ def float32(case: Case, seed: int = 0) -> Inputs:
     return Inputs.random(case, seed, np.float32)
 
 
+@pytest.mark.parametrize("divides", [True, False], ids=["parts", "whole"])
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_wide_values_stay_in_the_error_budget(emulator, case):
+def test_wide_values_stay_in_the_error_budget(emulator, case, divides):
     inputs = float32(case)
     emulator.count_products()
-    out = interact(emulator, inputs, np.float32)
+    out = interact(emulator, inputs, np.float32, divides=divides)
     assert (emulator.count_products() > 0) == (case.rows > 0 and case.num_keys > 0)
     check_interaction(inputs, out)
     if case.keeps_moments:
@@ -117,7 +118,7 @@ def test_errors_do_not_grow_with_the_number_of_keys(emulator):
         inputs.keys += 2
         inputs.states = np.abs(inputs.states)
         inputs.values = np.abs(inputs.values)
-        out = interact(emulator, inputs, np.float32)
+        out = interact(emulator, inputs, np.float32, divides=False)
         x, k = (array[0].astype(np.float32) for array in (inputs.states, inputs.keys))
         half = np.float32(0.5)
         weights = (x[:, None, :].astype(np.float64) / 2 * k).sum(-1) + half
@@ -196,6 +197,7 @@ def test_huge_and_tiny_values(emulator, size):
     inputs.values[0, 20, 6] = size
     out = interact(emulator, inputs, np.float32)
     check_interaction(inputs, out)
+    check_interaction(inputs, interact(emulator, inputs, np.float32, divides=False))
     weight = (inputs.states[0] / 2) @ inputs.keys[0, 20] + 0.5
     truth = weight * np.float64(np.float32(size))
     error = np.abs(out["context"][0, :, 6] - truth)
@@ -231,7 +233,8 @@ def test_the_order_of_threads_and_blocks_changes_no_bit(emulator, case):
     inputs = float32(case)
 
     def everything() -> list[bytes]:
-        return [array.tobytes() for array in interact(emulator, inputs, np.float32).values()]
+        results = [interact(emulator, inputs, np.float32, divides=n) for n in (True, False)]
+        return [array.tobytes() for result in results for array in result.values()]
 
     first = everything()
     for order, blocks in [(REVERSED, ALL_BLOCKS), (SHUFFLED, 2)]:
