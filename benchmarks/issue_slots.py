@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 SOURCES = Path(__file__).resolve().parents[1] / "csrc" / "cuda" / "dense"
+UNITS = ["forward", "products", "backward", "row_products"]
 INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+([^;]+);")
 # The least multiply-adds of a loop over pairs; others add up, or stage: these store.
 FEWEST = 6
@@ -130,7 +131,7 @@ def pairs_of(name: str, loop: Loop) -> float | None:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--arch", default="sm_90")
-    parser.add_argument("--units", nargs="+", default=["forward", "products", "backward"])
+    parser.add_argument("--units", nargs="+", default=UNITS)
     parser.add_argument("--filter", default="<float", help="only kernels with this in their name")
     options = parser.parse_args(arguments)
     tool = find_cuobjdump()

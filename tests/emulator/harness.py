@@ -308,6 +308,7 @@ def interact_backward(
     dtype: type = np.float64,
     before: float | None = None,
     omit: tuple[str, ...] = (),
+    divides: bool = True,
 ) -> dict[str, np.ndarray]:
     """The launchers on guarded memory, from the results of the forward; with `before`, adding to
     gradients of that value."""
@@ -335,6 +336,7 @@ def interact_backward(
         "grad_threshold": array(*case.tokens) if case.soft else None,
         "accumulate": before is not None,
         "keys_are_states": shared,
+        "divides": divides,
     }
     emulator.interact_backward(call | out | given | dict.fromkeys(omit))
     memory.check()

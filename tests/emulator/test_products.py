@@ -1,5 +1,5 @@
-"""The forward of wide values on tensor cores, which the emulator has with the fewest bits that any
-is known to have."""
+"""Wide values on tensor cores, which the emulator has with the fewest bits that any is known to
+have."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
+from assertions import count_borderline
 from emulator.harness import (
     ALL_BLOCKS,
     REVERSED,
@@ -15,7 +17,9 @@ from emulator.harness import (
     Inputs,
     check_interaction,
     close,
+    expected,
     interact,
+    interact_backward,
 )
 from inputs import STATES
 
@@ -271,3 +275,90 @@ def test_results_that_are_not_wanted(emulator):
         part = interact(emulator, inputs, np.float32, omit=omit)
         for name in set(full) - set(omit):
             np.testing.assert_array_equal(part[name], full[name])
+
+
+def without_borderline_pairs(case: Case) -> Inputs:
+    def borderline(inputs: Inputs) -> int:
+        options = inputs.options()
+        del options["reduction"]
+        states, keys = (
+            None if array is None else torch.from_numpy(array)
+            for array in (inputs.states, inputs.keys)
+        )
+        return count_borderline(states, keys, delta=1e-5, **options)
+
+    candidates = (float32(case, seed) for seed in range(100))
+    return next(inputs for inputs in candidates if borderline(inputs) == 0)
+
+
+@pytest.mark.parametrize("divides", [True, False], ids=["parts", "whole"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(150, value_dim=16, batch=1),
+        Case(130, value_dim=17, batch=1, causal=False, mean=True, layout="planes"),
+        Case(70, keys=300, value_dim=33, batch=1, soft=True, layout="strided"),
+        Case(100, value_dim=64, mass=True, batch=1),
+        Case(5, keys=300, value_dim=24, batch=1, gate=True, eps=0.1),
+        Case(40, lengths=(0, 1, 40), batch=3, value_dim=16, soft=True),
+        Case(33, keys=70, batch=(1, 2), value_dim=40, mass=True, layout="heads"),
+    ],
+    ids=str,
+)
+def test_gradients(emulator, case, divides):
+    inputs = without_borderline_pairs(case)
+    truth = expected(inputs)
+    out = interact(emulator, inputs, np.float32)
+    emulator.count_products()
+    grads = interact_backward(emulator, inputs, out, np.float32, divides=divides)
+    assert emulator.count_products() > 0
+    if case.has_coefficient_vjp:
+        grads["grad_coefficient"] = grads["grad_coefficient"].sum(-1)
+    if inputs.keys is None:
+        del grads["grad_keys"]
+    for name, grad in grads.items():
+        close(name, grad, truth[name], 4e-6)
+
+
+@pytest.mark.parametrize("size", [1.0, 3.4028234e38, 1e-40])
+@pytest.mark.parametrize("of", ["values", "grad_context"])
+def test_no_product_of_a_gradient_is_left_out(emulator, of, size):
+    """The gradient of one weight is a sum of a few products, each of numbers of any size."""
+    inputs = float32(Case(100, keys=1, value_dim=16, causal=False, batch=1))
+    inputs.coefficient[:] = -0.7  # keeps it
+    inputs.keys[...] = 1
+    inputs.grad_strength[...] = 0
+    inputs.grad_context[..., 1:] = 0
+    rounded = np.clip(inputs.values * 0.1, -0.9, 0.9) if size > 1 else inputs.values
+    inputs.values[...] = rounded
+    if of == "values":
+        inputs.values[0, 0, 0] = size
+        inputs.grad_context *= 1e-3
+    else:
+        inputs.grad_context[..., 0] = size
+    inputs = replace(
+        inputs,
+        values=inputs.values.astype(np.float32).astype(np.float64),
+        grad_context=inputs.grad_context.astype(np.float32).astype(np.float64),
+    )
+    out = interact(emulator, inputs, np.float32)
+    with np.errstate(over="ignore"):
+        grads = interact_backward(emulator, inputs, out, np.float32, omit=("grad_values",))
+    truth = inputs.grad_context[0, :, 0] * inputs.values[0, 0, 0] / 2
+    error = np.abs(grads["grad_states"][0, :, 0] - truth)
+    assert (error <= 2**-21 * np.abs(truth) + 3e-45).all()
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf], ids=str)
+def test_gradients_of_rows_that_drop_a_value_stay_finite(emulator, value):
+    inputs = float32(Case(150, value_dim=33, batch=1))
+    out = interact(emulator, inputs, np.float32)
+    dirty = inputs.values.copy()
+    dirty[0, 85, 9] = value
+    grads = interact_backward(emulator, replace(inputs, values=dirty), out, np.float32)
+    score = (inputs.states[0] @ inputs.states[0, 85] + 1) / 2
+    keeps = (score >= out["threshold"][0]) & (np.arange(150) >= 85)
+    lost = ~np.isfinite(grads["grad_states"][0]).all(-1)
+    # Key 85 has all that its rows pass to it.
+    lost[85] = keeps[85]
+    np.testing.assert_array_equal(lost, keeps)

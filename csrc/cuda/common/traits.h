@@ -121,6 +121,13 @@ struct ProductSizes : Traits<float, kValues> {
   static_assert(kColumnFragments % 2 == 0, "two fragments are read at once");
 };
 
+// Without sums of columns, whose registers hold the gradients of the rows' contexts.
+template <int kValues>
+struct ProductRowSizes : ProductSizes<kValues> {
+  static constexpr int kBlocksPerSm = 2;
+  static_assert(kValues % 16 == 0, "columns are met in steps of a fragment");
+};
+
 // Steps in one launch, a block for each sequence (resident.cu).
 //
 // A thread owns two rows or keys at a time: one 16-byte read still serves four pairs, and a

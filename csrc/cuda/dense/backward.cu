@@ -3,6 +3,7 @@
 #include "../sweep/sweep.h"
 #include "backward.cuh"
 #include "backward.h"
+#include "products.h"
 
 namespace qflux::cuda {
 namespace {
@@ -27,7 +28,16 @@ const char* launch_rows(const InteractBackwardParams<T>& params, void* stream) {
       return launch(rows_from_kept<T, Score>, {blocks, kRowThreads}, stream, params);
     }
   }
+  if constexpr (std::is_same_v<T, float> && kValues > kNarrow)
+    if (takes_products(pair)) return row_products(params, stream);
   return launch_gather<RowPass<T, Score, kValues>>(params, pair.causal, stream);
+}
+
+template <class T, class Score, int kValues>
+int64_t row_partial_numbers(const InteractBackwardParams<T>& params) {
+  if constexpr (std::is_same_v<T, float> && kValues > kNarrow)
+    if (takes_products(params.pair)) return row_product_partial_numbers(params);
+  return partial_numbers<RowPass<T, Score, kValues>>(params);
 }
 
 template <class T, class Score, int kValues>
@@ -49,7 +59,7 @@ const char* launch_passes(const InteractBackwardParams<T>& params, void* stream)
 
 template <class T, class Score, int kValues>
 int64_t partial_numbers_of(const InteractBackwardParams<T>& params) {
-  const int64_t rows = partial_numbers<RowPass<T, Score, kValues>>(params);
+  const int64_t rows = row_partial_numbers<T, Score, kValues>(params);
   const int64_t keys = partial_numbers<KeyPass<T, Score, kValues>>(params);
   return rows < keys ? keys : rows;
 }

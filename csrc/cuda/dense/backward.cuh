@@ -3,6 +3,8 @@
 // forward's inner product and threshold, so all three agree on the kept pairs.
 #pragma once
 
+#include <type_traits>
+
 #include "../../math/mass.h"
 #include "../common/gather.cuh"
 
@@ -53,6 +55,11 @@ struct RowPassSizes : TileTraits<T, kValues, 2 + kValues, 4> {
   static constexpr int kOwners = kMoments ? kAll / 2 : kAll;
 };
 
+// Wide values meet the gradients of contexts on tensor cores (row_products.cuh).
+template <class T, int kValues, bool kMoments>
+using RowSizes = std::conditional_t<(kValues >= kTensorColumns), ProductRowSizes<kValues>,
+                                    RowPassSizes<T, kValues, kMoments>>;
+
 template <class T, class Score, int kValues>
 struct RowPass : OwnsRows<T, Score, InteractBackwardParams<T>>, BackwardColumns<T, kValues> {
   using Base = OwnsRows<T, Score, InteractBackwardParams<T>>;
@@ -61,7 +68,7 @@ struct RowPass : OwnsRows<T, Score, InteractBackwardParams<T>>, BackwardColumns<
   using BackwardColumns<T, kValues>::kColumns, BackwardColumns<T, kValues>::kOwnValues;
   // The forward leaves those of values of their own.
   static constexpr bool kMoments = Score::kMass && !kOwnValues;
-  using Sizes = RowPassSizes<T, kValues, kMoments>;
+  using Sizes = RowSizes<T, kValues, kMoments>;
   // Of u k and, for what a limit or a mass has more, u, 1 and k.
   static constexpr int kColumnSums = 0;
   static constexpr int kSums = kMoments ? 6 : Score::kMass || Score::kLimitVjp ? 3 : 2;
@@ -98,6 +105,36 @@ struct RowPass : OwnsRows<T, Score, InteractBackwardParams<T>>, BackwardColumns<
       sums[4] += record[0];
       sums[5] += record[1];
     }
+  }
+  // Of a row without the gradients of its context.
+  struct Row {
+    Point<T> query;
+    T limit, grad_strength;
+  };
+  __device__ __forceinline__ Row load_row(int row, int column) const {
+    Row owner{query<Score>(params.pair, b, row), this->limit(row), T(0)};
+    load_gradients<T, Score, 0>(params, b, row, visibility(), column, 0, static_cast<T*>(nullptr),
+                                owner.grad_strength);
+    return owner;
+  }
+  // Of the context, reduction applied; zero behind the last column.
+  __device__ __forceinline__ T grad_context(int row, int column) const {
+    if (column >= this->columns(params)) return T(0);
+    return params.pair.reduction_scale(visibility().visible_keys(row)) *
+           params.grad_context.load(b, row, column);
+  }
+  // Adds a pair of values of their own, of which `grad_weight` is known.
+  template <bool kCareful>
+  __device__ __forceinline__ void add_pair(const Row& row, Point<T> key, T grad_weight,
+                                           bool visible, T (&sums)[kSums]) const {
+    static_assert(!kMoments, "the forward leaves them");
+    const Score score = this->score(row.limit);
+    const T p = inner_product(row.query.x, row.query.y, key.x, key.y, score.bias());
+    const bool kept = score.kept(p) & (!kCareful | visible);
+    const T grad = score.derivative(p, grad_weight);
+    multiply_add_if(kept, grad, key.x, sums[0]);
+    multiply_add_if(kept, grad, key.y, sums[1]);
+    if constexpr (kSums > 2) add_if(kept, grad, sums[2]);
   }
   __device__ __forceinline__ void store(int row, int /*column*/, bool last,
                                         const T (&sums)[kSums]) const {

@@ -62,66 +62,89 @@ __device__ __forceinline__ void for_each_row(const Pass& pass, int first, const 
     if (valid > 0) visit(r, lesser(opaque(first) + FragmentLane().row + r * 8, valid - 1));
 }
 
-// Calls visit(read) with what reads the values at an offset, so that how they are stored is found
-// out once for many.
-template <class Visit>
-__device__ __forceinline__ void visit_values_at(const View<const float>& values,
-                                                const Visit& visit) {
-  if (values.storage == Storage::kSame)
-    visit([&](int64_t offset) { return values.data[offset]; });
-  else
-    visit([&](int64_t offset) {
-      return widen(reinterpret_cast<const uint16_t*>(values.data)[offset], values.storage);
-    });
-}
-
 // What a thread has met of values: none that is not the sum of its parts, and none of more than
 // one.
 struct Staged {
   bool all_in_parts = true, one_part = true;
 };
 
-// Stages keys start .. start + count - 1, and zeros up to the end of the tile. The parts of a value
-// that is not their sum are zero: add_whole_values() adds it.
+// Numbers of a matrix of any layout: `offset` of the first, and strides from one to the next along
+// the sum of a product (`inner`) and across (`outer`), with how many there are.
+struct Places {
+  int64_t offset, inner, outer;
+  int inner_left, outer_left;
+};
+
+// Splits two fragments of a right matrix, 16 x 16 numbers, for one lane: what is at its places, and
+// zero beyond the ends. The parts of a number that is not their sum are zero.
+template <class Scale>
+__device__ __forceinline__ void split_right(const View<const float>& numbers, const Places& places,
+                                            const Scale& scale, Staged& staged,
+                                            uint32_t (&parts)[4][kParts]) {
+  const FragmentLane lane;
+  const int inner_first = lane.pair * 2;
+  const int64_t first = places.offset + inner_first * places.inner + lane.row * places.outer;
+  float value[4][2];
+  // How they are stored is found out once for all.
+  const auto read_all = [&](const auto& read) {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      const int inner = i % 4 / 2 * 8 + i % 2, outer = i / 4 * kFragmentColumns;
+      const bool inside =
+          (inner_first + inner < places.inner_left) & (lane.row + outer < places.outer_left);
+      value[i / 2][i % 2] =
+          inside ? scale(read(first + inner * places.inner + outer * places.outer)) : 0.0f;
+    }
+  };
+  if (numbers.storage == Storage::kSame)
+    read_all([&](int64_t offset) { return numbers.data[offset]; });
+  else
+    read_all([&](int64_t offset) {
+      return widen(reinterpret_cast<const uint16_t*>(numbers.data)[offset], numbers.storage);
+    });
+  bool all_in_parts = true;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) all_in_parts &= round_in_parts(value[i][0], value[i][1], parts[i]);
+  if (!all_in_parts) {
+    staged.all_in_parts = false;
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+      round_in_parts(has_parts(value[i][0]) ? value[i][0] : 0,
+                     has_parts(value[i][1]) ? value[i][1] : 0, parts[i]);
+  }
+  staged.one_part &= (parts[0][1] | parts[1][1] | parts[2][1] | parts[3][1]) == 0;
+}
+
+// The points of keys start .. start + count - 1, and zeros up to the end of the tile.
+template <int kTile, class Pass>
+__device__ __forceinline__ void stage_keys(const Pass& pass, int start, int count,
+                                           Point<float> (&keys)[kTile]) {
+  for (int n = threadIdx.x; n < kTile; n += kThreads)
+    keys[n] =
+        n < count ? load_point(pass.params.pair.key_points, pass.b, start + n) : Point<float>{0, 0};
+}
+
+// Stages keys start .. start + count - 1. A value that is not the sum of its parts is left to
+// add_whole_values().
 template <class Pass, class Tile>
 __device__ __forceinline__ Staged stage_products(const Pass& pass, int start, int count, int column,
                                                  Tile& tile) {
   using Sizes = typename Pass::Sizes;
   const View<const float>& values = pass.params.pair.values;
-  for (int n = threadIdx.x; n < Sizes::kTile; n += kThreads)
-    tile.keys[n] =
-        n < count ? load_point(pass.params.pair.key_points, pass.b, start + n) : Point<float>{0, 0};
-  const FragmentLane lane;
-  const int columns_left = static_cast<int>(Pass::columns(pass.params)) - column - lane.row;
+  stage_keys(pass, start, count, tile.keys);
+  const int columns = static_cast<int>(Pass::columns(pass.params));
   Staged staged;
   // Unrolled, the addresses in flight would cost the registers of the loop over pairs.
 #pragma unroll 1
   for (int n = threadIdx.x / kWarp; n < Sizes::kSteps * Tile::kPairs; n += kWarps) {
     const int step = n / Tile::kPairs, pair = n % Tile::kPairs;
-    const int first = step * kFragment + lane.pair * 2, of_pair = pair * 2 * kFragmentColumns;
-    const int64_t offset = values.offset(pass.b, start + first, column + of_pair + lane.row);
-    float value[4][2];
-    visit_values_at(values, [&](const auto& read) {
-#pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        const int key = i % 4 / 2 * 8 + i % 2, at = i / 4 * kFragmentColumns;
-        const bool inside = (first + key < count) & (of_pair + at < columns_left);
-        value[i / 2][i % 2] =
-            inside ? read(offset + key * values.token + at * values.component) : 0.0f;
-      }
-    });
+    const int key = step * kFragment, at = column + pair * 2 * kFragmentColumns;
     uint32_t parts[4][kParts];
-    bool all_in_parts = true;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) all_in_parts &= round_in_parts(value[i][0], value[i][1], parts[i]);
-    if (!all_in_parts) {
-      staged.all_in_parts = false;
-#pragma unroll
-      for (int i = 0; i < 4; ++i)
-        round_in_parts(has_parts(value[i][0]) ? value[i][0] : 0,
-                       has_parts(value[i][1]) ? value[i][1] : 0, parts[i]);
-    }
-    staged.one_part &= (parts[0][1] | parts[1][1] | parts[2][1] | parts[3][1]) == 0;
+    split_right(
+        values,
+        {values.offset(pass.b, start + key, at), values.token, values.component, count - key,
+         columns - at},
+        [](float value) { return value; }, staged, parts);
 #pragma unroll
     for (int p = 0; p < kParts; ++p)
       tile.values[step][p][pair][threadIdx.x % kWarp] = {parts[0][p], parts[1][p], parts[2][p],
@@ -220,15 +243,63 @@ __device__ __forceinline__ void add_whole_values(const Pass& pass,
   }
 }
 
-// Stores the sums of a thread, or puts them among the partials. What the lanes of a row have of its
-// own sums goes to the first of them.
-template <bool kDivided, class Pass, int kRows>
-__device__ __forceinline__ void store_products(
-    const Pass& pass, int first, int column, int part, int64_t sequence,
-    const ColumnSums<typename Pass::Sizes>& columns,
-    CompensatedSum<float> (&total)[kRows][Pass::kOfRow]) {
-  constexpr int kColumns = Pass::Sizes::kColumnFragments, kSums = Pass::kOfRow;
-  const FragmentLane lane;
+// A work of a schedule without warps that share their owners; see gather() (gather.cuh).
+template <class Pass, bool kDivided>
+struct ProductWork {
+  static constexpr int kWarpRows = Pass::Sizes::kFragments * kFragment;
+  static constexpr int kBlockRows = kWarps * kWarpRows;
+  static_assert(kBlockRows == kThreads * Pass::Sizes::kOwners, "the schedule counts owners");
+
+  int outer, inner;  // of the sequence
+  int64_t sequence;
+  int part, column_block;
+  int first;                // row of the warp
+  Range all;                // keys that any row of the block sees
+  int any_end, common_end;  // of those that any row of the warp sees, and that all see
+
+  __device__ __forceinline__ ProductWork(const typename Pass::Params& params,
+                                         const Schedule& schedule, int64_t work) {
+    const int parts = kDivided ? schedule.parts : 1;
+    const int64_t rest = work / schedule.batch;
+    const int order = static_cast<int>(rest / schedule.column_blocks / parts);
+    const int block = schedule.reversed ? schedule.owner_blocks - 1 - order : order;
+    const BatchIndex b = params.pair.index(work % schedule.batch);
+    outer = static_cast<int>(b.outer);
+    inner = static_cast<int>(b.inner);
+    sequence = work % schedule.batch;
+    part = static_cast<int>(rest / schedule.column_blocks % parts);
+    column_block = static_cast<int>(rest % schedule.column_blocks);
+    const Pass pass(params, {outer, inner});
+    const int warp = static_cast<int>((threadIdx.x / kWarp + turn_of(work)) % kWarps);
+    const int valid = pass.valid(), block_first = block * kBlockRows;
+    first = block_first + warp * kWarpRows;
+    const int last = lesser(first + kWarpRows, valid);
+    all = met_by_any(pass, block_first, lesser(block_first + kBlockRows, valid));
+    if constexpr (kDivided) {
+      const int begin = part * schedule.part_sources;
+      all = {greater(all.begin, begin), lesser(all.end - begin, schedule.part_sources) + begin};
+    }
+    any_end = lesser(met_by_any(pass, first, last).end, all.end);
+    common_end = lesser(met_by_all(pass, first, last).end, all.end);
+  }
+  // Addresses in a sequence are found anew where they are used, not held through the pair loop.
+  __device__ __forceinline__ Pass pass(const typename Pass::Params& params) const {
+    return Pass(params, {opaque(outer), opaque(inner)});
+  }
+  // Whole steps of keys in the tile from `start` on, up to `end`.
+  __device__ __forceinline__ int steps_to(int start, int end) const {
+    return lesser(greater(end - start, 0), Pass::Sizes::kTile) / kFragment;
+  }
+};
+template <bool kDivided>
+__device__ __forceinline__ int64_t works_of(const Schedule& schedule) {
+  return schedule.batch * schedule.owner_blocks * (kDivided ? schedule.parts : 1) *
+         schedule.column_blocks;
+}
+
+// Gives the first of the lanes of a row what all of them have of its sums.
+template <int kRows, int kSums>
+__device__ __forceinline__ void add_up_lanes(CompensatedSum<float> (&total)[kRows][kSums]) {
 #pragma unroll
   for (int n = 0; n < kRows * kSums; ++n) {
     CompensatedSum<float>& sum = total[n / kSums][n % kSums];
@@ -239,6 +310,17 @@ __device__ __forceinline__ void store_products(
       sum.add(other);
     }
   }
+}
+
+// Stores the sums of a thread, or puts them among the partials.
+template <bool kDivided, class Pass, int kRows>
+__device__ __forceinline__ void store_products(
+    const Pass& pass, int first, int column, int part, int64_t sequence,
+    const ColumnSums<typename Pass::Sizes>& columns,
+    CompensatedSum<float> (&total)[kRows][Pass::kOfRow]) {
+  constexpr int kColumns = Pass::Sizes::kColumnFragments, kSums = Pass::kOfRow;
+  const FragmentLane lane;
+  add_up_lanes(total);
   const auto partials = partials_of<Pass>(pass.params);
 #pragma unroll
   for (int r = 0; r < kRows; ++r) {
@@ -274,51 +356,31 @@ __global__ void __launch_bounds__(kThreads, Pass::Sizes::kBlocksPerSm)
     gather_products(typename Pass::Params params, Schedule schedule) {
   using Sizes = typename Pass::Sizes;
   constexpr int kRows = Sizes::kRows, kTile = Sizes::kTile, kSums = Pass::kOfRow;
-  constexpr int kWarpRows = Sizes::kFragments * kFragment, kBlockRows = kWarps * kWarpRows;
-  static_assert(kBlockRows == kThreads * Sizes::kOwners, "the schedule counts owners of a thread");
-  static_assert(sizeof(ProductTile<Sizes>) <= kSharedBytes, "a tile must fit");
   using Tile = ProductTile<Sizes>;
+  static_assert(sizeof(Tile) <= kSharedBytes, "a tile must fit");
   QFLUX_SHARED(Tile, tile);
 
-  const int parts = kDivided ? schedule.parts : 1;
-  const int64_t works = schedule.batch * schedule.owner_blocks * parts * schedule.column_blocks;
+  const int64_t works = works_of<kDivided>(schedule);
   for (int64_t work = blockIdx.x; work < works; work += gridDim.x) {
-    const int64_t rest = work / schedule.batch;
-    const int order = static_cast<int>(rest / schedule.column_blocks / parts);
-    const auto part = [&] { return static_cast<int>(rest / schedule.column_blocks % parts); };
-    const int block = schedule.reversed ? schedule.owner_blocks - 1 - order : order;
-    const BatchIndex b = params.pair.index(work % schedule.batch);
-    const int outer = static_cast<int>(b.outer), inner = static_cast<int>(b.inner);
-    const auto anew = [&] { return Pass(params, {opaque(outer), opaque(inner)}); };
-    const Pass pass(params, {outer, inner});
-    const int warp = static_cast<int>((threadIdx.x / kWarp + turn_of(work)) % kWarps);
-    const int valid = pass.valid(), block_first = block * kBlockRows;
-    const int first = block_first + warp * kWarpRows;
-    const int last = lesser(first + kWarpRows, valid);
-    Range all = met_by_any(pass, block_first, lesser(block_first + kBlockRows, valid));
-    if constexpr (kDivided) {
-      const int begin = part() * schedule.part_sources;
-      all = {greater(all.begin, begin), lesser(all.end - begin, schedule.part_sources) + begin};
-      if (all.begin >= all.end) continue;
-    }
-    const int any_end = lesser(met_by_any(pass, first, last).end, all.end);
-    const int common_end = lesser(met_by_all(pass, first, last).end, all.end);
-    const int column = static_cast<int>(rest % schedule.column_blocks) * Sizes::kColumns;
+    const ProductWork<Pass, kDivided> of(params, schedule, work);
+    if (of.all.begin >= of.all.end && kDivided) continue;
+    const auto anew = [&] { return of.pass(params); };
+    const Pass pass = of.pass(params);
+    const int column = of.column_block * Sizes::kColumns;
 
     typename Pass::Owner owner[kRows] = {};
-    for_each_row<kRows>(anew(), first, [&](int r, int row) { owner[r] = pass.load(row, column); });
+    for_each_row<kRows>(anew(), of.first,
+                        [&](int r, int row) { owner[r] = pass.load(row, column); });
     ColumnSums<Sizes> columns;
     CompensatedSum<float> total[kRows][kSums] = {};
-    for (int start = all.begin; start < all.end; start += kTile) {
-      const int count = lesser(kTile, all.end - start);
+    for (int start = of.all.begin; start < of.all.end; start += kTile) {
+      const int count = lesser(kTile, of.all.end - start);
       __syncthreads();
       const Staged staged = stage_products(anew(), start, count, column, tile);
       const bool all_in_parts = __syncthreads_and(staged.all_in_parts);
       const bool one_part = __syncthreads_and(staged.one_part);
-      const auto steps_to = [&](int end) {
-        return lesser(greater(end - start, 0), kTile) / kFragment;
-      };
-      const int steps = steps_to(any_end + kFragment - 1), common_steps = steps_to(common_end);
+      const int steps = of.steps_to(start, of.any_end + kFragment - 1);
+      const int common_steps = of.steps_to(start, of.common_end);
       if (steps == 0) continue;
       float sums[kRows][kSums] = {};
       int end[kRows] = {};
@@ -326,18 +388,19 @@ __global__ void __launch_bounds__(kThreads, Pass::Sizes::kBlocksPerSm)
 #pragma unroll 1
       for (; step < common_steps; ++step)
         add_step<false>(pass, owner, tile, start, step, end, one_part, columns, sums);
-      for_each_row<kRows>(anew(), first,
-                          [&](int r, int row) { end[r] = lesser(pass.range(row).end, all.end); });
+      for_each_row<kRows>(anew(), of.first, [&](int r, int row) {
+        end[r] = lesser(pass.range(row).end, of.all.end);
+      });
 #pragma unroll 1
       for (; step < steps; ++step)
         add_step<true>(pass, owner, tile, start, step, end, one_part, columns, sums);
       if (!all_in_parts)
-        add_whole_values(anew(), owner, start, lesser(start + count, any_end), column, end,
+        add_whole_values(anew(), owner, start, lesser(start + count, of.any_end), column, end,
                          columns);
       columns.end_tile();
       add_to_totals(sums, total);
     }
-    store_products<kDivided>(anew(), first, column, part(), work % schedule.batch, columns, total);
+    store_products<kDivided>(anew(), of.first, column, of.part, of.sequence, columns, total);
   }
 }
 
