@@ -49,7 +49,9 @@ class _Attention(OpFunction):
         projected, turns, scale, norm_weight, norm_bias, *left = ctx.saved_tensors
         if grad is None:
             return (None,) * 7
-        grads = _AttentionBackward.run(
+        # Nobody transforms what `serves` has let through: recording alone needs the Function.
+        run = _AttentionBackward.run if torch.is_grad_enabled() else _AttentionBackward.forward
+        grads = run(
             grad, projected, turns, scale, norm_weight, norm_bias, ctx.eps, ctx.value_dim, *left
         )
         needs = ctx.needs_input_grad[:5]

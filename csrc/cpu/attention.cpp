@@ -14,32 +14,67 @@ namespace {
 
 constexpr int64_t kNumbers = 1 << 15;  // a share of work that is worth waking a thread for
 
-template <class T>
-PairParams<T> pair_params(const AttentionParams<T>& p, const T* points, const T* values) {
-  PairParams<T> pair{};
-  pair.outer = p.batch;
-  pair.inner = p.cylinders;
-  pair.rows = pair.keys = p.tokens;
-  pair.value_dim = p.value_dim;
-  pair.score = ScoreKind::kSparsemax;
-  pair.causal = true;
-  pair.algorithm = p.algorithm;
-  pair.coefficient = {p.scale, T(0), 0, 1};
-  pair.states = p.packed(points, 2);
-  pair.key_points = p.packed(points + p.points_size(), 2);
-  pair.values = p.packed(values, p.value_dim);
-  return pair;
-}
+// Numbers of the scratch of a part, for each thread: what a core keeps at hand.
+constexpr int64_t kPart = 1 << 17;
 
-// Calls body(sequence, tokens) for tiles of tokens.
+// Sequences that go together from their projections to what they gathered, and back: their scratch
+// is to be at hand all along.
+template <class T>
+struct Sequences {
+  const AttentionParams<T>& p;
+  int64_t first, count;
+
+  int64_t last() const { return first + count; }
+  int64_t points() const { return p.cylinders * p.tokens * 2; }  // numbers of a sequence
+  int64_t values() const { return p.tokens * p.width(); }
+
+  // Calls body(sequence, tokens) for tiles of tokens.
+  template <class Body>
+  void each_tile(const Body& body) const {
+    const int64_t tiles = ceil_div(p.tokens, kTurned);
+    parallel_for(0, count * tiles, 1 + kNumbers / (kTurned * p.columns()),
+                 [&](int64_t begin, int64_t end) {
+                   for (int64_t n = begin; n < end; ++n)
+                     body(first + n / tiles, tile_range(n % tiles, kTurned, p.tokens));
+                 });
+  }
+  void pack(const T* rows, int64_t stride, T* packed) const {
+    each_tile([&](int64_t b, Range range) {
+      loops<T>().attention.pack(p, b, range.first, range.last, rows, stride,
+                                packed + (b - first) * values());
+    });
+  }
+  PairParams<T> pair(const T* turned, const T* packed_values) const {
+    PairParams<T> pair{};
+    pair.outer = count;
+    pair.inner = p.cylinders;
+    pair.rows = pair.keys = p.tokens;
+    pair.value_dim = p.value_dim;
+    pair.score = ScoreKind::kSparsemax;
+    pair.causal = true;
+    pair.algorithm = p.algorithm;
+    pair.coefficient = {p.scale, T(0), 0, 1};
+    pair.states = p.packed(turned + first * points(), 2);
+    pair.key_points = p.packed(turned + p.points_size() + first * points(), 2);
+    pair.values = p.packed(packed_values, p.value_dim);
+    return pair;
+  }
+};
+
+// Calls body(part) for all sequences, a part after the other.
 template <class T, class Body>
-void each_tile(const AttentionParams<T>& p, const Body& body) {
-  const int64_t tiles = ceil_div(p.tokens, kTurned);
-  parallel_for(0, p.batch * tiles, 1 + kNumbers / (kTurned * p.columns()),
-               [&](int64_t begin, int64_t end) {
-                 for (int64_t n = begin; n < end; ++n)
-                   body(n / tiles, tile_range(n % tiles, kTurned, p.tokens));
-               });
+void each_part(const AttentionParams<T>& p, const Body& body) {
+  // Beside values and points, here and as they are staged for the pairs, with their gradients.
+  const int64_t numbers = p.tokens * p.cylinders * (6 * p.value_dim + 16);
+  const int64_t most = std::max<int64_t>(1, kPart * thread_count() / numbers);
+  for (int64_t first = 0; first < p.batch; first += most)
+    body(Sequences<T>{p, first, std::min(most, p.batch - first)});
+}
+template <class T>
+int64_t largest_part(const AttentionParams<T>& p) {
+  int64_t largest = 0;
+  each_part(p, [&](const Sequences<T>& part) { largest = std::max(largest, part.count); });
+  return largest;
 }
 
 // Scale and shift of a LayerNorm that may be without them.
@@ -84,19 +119,20 @@ void attend(const AttentionParams<T>& given, const AttentionResults<T>& results)
   AttentionParams<T> p = given;
   const Affine<T> affine(&p);
   const AttentionLoops<T>& loop = loops<T>().attention;
-  const auto values = room<T>(p.rows() * p.width());
-  each_tile(p, [&](int64_t b, Range range) {
-    loop.turn(p, b, range.first, range.last, results.points);
-    loop.pack(p, b, range.first, range.last, p.projected + p.values_at(), p.columns(),
-              values.get());
+  const auto values = room<T>(largest_part(p) * p.tokens * p.width());
+  each_part(p, [&](const Sequences<T>& part) {
+    part.each_tile(
+        [&](int64_t b, Range range) { loop.turn(p, b, range.first, range.last, results.points); });
+    part.pack(p.projected + p.values_at(), p.columns(), values.get());
+    InteractParams<T> interaction{};
+    interaction.pair = part.pair(results.points, values.get());
+    interaction.context =
+        p.of_cylinders(results.gathered + part.first * part.values(), 0, p.width());
+    interaction.threshold = p.of_rows(results.threshold + part.first * p.cylinders * p.tokens);
+    Device().interact(interaction);
+    parallel_for(part.first * p.tokens, part.last() * p.tokens, 1 + kNumbers / p.columns(),
+                 [&](int64_t begin, int64_t end) { loop.gate(p, begin, end, results); });
   });
-  InteractParams<T> interaction{};
-  interaction.pair = pair_params(p, static_cast<const T*>(results.points), values.get());
-  interaction.context = p.of_cylinders(results.gathered, 0, p.width());
-  interaction.threshold = p.of_rows(results.threshold);
-  Device().interact(interaction);
-  parallel_for(0, p.rows(), 1 + kNumbers / p.columns(),
-               [&](int64_t begin, int64_t end) { loop.gate(p, begin, end, results); });
 }
 
 template <class T>
@@ -125,38 +161,47 @@ void attend_backward(const AttentionParams<T>& given, const AttentionResults<T>&
     (k < width ? grads.norm_scale[k] : grads.norm_shift[k - width]) = static_cast<T>(sum);
   }
 
-  const int64_t size = p.rows() * width;
-  const auto packed = room<T>(3 * size);
-  T *const values = packed.get(), *const of_context = values + size,
-           *const of_values = of_context + size;
-  each_tile(p, [&](int64_t b, Range range) {
-    loop.pack(p, b, range.first, range.last, p.projected + p.values_at(), columns, values);
-    loop.pack(p, b, range.first, range.last, gathered, stride, of_context);
-  });
-  const auto points = room<T>(2 * p.points_size());
+  const int64_t largest = largest_part(p);
+  const int64_t value_room = largest * p.tokens * width, point_room = value_room / p.value_dim * 2;
+  const auto scratch = room<T>(3 * value_room + 2 * point_room);
+  T *const values = scratch.get(), *const of_context = values + value_room,
+           *const of_values = of_context + value_room, *const of_queries = of_values + value_room,
+           *const of_keys = of_queries + point_room;
   std::vector<T> of_scale(static_cast<size_t>(p.rows() * p.cylinders), T(0));
-  InteractBackwardParams<T> interaction{};
-  interaction.pair = pair_params(p, static_cast<const T*>(saved.points), values);
-  interaction.grad_context = as_const(p.packed(of_context, p.value_dim));
-  interaction.threshold = as_const(p.of_rows(saved.threshold));
-  interaction.grad_states = p.packed(points.get(), 2);
-  interaction.grad_keys = p.packed(points.get() + p.points_size(), 2);
-  interaction.grad_values = p.packed(of_values, p.value_dim);
-  interaction.grad_coefficient = p.of_rows(of_scale.data());
-  Device().interact_backward(interaction);
-  sum_scales(p, of_scale, grads.scale);
-  each_tile(p, [&](int64_t b, Range range) {
-    loop.unpack(p, b, range.first, range.last, of_values, p.own ? nullptr : of_context,
-                grads.projected + p.values_at(), columns);
+  std::vector<double> of_angle(static_cast<size_t>(p.cylinders * p.tokens), 0.0);
+  each_part(p, [&](const Sequences<T>& part) {
+    part.pack(p.projected + p.values_at(), columns, values);
+    part.pack(gathered, stride, of_context);
+    const int64_t row = part.first * p.cylinders * p.tokens;
+    InteractBackwardParams<T> interaction{};
+    interaction.pair = part.pair(saved.points, values);
+    interaction.grad_context = as_const(p.packed(of_context, p.value_dim));
+    interaction.threshold = as_const(p.of_rows(saved.threshold + row));
+    interaction.grad_states = p.packed(of_queries, 2);
+    interaction.grad_keys = p.packed(of_keys, 2);
+    interaction.grad_values = p.packed(of_values, p.value_dim);
+    interaction.grad_coefficient = p.of_rows(of_scale.data() + row);
+    Device().interact_backward(interaction);
+    // Each angle has one thread, which adds the sequences in their order.
+    const int64_t tiles = ceil_div(p.tokens, kTurned);
+    parallel_for(0, tiles, 1 + kNumbers / (part.count * kTurned * columns),
+                 [&](int64_t begin, int64_t end) {
+                   for (int64_t n = begin; n < end; ++n) {
+                     const Range range = tile_range(n, kTurned, p.tokens);
+                     for (int64_t b = part.first; b < part.last(); ++b) {
+                       const int64_t at = b - part.first;
+                       loop.unpack(p, b, range.first, range.last, of_values + at * part.values(),
+                                   p.own ? nullptr : of_context + at * part.values(),
+                                   grads.projected + p.values_at(), columns);
+                       loop.turn_back(p, b, range.first, range.last, saved.points,
+                                      of_queries + at * part.points(), of_keys + at * part.points(),
+                                      grads.projected, of_angle.data());
+                     }
+                   }
+                 });
   });
-  const int64_t tiles = ceil_div(p.tokens, kTurned);
-  parallel_for(0, tiles, 1 + kNumbers / (p.batch * kTurned * 4 * p.cylinders),
-               [&](int64_t begin, int64_t end) {
-                 for (int64_t n = begin; n < end; ++n) {
-                   const Range range = tile_range(n, kTurned, p.tokens);
-                   loop.turn_back(p, range.first, range.last, saved.points, points.get(), grads);
-                 }
-               });
+  sum_scales(p, of_scale, grads.scale);
+  for (size_t n = 0; n < of_angle.size(); ++n) grads.angle[n] = static_cast<T>(of_angle[n]);
 }
 
 #define QFLUX_INSTANTIATE(T)                                                           \

@@ -1,5 +1,7 @@
 #include "staging.h"
 
+#include <type_traits>
+
 #include "isa/dispatch.h"
 
 namespace qflux::cpu {
@@ -15,6 +17,28 @@ template <class T, class Body>
 void for_each_tile(const PairParams<T>& p, int64_t tokens, const Body& body) {
   for_each_block(p.batch(), tiles(tokens), false, grain_for(kTile * kTokenCost),
                  [&](int64_t n, int64_t tile) { body(p.index(n), tile); });
+}
+
+// Components of tokens first .. last - 1 of a sequence, each to a plane of its own: plane(c).
+template <class T, class Plane>
+void split(const View<const T>& from, BatchIndex b, int64_t count, Range range,
+           const Plane& plane) {
+  const auto [first, last] = range;
+  const T* const at = from.sequence(b);
+  // Of tokens that lie together, several are moved at a time, if the compiler knows how they lie.
+  const auto together = [&](auto width) {
+    T* planes[decltype(width)::value];
+    for (int c = 0; c < width; ++c) planes[c] = plane(c);
+    for (int64_t i = first; i < last; ++i)
+      for (int c = 0; c < width; ++c) planes[c][i] = at[i * width + c];
+  };
+  const bool dense = from.component == 1 && from.token == count;
+  if (dense && count == 2) return together(std::integral_constant<int, 2>());
+  if (dense && count == 4) return together(std::integral_constant<int, 4>());
+  for (int64_t c = 0; c < count; ++c) {
+    T* const to = plane(c);
+    for (int64_t i = first; i < last; ++i) to[i] = at[i * from.token + c * from.component];
+  }
 }
 
 }  // namespace
@@ -105,16 +129,9 @@ void Staging<T>::stage_keys() const {
 template <class T>
 void Staging<T>::stage_keys(BatchIndex b, Range range) const {
   const auto [first, last] = range;
-  T *x = key_plane(b, 0), *y = key_plane(b, 1);
-  for (int64_t j = first; j < last; ++j) {
-    const Point<T> key = load_point(p_.key_points, b, j);
-    x[j] = key.x;
-    y[j] = key.y;
-  }
-  for (int64_t c = 2; c < key_planes_; ++c) {
-    T* plane = key_plane(b, c);
-    for (int64_t j = first; j < last; ++j) plane[j] = p_.values.at(b, j, c - 2);
-  }
+  split(p_.key_points, b, 2, range, [&](int64_t c) { return key_plane(b, c); });
+  if (key_planes_ > 2)
+    split(p_.values, b, value_dim, range, [&](int64_t c) { return key_plane(b, 2 + c); });
   if (copies_values_)
     for (int64_t j = first; j < last; ++j)
       for (int64_t c = 0; c < value_dim; ++c) value_record(b, j)[c] = p_.values.at(b, j, c);
@@ -143,19 +160,16 @@ template <class T>
 void Staging<T>::stage_gradients(const InteractBackwardParams<T>& backward, BatchIndex b,
                                  Range range) const {
   const int64_t first = range.first, last = range.last;
-  // A plane of a component of the rows, from a view of them.
-  const auto stage = [&](int64_t plane, const View<const T>& from, int64_t component) {
-    T* const to = row_plane(b, plane);
-    const T* const at = from.sequence(b) + component * from.component;
-    for (int64_t i = first; i < last; ++i) to[i] = at[i * from.token];
+  const auto stage = [&](int64_t plane, const View<const T>& from) {
+    split(from, b, 1, range, [&](int64_t) { return row_plane(b, plane); });
   };
   const View<const T>& context = backward.grad_context;
-  stage(2, backward.threshold, 0);
-  for (int64_t c = 0; c < value_dim; ++c) stage(3 + c, context, c);
+  stage(2, backward.threshold);
+  split(context, b, value_dim, range, [&](int64_t c) { return row_plane(b, 3 + c); });
   T* const strength = row_plane(b, 3 + value_dim);
   // The strength of a mass is one, whatever its pairs.
   if (backward.grad_strength && !has_mass(p_.score))
-    stage(3 + value_dim, backward.grad_strength, 0);
+    stage(3 + value_dim, backward.grad_strength);
   else
     std::fill(strength + first, strength + last, T(0));
   if (p_.mean) {

@@ -36,8 +36,7 @@ QFLUX_INLINE void each_packed(const AttentionParams<T>& p, int64_t b, int64_t fi
   const int64_t dim = p.value_dim;
   for (int64_t c = 0; c < p.cylinders; ++c)
     for (int64_t i = first; i < last; ++i)
-      body(rows + (b * p.tokens + i) * stride + c * dim,
-           packed + ((b * p.cylinders + c) * p.tokens + i) * dim);
+      body(rows + (b * p.tokens + i) * stride + c * dim, packed + (c * p.tokens + i) * dim);
 }
 
 // A number of columns that the compiler knows is copied by a move or two.
@@ -71,27 +70,26 @@ void unpack(const AttentionParams<T>& p, int64_t b, int64_t first, int64_t last,
 }
 
 template <class T>
-void turn_back(const AttentionParams<T>& p, int64_t first, int64_t last, const T* turned,
-               const T* points, const AttentionGradients<T>& grads) {
-  const int64_t columns = p.columns(), count = last - first;
+void turn_back(const AttentionParams<T>& p, int64_t b, int64_t first, int64_t last, const T* turned,
+               const T* queries, const T* keys, T* projected, double* angle) {
+  const int64_t columns = p.columns();
+  T* const rows = projected + b * p.tokens * columns;
   for (int64_t c = 0; c < p.cylinders; ++c) {
-    const T* const turns = p.turns + 2 * (c * p.tokens + first);
-    double angle[kTurned] = {};
-    for (int64_t b = 0; b < p.batch; ++b)
-      for (int64_t which = 0; which < 2; ++which) {
-        const int64_t at = which * p.points_size() + 2 * ((b * p.cylinders + c) * p.tokens + first);
-        T* const to =
-            grads.projected + (b * p.tokens + first) * columns + 2 * (which * p.cylinders + c);
-        for (int64_t n = 0; n < count; ++n) {
-          const Point<T> grad{points[at + 2 * n], points[at + 2 * n + 1]};
-          const Point<T> back = turn_vjp(grad, turns[2 * n], turns[2 * n + 1]);
-          to[n * columns] = back.x;
-          to[n * columns + 1] = back.y;
-          angle[n] += angle_vjp(grad, Point<T>{turned[at + 2 * n], turned[at + 2 * n + 1]});
-        }
+    const T* const turns = p.turns + 2 * c * p.tokens;
+    double* const of_angle = angle + c * p.tokens;
+    for (int64_t which = 0; which < 2; ++which) {
+      const T* const grads = (which ? keys : queries) + 2 * c * p.tokens;
+      const T* const points =
+          turned + which * p.points_size() + 2 * (b * p.cylinders + c) * p.tokens;
+      T* const to = rows + 2 * (which * p.cylinders + c);
+      for (int64_t i = first; i < last; ++i) {
+        const Point<T> grad{grads[2 * i], grads[2 * i + 1]};
+        const Point<T> back = turn_vjp(grad, turns[2 * i], turns[2 * i + 1]);
+        to[i * columns] = back.x;
+        to[i * columns + 1] = back.y;
+        of_angle[i] += angle_vjp(grad, Point<T>{points[2 * i], points[2 * i + 1]});
       }
-    for (int64_t n = 0; n < count; ++n)
-      grads.angle[c * p.tokens + first + n] = static_cast<T>(angle[n]);
+    }
   }
 }
 
