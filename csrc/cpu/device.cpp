@@ -115,20 +115,17 @@ void write_row(const InteractParams<T>& params, BatchIndex b, const Visibility& 
 
 // The gradients of row i's query, pulled back to its state, and of its threshold. A row that sees
 // nothing has none, whatever it holds.
-template <class T>
+template <class Score, class T>
 void write_row_gradient(const InteractBackwardParams<T>& params, BatchIndex b,
                         const Visibility& visibility, int64_t i, Point<T> grad, T grad_limit) {
   const PairParams<T>& p = params.pair;
   if (params.grad_threshold) params.grad_threshold.at(b, i) = grad_limit;
   Point<T> pulled{T(0), T(0)};
-  if (visibility.visible_keys(i) > 0)
-    visit_score(p.score, [&](auto tag) {
-      using Score = typename decltype(tag)::template of<T>;
-      pulled = Score::query_vjp(grad, p.coefficient[b]);
-      if (Score::kCoefficientInQuery && params.grad_coefficient)
-        params.grad_coefficient.at(b, i) +=
-            Score::coefficient_vjp(grad, load_point(p.states, b, i));
-    });
+  if (visibility.visible_keys(i) > 0) {
+    pulled = Score::query_vjp(grad, p.coefficient[b]);
+    if (Score::kCoefficientInQuery && params.grad_coefficient)
+      params.grad_coefficient.at(b, i) += Score::coefficient_vjp(grad, load_point(p.states, b, i));
+  }
   if (!params.grad_states) return;
   if (params.accumulate) {
     const Point<T> old = load_point(as_const(params.grad_states), b, i);
@@ -200,11 +197,14 @@ void backward_row_block(const InteractBackwardParams<T>& params, const Staging<T
     loops<T>().dense.backward_rows(sequence, rows.first, rows.last, {point, nullptr, limit});
   if (has_mass(params.pair.score))
     std::copy(limit, limit + (rows.end - rows.first), staging.grad_strengths(b) + rows.first);
-  for (int64_t i = rows.first; i < rows.end; ++i) {
-    const int64_t n = i - rows.first;
-    write_row_gradient(params, b, sequence.visibility, i, {point[2 * n], point[2 * n + 1]},
-                       limit[n]);
-  }
+  visit_score(params.pair.score, [&](auto tag) {
+    using Score = typename decltype(tag)::template of<T>;
+    for (int64_t i = rows.first; i < rows.end; ++i) {
+      const int64_t n = i - rows.first;
+      write_row_gradient<Score>(params, b, sequence.visibility, i, {point[2 * n], point[2 * n + 1]},
+                                limit[n]);
+    }
+  });
 }
 
 template <class T>
@@ -293,10 +293,13 @@ bool swept_backward(const InteractBackwardParams<T>& params, const Staging<T>& s
                                            limit.empty() ? nullptr : limit.data()}))
     return false;
   if (need_rows)
-    for_each_token_of(p.rows, [&](int64_t i) {
-      write_row_gradient(params, b, sequence.visibility, i,
-                         {static_cast<T>(query[2 * i]), static_cast<T>(query[2 * i + 1])},
-                         limit.empty() ? T(0) : static_cast<T>(limit[i]));
+    visit_score(p.score, [&](auto tag) {
+      using Score = typename decltype(tag)::template of<T>;
+      for_each_token_of(p.rows, [&](int64_t i) {
+        write_row_gradient<Score>(params, b, sequence.visibility, i,
+                                  {static_cast<T>(query[2 * i]), static_cast<T>(query[2 * i + 1])},
+                                  limit.empty() ? T(0) : static_cast<T>(limit[i]));
+      });
     });
   if (need_keys)
     for_each_token_of(p.keys, [&](int64_t j) {
