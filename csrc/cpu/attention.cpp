@@ -93,13 +93,8 @@ class Affine {
   std::vector<T> numbers_;
 };
 
-// Rows in chunks that depend on the sizes alone, whose sums are added in order.
-struct RowChunks {
-  static constexpr int64_t kRows = 64, kMost = 64;
-  int64_t rows, count;
-  explicit RowChunks(int64_t n) : rows(n), count(std::clamp<int64_t>(n / kRows, 1, kMost)) {}
-  int64_t begin(int64_t chunk) const { return rows * chunk / count; }
-};
+// Rows whose sums one thread takes, at least, and how many such sums are added in order, at most.
+constexpr int64_t kSummedRows = 64, kRowSums = 64;
 
 // grad = the sum over the rows of each sequence, and over its batches, of the parts of the scale.
 template <class T>
@@ -147,13 +142,13 @@ void attend_backward(const AttentionParams<T>& given, const AttentionResults<T>&
   const auto apart = room<T>(p.own ? 0 : p.rows() * width);
   T* const gathered = p.own ? grads.projected + p.own_at() : apart.get();
   const int64_t stride = p.own ? columns : width;
-  const RowChunks chunks(p.rows());
+  const Chunks chunks(p.rows(), kSummedRows, kRowSums);
   std::vector<double> sums(static_cast<size_t>(2 * width * chunks.count), 0.0);
-  parallel_for(0, chunks.count, 1 + kNumbers / (RowChunks::kRows * columns),
+  parallel_for(0, chunks.count, 1 + kNumbers / (kSummedRows * columns),
                [&](int64_t begin, int64_t end) {
                  for (int64_t n = begin; n < end; ++n)
-                   loop.gate_back(p, chunks.begin(n), chunks.begin(n + 1), saved, grads, gathered,
-                                  stride, &sums[2 * width * n]);
+                   loop.gate_back(p, chunks.begin(n), chunks.end(n), saved, grads, gathered, stride,
+                                  &sums[2 * width * n]);
                });
   for (int64_t k = 0; k < 2 * width; ++k) {
     double sum = 0;

@@ -172,11 +172,12 @@ class Crew {
   std::vector<Loop> loops_;
 };
 
-// A long loop in chunks that one thread takes at a time.
+// A long loop in chunks of about `size` that one thread takes at a time. They depend on the sizes
+// alone.
 struct Chunks {
-  static constexpr int64_t kSize = 1024, kMost = 16;
   int64_t total, count;
-  explicit Chunks(int64_t n) : total(n), count(std::clamp<int64_t>(n / kSize, 1, kMost)) {}
+  explicit Chunks(int64_t n, int64_t size = 1024, int64_t most = 16)
+      : total(n), count(std::clamp<int64_t>(n / size, 1, most)) {}
   int64_t begin(int64_t chunk) const { return total * chunk / count; }
   int64_t end(int64_t chunk) const { return begin(chunk + 1); }
 };
