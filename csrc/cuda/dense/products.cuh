@@ -13,6 +13,17 @@
 
 namespace qflux::cuda {
 
+// Calls visit(pass) with a null pointer to the pass of the pairs, by their score and their columns.
+template <template <class Score, int kColumns> class Pass, class Visit>
+auto visit_products(const PairParams<float>& pair, const Visit& visit) {
+  return visit_score(pair.score, [&](auto tag) {
+    using Score = typename decltype(tag)::template of<float>;
+    return pair.value_dim <= kTensorColumns
+               ? visit(static_cast<Pass<Score, kTensorColumns>*>(nullptr))
+               : visit(static_cast<Pass<Score, kTensorWide>*>(nullptr));
+  });
+}
+
 // Keys in shared memory, values as each lane reads them: two column fragments at once.
 template <class Sizes>
 struct alignas(16) ProductTile {
