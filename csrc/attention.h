@@ -31,10 +31,10 @@ struct AttentionParams {
   QFLUX_INLINE int64_t gates_at() const { return values_at() + width(); }
   QFLUX_INLINE int64_t own_at() const { return own ? gates_at() + width() : values_at(); }
   QFLUX_INLINE int64_t columns() const { return gates_at() + (own ? 2 : 1) * width(); }
-  // Numbers of each cylinder in an array [batch][tokens][stride], from column `at` on.
+  // Numbers [batch][tokens][width()].
   template <class U>
-  View<U> of_cylinders(U* data, int64_t at, int64_t stride) const {
-    return {data + at, tokens * stride, value_dim, stride, 1};
+  View<U> of_cylinders(U* data) const {
+    return {data, tokens * width(), value_dim, width(), 1};
   }
   // Numbers [batch][cylinders][tokens][count].
   template <class U>

@@ -121,8 +121,7 @@ void attend(const AttentionParams<T>& given, const AttentionResults<T>& results)
     part.pack(p.projected + p.values_at(), p.columns(), values.get());
     InteractParams<T> interaction{};
     interaction.pair = part.pair(results.points, values.get());
-    interaction.context =
-        p.of_cylinders(results.gathered + part.first * part.values(), 0, p.width());
+    interaction.context = p.of_cylinders(results.gathered + part.first * part.values());
     interaction.threshold = p.of_rows(results.threshold + part.first * p.cylinders * p.tokens);
     Device().interact(interaction);
     parallel_for(part.first * p.tokens, part.last() * p.tokens, 1 + kNumbers / p.columns(),
