@@ -84,8 +84,8 @@ def interact(
         algorithm: "dense" meets every pair. "sweep" gives the same answer in about O(S log S), for
             `Threshold`, and between that and O(S^1.5) for `Sparsemax` (on a CPU only). "auto"
             (default) takes it on a CPU from 8,192 tokens, if not causal from 2,048, and for
-            `Sparsemax` from 49,152 forward and 16,384 backward, if not causal from 12,288 and
-            8,192. It never does on a GPU, where no crossover is measured yet.
+            `Sparsemax` from 24,576 forward and 8,192 backward, if not causal from 6,144 and 4,096.
+            It never does on a GPU, where no crossover is measured yet.
         backend: "auto" (the device of the states decides), "cpu", "cuda", "triton" or "reference".
             "auto" takes "triton" on a GPU for which nothing was compiled.
 

@@ -16,8 +16,8 @@ namespace {
 // Rows and keys from which the sweep, or for a mass the tree, is faster, by measurement
 // (docs/subquadratic.md). A forward by trees searches for its thresholds, a backward has them.
 constexpr int64_t kSweepFrom = 2048, kCausalSweepFrom = 8192;
-constexpr int64_t kTreeFrom = 12288, kCausalTreeFrom = 49152;
-constexpr int64_t kTreeBackwardFrom = 8192, kCausalTreeBackwardFrom = 16384;
+constexpr int64_t kTreeFrom = 6144, kCausalTreeFrom = 24576;
+constexpr int64_t kTreeBackwardFrom = 4096, kCausalTreeBackwardFrom = 8192;
 
 // Numbers that are staged at a time, about: 32 MB in float. A short sequence takes many times its
 // own memory, since its planes are padded.

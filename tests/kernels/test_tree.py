@@ -9,6 +9,7 @@ from algorithms import both
 from assertions import assert_relative
 from inputs import SWEEP_STATES, layouts
 
+import qflux_kernels
 from qflux_kernels import (
     BackendUnavailableError,
     Radius,
@@ -255,6 +256,26 @@ def test_any_number_of_threads_gives_the_same_bits():
         torch.set_num_threads(before)
     for again in results[1:]:
         assert all(map(torch.equal, again, results[0]))
+
+
+SETS = ("baseline", "AVX2", "AVX-512")
+BEST = qflux_kernels.diagnostics()["instruction_set"]
+
+
+@pytest.mark.parametrize("name", SETS[: SETS.index(BEST)] if BEST in SETS else ())
+def test_other_instruction_sets(run_python, name):
+    """Whose masks leave more of the padding behind the last key to what is multiplied by zero."""
+    tests = (
+        "test_answers_of_the_dense_kernel[False-random]",
+        "test_answers_in_float32[random]",
+        "test_keys_and_values_of_their_own[2-1500-3000-True]",
+        "test_keys_and_values_of_their_own[4-1500-3000-True]",
+        "test_lengths_around_the_blocks[1537]",
+    )
+    chosen = [f"{__file__}::{test}" for test in tests]
+    program = f"import pytest, sys; sys.exit(pytest.main({chosen!r}))"
+    printed = run_python(program, QFLUX_INSTRUCTION_SET=name).stdout
+    assert "." * len(tests) in printed, printed
 
 
 def test_is_there_on_a_cpu_only():

@@ -118,22 +118,12 @@ Group<T> key_group(const Sequence<T>& s, int64_t key, int64_t last) {
   return group;
 }
 
-// Calls body(r) for each vector of a group. The index is a type, so that arrays over it live in
-// registers even where the compiler would not unroll a loop.
+// Calls body(r) for each vector of a group.
 template <class Body>
 QFLUX_INLINE void each_vector(const Body& body) {
   body(Constant<0>());
   body(Constant<1>());
   static_assert(kVectors == 2, "one call for each vector");
-}
-
-// The same for each of a few columns.
-template <int kCount, int kColumn = 0, class Body>
-QFLUX_INLINE void each_column(const Body& body) {
-  if constexpr (kColumn < kCount) {
-    body(Constant<kColumn>());
-    each_column<kCount, kColumn + 1>(body);
-  }
 }
 
 // Calls body(r, j, visible) for the keys j of a tile that vector r of rows meets: first those that

@@ -284,6 +284,16 @@ struct Constant {
   QFLUX_INLINE constexpr operator int() const { return kNumber; }
 };
 
+// Calls body(0) to body(kCount - 1). The index is a type, so that arrays over it live in registers
+// even where the compiler would not unroll a loop.
+template <int kCount, int kIndex = 0, class Body>
+QFLUX_INLINE void each_column(const Body& body) {
+  if constexpr (kIndex < kCount) {
+    body(Constant<kIndex>());
+    each_column<kCount, kIndex + 1>(body);
+  }
+}
+
 // Those of the standard library are weak functions where they are not inlined.
 QFLUX_INLINE int64_t lesser(int64_t a, int64_t b) { return a < b ? a : b; }
 QFLUX_INLINE int64_t greater(int64_t a, int64_t b) { return a > b ? a : b; }
@@ -305,6 +315,34 @@ QFLUX_INLINE T across(Vector<T> v) {
   T lane[Vector<T>::kWidth];
   store(lane, v);
   return fold<Vector<T>::kWidth>(lane, [](T a, T b) QFLUX_INLINE_LAMBDA { return a + b; });
+}
+
+// Calls body(first, doubles) for the lanes from `first` on, as many as there are doubles in a
+// vector.
+template <class T, class Body>
+QFLUX_INLINE void each_wide(Vector<T> v, const Body& body) {
+  using D = Vector<double>;
+  if constexpr (sizeof(T) == sizeof(double)) {
+    body(0, v);
+  } else {
+#if defined(__AVX512F__)
+    // Forms without a mask leave a warning of some compilers about their own headers.
+    const __m256d low = _mm512_maskz_extractf64x4_pd(0xf, (__m512d)v.raw, 0);
+    const __m256d high = _mm512_maskz_extractf64x4_pd(0xf, (__m512d)v.raw, 1);
+    body(0, D{(D::Raw)_mm512_maskz_cvtps_pd(0xff, _mm256_castpd_ps(low))});
+    body(D::kWidth, D{(D::Raw)_mm512_maskz_cvtps_pd(0xff, _mm256_castpd_ps(high))});
+#elif defined(__AVX__)
+    const __m256 all = (__m256)v.raw;
+    body(0, D{(D::Raw)_mm256_cvtps_pd(_mm256_castps256_ps128(all))});
+    body(D::kWidth, D{(D::Raw)_mm256_cvtps_pd(_mm256_extractf128_ps(all, 1))});
+#else
+    T lane[Vector<T>::kWidth];
+    double wide[Vector<T>::kWidth];
+    store(lane, v);
+    for (int l = 0; l < Vector<T>::kWidth; ++l) wide[l] = lane[l];
+    for (int l = 0; l < Vector<T>::kWidth; l += D::kWidth) body(l, load(wide + l));
+#endif
+  }
 }
 
 // Zeroed memory. Those of the standard library are weak functions, of which a program keeps one

@@ -65,7 +65,7 @@ template <class T>
 void build_leaves(const TreeView<T>& tree, int64_t count, int64_t first, int64_t last,
                   Box<T>* boxes, double* masses, double* moments) {
   for (int64_t leaf = first; leaf < last; ++leaf) {
-    const int64_t begin = leaf * kLeaf, size = lesser(kLeaf, count - begin);
+    const int64_t begin = tree.leaf(leaf), size = lesser(kLeaf, count - leaf * kLeaf);
     double x[kLeaf] = {}, y[kLeaf] = {}, v[kLeaf] = {};
     for (int64_t k = 0; k < size; ++k) {
       x[k] = tree.keys.x[begin + k];

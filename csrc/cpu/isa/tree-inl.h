@@ -10,9 +10,32 @@ namespace qflux::cpu {
 namespace {
 namespace tree {
 
-// Leaves or nodes that a row lists before it meets them; also how many sums of a leaf are added up
+// Leaves or nodes that are listed before rows meet them; also how many sums of a leaf are added up
 // in T.
 constexpr int kListed = 64;
+
+// Nodes that row l met, of `count` with a bit for each of their rows; how many. Behind the last
+// there is room for kAtOnce nodes, which have no rows.
+constexpr int kAtOnce = 16;
+QFLUX_INLINE int nodes_of(const int32_t* nodes, const uint32_t* rows, int count, int l,
+                          int32_t* out) {
+  int found = 0;
+#if defined(__AVX512F__)
+  const __m512i bit = _mm512_set1_epi32(1 << l);
+  for (int n = 0; n < count; n += kAtOnce) {
+    const __mmask16 there = _mm512_test_epi32_mask(_mm512_loadu_si512(rows + n), bit);
+    _mm512_storeu_si512(out + found,
+                        _mm512_maskz_compress_epi32(there, _mm512_loadu_si512(nodes + n)));
+    found += __builtin_popcount(there);
+  }
+#else
+  for (int n = 0; n < count; ++n) {
+    out[found] = nodes[n];
+    found += rows[n] >> l & 1;
+  }
+#endif
+  return found;
+}
 
 // A group of rows in lanes; those without a row keep nothing.
 template <class T>
@@ -36,12 +59,27 @@ struct Lanes {
   }
 };
 
-// Takes every node under roots first .. last - 1 to inside(node, rows, high) for the rows that keep
-// all of it but not all of its parent, with the upper ends of their reach, or if it is a leaf to
-// crossed(leaf, rows) for the rows whose boundary crosses it.
-template <class T, class Inside, class Crossed>
+// Nodes that some rows of a group met, with a bit for each of these rows.
+struct Hits {
+  int32_t node[kListed + kAtOnce];
+  uint32_t rows[kListed + kAtOnce];
+  int size = 0;
+
+  QFLUX_INLINE void add(int32_t at, uint32_t of) {
+    node[size] = at;
+    rows[size] = of;
+    size += of != 0;
+  }
+};
+
+// Takes all nodes under roots first .. last - 1: those of which a row keeps all, but not all of
+// their parent, to inside(hits), those leaves that its boundary crosses to crossed(hits), at most
+// kListed at a time; and to above(rows, high) the upper ends of the reach of each of the former.
+// What becomes of a node hardly repeats, so nothing here branches on it.
+template <class T, class Above, class Inside, class Crossed>
 QFLUX_INLINE void walk(const TreeView<T>& tree, const Lanes<T>& lanes, int height, int32_t first,
-                       int32_t last, const Inside& inside, const Crossed& crossed) {
+                       int32_t last, const Above& above, const Inside& inside,
+                       const Crossed& crossed) {
   using V = Vector<T>;
   struct Entry {
     int32_t node;
@@ -49,40 +87,51 @@ QFLUX_INLINE void walk(const TreeView<T>& tree, const Lanes<T>& lanes, int heigh
     uint16_t rows;
   };
   Entry stack[kHeights * kFan];
-  V high[Lanes<T>::kVectors];
-  for (int32_t root = first; root < last; ++root) {
-    int size = 0;
-    stack[size++] = {root, static_cast<int16_t>(height), static_cast<uint16_t>(lanes.all)};
-    while (size > 0) {
-      const Entry at = stack[--size];
-      const Box<T>& box = tree.boxes[at.node];
+  int size = 0;
+  Hits whole, leaves;
+  // Nodes begin .. end - 1, at most kFan, of a height.
+  const auto meet = [&](int32_t begin, int32_t end, int of_height,
+                        uint32_t rows) QFLUX_INLINE_LAMBDA {
+    const bool leaf = of_height == 0;
+    for (int32_t node = begin + kFan; node-- > begin;) {
+      const uint32_t asked = node < end ? rows : 0;
+      const Box<T>& box = tree.boxes[node];
       const Box<V> wide{V(box.x), V(box.y), V(box.ax), V(box.ay), V(box.bx), V(box.by)};
-      uint32_t above = 0, below = 0;
+      uint32_t kept = 0, dropped = 0;
+      V high[Lanes<T>::kVectors];
       for (int r = 0; r < Lanes<T>::kVectors; ++r) {
         const Reach<V> span = reach(wide, lanes.x[r], lanes.y[r]);
         high[r] = span.high;
-        above |= lane_bits(less(lanes.tau[r], span.low)) << (r * V::kWidth);
-        below |= lane_bits(less(span.high, lanes.tau[r])) << (r * V::kWidth);
+        kept |= lane_bits(less(lanes.tau[r], span.low)) << (r * V::kWidth);
+        dropped |= lane_bits(less(span.high, lanes.tau[r])) << (r * V::kWidth);
       }
-      const uint32_t whole = above & at.rows, rest = at.rows & ~(above | below);
-      if (whole) inside(at.node, whole, high);
-      if (!rest) continue;
-      if (at.height == 0) {
-        crossed(at.node, rest);
-        continue;
-      }
-      const int32_t begin = tree.child(at.height, at.node), end = tree.first[at.height];
-      for (int32_t child = begin + kFan < end ? begin + kFan : end; child-- > begin;)
-        stack[size++] = {child, static_cast<int16_t>(at.height - 1), static_cast<uint16_t>(rest)};
+      kept &= asked;
+      const uint32_t rest = asked & ~(kept | dropped);
+      above(kept, high);
+      whole.add(node, kept);
+      leaves.add(node, leaf ? rest : 0);
+      stack[size] = {node, static_cast<int16_t>(of_height), static_cast<uint16_t>(rest)};
+      size += !leaf && rest != 0;
+    }
+    if (whole.size > kListed - kFan) inside(whole), whole.size = 0;
+    if (leaves.size > kListed - kFan) crossed(leaves), leaves.size = 0;
+  };
+  for (int32_t root = first; root < last; root += kFan) {
+    meet(root, last, height, lanes.all);
+    while (size > 0) {
+      const Entry at = stack[--size];
+      meet(tree.child(at.height, at.node), tree.first[at.height], at.height - 1, at.rows);
     }
   }
+  if (whole.size) inside(whole);
+  if (leaves.size) crossed(leaves);
 }
 
-template <class T, class Inside, class Crossed>
-QFLUX_INLINE void walk(const TreeView<T>& tree, const Lanes<T>& lanes, const Inside& inside,
-                       const Crossed& crossed) {
-  walk(tree, lanes, tree.height, tree.first[tree.height], tree.first[tree.height + 1], inside,
-       crossed);
+template <class T, class Above, class Inside, class Crossed>
+QFLUX_INLINE void walk(const TreeView<T>& tree, const Lanes<T>& lanes, const Above& above,
+                       const Inside& inside, const Crossed& crossed) {
+  walk(tree, lanes, tree.height, tree.first[tree.height], tree.first[tree.height + 1], above,
+       inside, crossed);
 }
 
 template <class Body>
@@ -90,24 +139,17 @@ QFLUX_INLINE void each_row_of(uint32_t rows, const Body& body) {
   for (; rows; rows &= rows - 1) body(__builtin_ctz(rows));
 }
 
-// Places that each row of a group has met, handed over when there are many of them.
-struct Lists {
-  int32_t place[kGroup][kListed];
-  int32_t size[kGroup] = {};
-
-  template <class Flush>
-  QFLUX_INLINE void push(uint32_t rows, int32_t at, const Flush& flush) {
-    each_row_of(rows, [&](int l) QFLUX_INLINE_LAMBDA {
-      place[l][size[l]++] = at;
-      if (size[l] == kListed) clear(l, flush);
-    });
-  }
-  template <class Flush>
-  QFLUX_INLINE void clear(int l, const Flush& flush) {
-    if (size[l]) flush(l, place[l], size[l]);
-    size[l] = 0;
-  }
-};
+// Calls body(row, nodes, count) for each row of a group that met any of these nodes.
+template <class Body>
+QFLUX_INLINE void each_row_of(Hits& hits, const Body& body) {
+  uint32_t any = 0;
+  for (int n = 0; n < hits.size; ++n) any |= hits.rows[n];
+  for (int n = 0; n < kAtOnce; ++n) hits.rows[hits.size + n] = 0;
+  each_row_of(any, [&](int l) QFLUX_INLINE_LAMBDA {
+    int32_t nodes[kListed + kAtOnce];
+    body(l, nodes, nodes_of(hits.node, hits.rows, hits.size, l, nodes));
+  });
+}
 
 template <class T>
 void mass(const TreeView<T>& tree, const TreeRows<T>& rows, Mass<T>* sums, int64_t* pairs) {
@@ -120,32 +162,34 @@ void mass(const TreeView<T>& tree, const TreeRows<T>& rows, Mass<T>* sums, int64
   for (auto& column : inner)
     for (D& part : column) part = D(0.0);
   for (V& part : top) part = V(T(-INFINITY));
-  Lists lists;
-  const auto flush = [&](int l, const int32_t* leaves, int64_t count) {
-    mass_of(tree.keys, {leaves, count, kLeaf}, rows.at(l), &sums[l]);
-    *pairs += count * kLeaf;
-  };
   walk(
       tree, lanes,
-      [&](int32_t node, uint32_t whole, const V* high) QFLUX_INLINE_LAMBDA {
-        const double* mass = tree.masses + 4 * node;
-        for (int r = 0; r < kDoubles; ++r) {
-          const Mask<double> mask = mask_of<double>(whole >> (r * D::kWidth));
-          for (int m = 0; m < kColumnMoments; ++m)
-            inner[m][r] = add_where(mask, D(mass[m]), inner[m][r]);
-        }
+      [&](uint32_t kept, const V* high) QFLUX_INLINE_LAMBDA {
         for (int r = 0; r < Lanes<T>::kVectors; ++r)
-          top[r] = select(mask_of<T>(whole >> (r * V::kWidth)), larger(high[r], top[r]), top[r]);
+          top[r] = select(mask_of<T>(kept >> (r * V::kWidth)), larger(high[r], top[r]), top[r]);
       },
-      [&](int32_t leaf, uint32_t crossing)
-          QFLUX_INLINE_LAMBDA { lists.push(crossing, leaf, flush); });
+      [&](const Hits& whole) QFLUX_INLINE_LAMBDA {
+        for (int n = 0; n < whole.size; ++n) {
+          const double* mass = tree.masses + 4 * whole.node[n];
+          for (int r = 0; r < kDoubles; ++r) {
+            const Mask<double> mask = mask_of<double>(whole.rows[n] >> (r * D::kWidth));
+            for (int m = 0; m < kColumnMoments; ++m)
+              inner[m][r] = add_where(mask, D(mass[m]), inner[m][r]);
+          }
+        }
+      },
+      [&](Hits& leaves) QFLUX_INLINE_LAMBDA {
+        each_row_of(leaves, [&](int l, const int32_t* list, int count) QFLUX_INLINE_LAMBDA {
+          mass_of(tree.keys, {list, count, kLeaf, tree.leaf(1)}, rows.at(l), &sums[l]);
+          *pairs += count * kLeaf;
+        });
+      });
   double moments[kColumnMoments][kGroup];
   T tops[kGroup];
   for (int m = 0; m < kColumnMoments; ++m)
     for (int r = 0; r < kDoubles; ++r) store(moments[m] + r * D::kWidth, inner[m][r]);
   for (int r = 0; r < Lanes<T>::kVectors; ++r) store(tops + r * V::kWidth, top[r]);
   for (int l = 0; l < rows.count; ++l) {
-    lists.clear(l, flush);
     const T* q = rows.at(l);
     const double own[kColumnMoments] = {moments[0][l], moments[1][l], moments[2][l]};
     sums[l].excess += weighed(own, q[0], q[1], double(q[2]) + q[3]);
@@ -166,24 +210,18 @@ void add_moments(const TreeView<T>& tree, const int32_t* nodes, int64_t count, d
 }
 
 // A walk that adds up, for each row, the moments of what it keeps whole: moments [kGroup][width].
-template <class T, class Flush>
+template <class T, class Crossed>
 QFLUX_INLINE void walk_for_moments(const TreeView<T>& tree, const TreeRows<T>& rows,
-                                   double* moments, const Flush& flush) {
+                                   double* moments, const Crossed& crossed) {
   const Lanes<T> lanes(rows);
-  Lists leaves, nodes;
-  const auto flush_nodes = [&](int l, const int32_t* list, int64_t count) {
-    add_moments(tree, list, count, moments + l * tree.width);
-  };
   walk(
-      tree, lanes,
-      [&](int32_t node, uint32_t whole, const Vector<T>*)
-          QFLUX_INLINE_LAMBDA { nodes.push(whole, node, flush_nodes); },
-      [&](int32_t leaf, uint32_t crossing)
-          QFLUX_INLINE_LAMBDA { leaves.push(crossing, leaf, flush); });
-  for (int l = 0; l < rows.count; ++l) {
-    nodes.clear(l, flush_nodes);
-    leaves.clear(l, flush);
-  }
+      tree, lanes, [](uint32_t, const Vector<T>*) QFLUX_INLINE_LAMBDA {},
+      [&](Hits& whole) QFLUX_INLINE_LAMBDA {
+        each_row_of(whole, [&](int l, const int32_t* list, int count) QFLUX_INLINE_LAMBDA {
+          add_moments(tree, list, count, moments + l * tree.width);
+        });
+      },
+      [&](Hits& leaves) QFLUX_INLINE_LAMBDA { each_row_of(leaves, crossed); });
 }
 
 // Numbers on the stack where they are few.
@@ -209,7 +247,8 @@ void context(const TreeView<T>& tree, const TreeRows<T>& rows, Mass<T>* sums, do
   const int64_t value_dim = tree.keys.value_dim;
   const Room moments(kGroup * tree.width);
   walk_for_moments(tree, rows, moments.get(), [&](int l, const int32_t* leaves, int64_t count) {
-    context_of(tree.keys, {leaves, count, kLeaf}, rows.at(l), &sums[l], contexts + l * value_dim);
+    context_of(tree.keys, {leaves, count, kLeaf, tree.leaf(1)}, rows.at(l), &sums[l],
+               contexts + l * value_dim);
     *pairs += count * kLeaf;
   });
   for (int l = 0; l < rows.count; ++l) {
@@ -228,7 +267,7 @@ void row_gradient(const TreeView<T>& tree, const TreeRows<T>& rows, KeptSums* su
   const int64_t value_dim = tree.keys.value_dim;
   const Room moments(kGroup * tree.width);
   walk_for_moments(tree, rows, moments.get(), [&](int l, const int32_t* leaves, int64_t count) {
-    kept_sums_of(tree.keys, {leaves, count, kLeaf}, rows.at(l), &sums[l]);
+    kept_sums_of(tree.keys, {leaves, count, kLeaf, tree.leaf(1)}, rows.at(l), &sums[l]);
   });
   for (int l = 0; l < rows.count; ++l) {
     const double* column = moments.get() + l * tree.width;
@@ -278,34 +317,38 @@ void key_gradient(const TreeView<T>& tree, const TreeRows<T>& rows, int height, 
   };
   visit_columns(value_dim, [&](auto columns) QFLUX_INLINE_LAMBDA {
     walk(
-        tree, lanes, height, first, last,
-        [&](int32_t node, uint32_t whole, const V*) QFLUX_INLINE_LAMBDA {
+        tree, lanes, height, first, last, [](uint32_t, const V*) QFLUX_INLINE_LAMBDA {},
+        [&](const Hits& whole) QFLUX_INLINE_LAMBDA {
           if (!made) make_moments();
-          double* to = out.nodes + node * width;
-          for (int64_t m = 0; m < width; m += D::kWidth) {
-            D sum = load(to + m);
-            if (whole == lanes.all)
-              sum = sum + load(common + m);
-            else
-              each_row_of(whole, [&](int l) QFLUX_INLINE_LAMBDA {
-                sum = sum + load(moments.get() + l * width + m);
-              });
-            store(to + m, sum);
+          for (int n = 0; n < whole.size; ++n) {
+            double* to = out.nodes + whole.node[n] * width;
+            for (int64_t m = 0; m < width; m += D::kWidth) {
+              D sum = load(to + m);
+              if (whole.rows[n] == lanes.all)
+                sum = sum + load(common + m);
+              else
+                each_row_of(whole.rows[n], [&](int l) QFLUX_INLINE_LAMBDA {
+                  sum = sum + load(moments.get() + l * width + m);
+                });
+              store(to + m, sum);
+            }
           }
         },
-        [&](int32_t leaf, uint32_t crossing) QFLUX_INLINE_LAMBDA {
-          int32_t list[kGroup];
-          int64_t count = 0;
-          each_row_of(crossing, [&](int l) QFLUX_INLINE_LAMBDA { list[count++] = l; });
-          for (int64_t k = leaf * kLeaf; k < (leaf + 1) * kLeaf; k += V::kWidth)
-            meet_rows<decltype(columns)::kValue, false>(tree.keys, k, rows, list, count, 0,
-                                                        [&](int64_t c, V sum) QFLUX_INLINE_LAMBDA {
-                                                          T lane[V::kWidth];
-                                                          store(lane, sum);
-                                                          double* to = out.pairs + c * stride + k;
-                                                          for (int l = 0; l < V::kWidth; ++l)
-                                                            to[l] += lane[l];
-                                                        });
+        [&](const Hits& leaves) QFLUX_INLINE_LAMBDA {
+          for (int n = 0; n < leaves.size; ++n) {
+            int32_t list[kGroup];
+            int64_t count = 0;
+            each_row_of(leaves.rows[n], [&](int l) QFLUX_INLINE_LAMBDA { list[count++] = l; });
+            const int64_t leaf = tree.leaf(leaves.node[n]);
+            for (int64_t k = leaf; k < leaf + kLeaf; k += kTogether * V::kWidth)
+              meet_rows<decltype(columns)::kValue, false, kTogether>(
+                  tree.keys, k, rows, list, count, 0,
+                  [&](int64_t c, int64_t key, V sum) QFLUX_INLINE_LAMBDA {
+                    double* const to = out.pairs + c * stride + key;
+                    each_wide(sum, [&](int l, D part)
+                                       QFLUX_INLINE_LAMBDA { store(to + l, load(to + l) + part); });
+                  });
+          }
         });
   });
 }
@@ -327,15 +370,16 @@ void hand_down(const TreeView<T>& tree, const TreeGradients& sums, int height, i
   }
   for (int64_t n = first * kLeaf; n < lesser(last * kLeaf, count); ++n) {
     const double* column = sums.nodes + n / kLeaf * width;
-    const double kx = tree.keys.x[n], ky = tree.keys.y[n];
-    double x = sums.pairs[n], y = sums.pairs[stride + n];
+    const int64_t at = tree.leaf(n / kLeaf) + n % kLeaf;
+    const double kx = tree.keys.x[at], ky = tree.keys.y[at];
+    double x = sums.pairs[at], y = sums.pairs[stride + at];
     const int64_t key = order[n];
     for (int64_t c = 0; c < value_dim; ++c, column += kColumnMoments) {
-      const double v = tree.keys.values[c * stride + n];
+      const double v = tree.keys.values[c * stride + at];
       x += v * column[1];
       y += v * column[2];
       values[key * value_dim + c] +=
-          sums.pairs[(2 + c) * stride + n] + column[0] + kx * column[1] + ky * column[2];
+          sums.pairs[(2 + c) * stride + at] + column[0] + kx * column[1] + ky * column[2];
     }
     point[2 * key] += x + column[1];
     point[2 * key + 1] += y + column[2];
@@ -344,16 +388,16 @@ void hand_down(const TreeView<T>& tree, const TreeGradients& sums, int height, i
 
 template <class T>
 void run_mass(const KeyPlanes<T>& keys, int64_t count, const T* record, Mass<T>* out) {
-  mass_of(keys, {nullptr, 1, count}, record, out);
+  mass_of(keys, {nullptr, 1, count, 0}, record, out);
 }
 template <class T>
 void run_context(const KeyPlanes<T>& keys, int64_t count, const T* record, Mass<T>* out,
                  double* context) {
-  context_of(keys, {nullptr, 1, count}, record, out, context);
+  context_of(keys, {nullptr, 1, count, 0}, record, out, context);
 }
 template <class T>
 void run_row_gradient(const KeyPlanes<T>& keys, int64_t count, const T* record, KeptSums* out) {
-  kept_sums_of(keys, {nullptr, 1, count}, record, out);
+  kept_sums_of(keys, {nullptr, 1, count, 0}, record, out);
 }
 
 template <class T>
@@ -364,7 +408,7 @@ void run_key_gradient(const KeyPlanes<T>& keys, int64_t count, const TreeRows<T>
   visit_columns(value_dim, [&](auto columns) QFLUX_INLINE_LAMBDA {
     for (int64_t k = 0; k < count; k += V::kWidth) {
       const int64_t valid = lesser(V::kWidth, count - k);
-      const auto add = [&](int64_t c, V sum) QFLUX_INLINE_LAMBDA {
+      const auto add = [&](int64_t c, int64_t, V sum) QFLUX_INLINE_LAMBDA {
         T lane[V::kWidth];
         store(lane, sum);
         for (int64_t l = 0; l < valid; ++l)
@@ -379,10 +423,10 @@ void run_key_gradient(const KeyPlanes<T>& keys, int64_t count, const TreeRows<T>
         const int64_t end = lesser(n + kRowsAtOnce, edge ? full : rows.count);
         const TreeRows<T> part{rows.at(n), rows.stride, end - n};
         if (edge)
-          meet_rows<decltype(columns)::kValue, true>(keys, k, part, nullptr, end - n,
-                                                     visible + n - k, add);
+          meet_rows<decltype(columns)::kValue, true, 1>(keys, k, part, nullptr, end - n,
+                                                        visible + n - k, add);
         else
-          meet_rows<decltype(columns)::kValue, false>(keys, k, part, nullptr, end - n, 0, add);
+          meet_rows<decltype(columns)::kValue, false, 1>(keys, k, part, nullptr, end - n, 0, add);
         n = end;
       }
     }

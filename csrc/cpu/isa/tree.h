@@ -49,13 +49,16 @@ struct TreeView {
   // children from child(h, n) on.
   int32_t height;
   int32_t first[kHeights + 1];
-  KeyPlanes<T> keys;  // leaf after leaf, those behind the last key NaN
-  int64_t width;      // of the moments, a whole number of vectors
+  // Leaf after leaf, each x, y and values of its keys, those behind the last key NaN: planes of the
+  // first, from which those of a leaf are as many numbers away as leaf() says.
+  KeyPlanes<T> keys;
+  int64_t width;  // of the moments, a whole number of vectors
   const Box<T>* boxes;
   const double* masses;   // [nodes][4]: sums of 1, x, y
   const double* moments;  // [nodes][width]: each column of values, then that of ones
 
   QFLUX_INLINE int32_t nodes() const { return first[height + 1]; }
+  QFLUX_INLINE int64_t leaf(int64_t n) const { return n * (2 + keys.value_dim) * kLeaf; }
   QFLUX_INLINE int32_t child(int h, int32_t node) const {
     return first[h - 1] + (node - first[h]) * kFan;
   }
@@ -74,7 +77,7 @@ struct TreeRows {
 
 // What keys gather from rows: by pairs, and by nodes that rows keep whole.
 struct TreeGradients {
-  double* pairs;  // [2 + value_dim][stride]: of keys and values
+  double* pairs;  // [leaves][2 + value_dim][kLeaf]: of keys and values
   double* nodes;  // [nodes][width]
 };
 

@@ -22,7 +22,8 @@ Directions sort_by_direction(const std::vector<int32_t>& list, const double* ang
   const auto cell = room<int32_t>(rows);
   std::vector<int32_t> place(chunks.count * cells, 0);
   each(chunks.count, [&](int64_t chunk) {
-    for (int64_t n = chunks.begin(chunk); n < chunks.end(chunk); ++n)
+    const int64_t end = chunks.end(chunk);
+    for (int64_t n = chunks.begin(chunk); n < end; ++n)
       ++place[chunk * cells + (cell[n] = map.cell(angle[list[n]]))];
   });
   sorted.first.resize(cells + 1);
@@ -38,7 +39,8 @@ Directions sort_by_direction(const std::vector<int32_t>& list, const double* ang
   sorted.first[cells] = next;
   sorted.order.resize(rows);
   each(chunks.count, [&](int64_t chunk) {
-    for (int64_t n = chunks.begin(chunk); n < chunks.end(chunk); ++n)
+    const int64_t end = chunks.end(chunk);
+    for (int64_t n = chunks.begin(chunk); n < end; ++n)
       sorted.order[place[chunk * cells + cell[n]]++] = list[n];
   });
   return sorted;

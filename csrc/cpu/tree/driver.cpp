@@ -399,13 +399,13 @@ class MassTree {
   void gather_keys(const KeyTree<T>& tree, const int32_t* order, const Rectangle<>& where,
                    double* point, double* values) const {
     const TreeView<T>& view = tree.view();
-    const int64_t value_dim = s_.value_dim, stride = view.keys.stride;
-    const auto pairs = room<double>((2 + value_dim) * stride);
+    const int64_t numbers = view.leaf(view.first[1]);
+    const auto pairs = room<double>(numbers);
     const auto nodes = room<double>(view.nodes() * view.width);
     int height = view.height;
     while (height > 0 && view.first[height] - view.first[height - 1] <= kSubtrees) --height;
     const int32_t first = view.first[height], roots = view.first[height + 1] - first;
-    std::fill_n(pairs.get(), (2 + value_dim) * stride, 0.0);
+    std::fill_n(pairs.get(), numbers, 0.0);
     std::fill_n(nodes.get(), view.nodes() * view.width, 0.0);
     const TreeGradients sums{pairs.get(), nodes.get()};
     // The rows in their order, for every thread.

@@ -24,9 +24,13 @@ class Ranks {
   }
 
   uint32_t operator()(T value) const {
-    const T* const after = std::upper_bound(knots_, knots_ + kKnots, value);
-    if (after == knots_) return 0;
-    const int64_t n = after - knots_ - 1;
+    // How many knots but the last are not beyond it: no branch, since it would be as often wrong.
+    int64_t after = 0;
+    for (int64_t half = kKnots / 2; half > 0; half /= 2)
+      after += half & -static_cast<int64_t>(knots_[after + half - 1] <= value);
+    after += static_cast<int64_t>(knots_[after] <= value);
+    if (after == 0) return 0;
+    const int64_t n = after - 1;
     const double low = knots_[n], width = knots_[n + 1] - low;
     const double part = width > 0 ? std::min((value - low) / width, 1.0) : 0.0;
     constexpr int64_t kSteps = (int64_t{1} << kBits) / kKnots;
@@ -37,19 +41,44 @@ class Ranks {
   T knots_[kKnots + 1];
 };
 
-// The place of a cell on the Hilbert curve.
+// The Hilbert curve, so many bits of both coordinates at a time: what they add to the place, and
+// how what is left of them is turned. A turn exchanges the coordinates (1), or takes both from the
+// other end (2), or does both.
+constexpr int kStep = 4;
+constexpr uint32_t kStepCells = 1 << kStep;
+
+struct Curve {
+  uint8_t place[4][kStepCells * kStepCells] = {};
+  uint8_t turn[4][kStepCells * kStepCells] = {};
+};
+
+constexpr Curve hilbert_curve() {
+  Curve curve;
+  for (uint32_t turn = 0; turn < 4; ++turn)
+    for (uint32_t cell = 0; cell < kStepCells * kStepCells; ++cell) {
+      uint32_t place = 0, now = turn;
+      for (int bit = kStep - 1; bit >= 0; --bit) {
+        const uint32_t a = (cell >> (kStep + bit) & 1) ^ (now >> 1);
+        const uint32_t b = (cell >> bit & 1) ^ (now >> 1);
+        const uint32_t right = now & 1 ? b : a, top = now & 1 ? a : b;
+        place = place << 2 | ((3 * right) ^ top);
+        now ^= top ? 0 : 1 + 2 * right;
+      }
+      curve.place[turn][cell] = static_cast<uint8_t>(place);
+      curve.turn[turn][cell] = static_cast<uint8_t>(now);
+    }
+  return curve;
+}
+
+constexpr Curve kCurve = hilbert_curve();
+
+// The place of a cell on the curve.
 uint32_t hilbert(uint32_t x, uint32_t y) {
-  uint32_t place = 0;
-  for (int bit = kBits - 1; bit >= 0; --bit) {
-    const uint32_t right = (x >> bit) & 1, top = (y >> bit) & 1;
-    place = (place << 2) | ((3 * right) ^ top);
-    // Turn what is left into the quadrant's own curve.
-    const uint32_t flip = (top == 0 && right == 1) ? ~0u : 0u;
-    x ^= flip;
-    y ^= flip;
-    const uint32_t swap = top == 0 ? x ^ y : 0u;
-    x ^= swap;
-    y ^= swap;
+  uint32_t place = 0, turn = 0;
+  for (int bit = kBits - kStep; bit >= 0; bit -= kStep) {
+    const uint32_t cell = (x >> bit & (kStepCells - 1)) << kStep | (y >> bit & (kStepCells - 1));
+    place = place << 2 * kStep | kCurve.place[turn][cell];
+    turn = kCurve.turn[turn][cell];
   }
   return place;
 }
@@ -64,7 +93,8 @@ std::vector<int32_t> spatial_order(const T* x, const T* y, int64_t count) {
   std::vector<uint64_t> from(count), to(count);
   const Chunks chunks(count);
   each(chunks.count, [&](int64_t chunk) {
-    for (int64_t n = chunks.begin(chunk); n < chunks.end(chunk); ++n)
+    const int64_t end = chunks.end(chunk);
+    for (int64_t n = chunks.begin(chunk); n < end; ++n)
       from[n] = uint64_t{hilbert(rank_x(x[n]), rank_y(y[n]))} << 32 | static_cast<uint32_t>(n);
   });
   // A counting sort by each digit of the place.

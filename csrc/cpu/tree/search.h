@@ -66,8 +66,10 @@ class ThresholdSearch {
     }
     if (here + step > lower_) lower_ = here + step;
     careful_ = careful_ || std::abs(excess) < kNear || steps_ > kBold;
-    // Keys that the next step is likely to drop.
-    changing_ = at.count * excess * excess;
+    // Keys that the next step is likely to drop. What they leave of the excess is its square over
+    // four where they are spread evenly, and none count where that is rounding.
+    changing_ =
+        excess * excess <= 4 * double(mass_tolerance<T>()) ? 0 : at.count * std::abs(excess);
     double next = lower_;
     if (!careful_) {
       const double top = std::min<double>(at.top, highest_);
@@ -94,7 +96,7 @@ class ThresholdSearch {
   }
 
   static constexpr T kInfinity = std::numeric_limits<T>::infinity();
-  static constexpr double kNear = 0.5;
+  static constexpr double kNear = 0.05;
   static constexpr int kBold = 8, kMost = 100;
 
   double lower_ = 0, highest_ = kInfinity, changing_ = kInfinity;

@@ -17,12 +17,13 @@ template <class T>
 KeyTree<T>::KeyTree(const Loops<T>& loops, const KeyPlanes<T>& keys, const int32_t* order,
                     int64_t count)
     : count_(count), view_{} {
-  const int64_t leaves = ceil_div(count, kLeaf), stride = leaves * kLeaf;
+  const int64_t leaves = ceil_div(count, kLeaf);
   const int64_t value_dim = keys.value_dim;
-  planes_ = room<T>((2 + value_dim) * stride);
+  const int64_t planes = 2 + value_dim;
+  planes_ = room<T>(leaves * planes * kLeaf);
   order_ = room<int32_t>(count);
   T* const x = planes_.get();
-  view_.keys = {x, x + stride, x + 2 * stride, stride, value_dim};
+  view_.keys = {x, x + kLeaf, x + 2 * kLeaf, kLeaf, value_dim};
   view_.width = moments_width(value_dim);
   int64_t nodes = leaves;
   view_.first[1] = static_cast<int32_t>(leaves);
@@ -32,7 +33,9 @@ KeyTree<T>::KeyTree(const Loops<T>& loops, const KeyPlanes<T>& keys, const int32
     ++view_.height;
     view_.first[view_.height + 1] = static_cast<int32_t>(nodes);
   }
-  boxes_ = room<Box<T>>(nodes);
+  // Walks look at kFan nodes from any on.
+  boxes_ = room<Box<T>>(nodes + kFan);
+  std::fill_n(&boxes_[nodes], kFan, Box<T>{});
   masses_ = room<double>(4 * nodes);
   moments_ = room<double>(view_.width * nodes);
   view_.boxes = boxes_.get();
@@ -43,14 +46,19 @@ KeyTree<T>::KeyTree(const Loops<T>& loops, const KeyPlanes<T>& keys, const int32
     const Range part = tile_range(chunk, kLeavesAtOnce, leaves);
     const int64_t begin = part.first * kLeaf, end = std::min(part.last * kLeaf, count);
     std::copy(order + begin, order + end, &order_[begin]);
-    const auto gather = [&](const T* from, T* to, T behind) {
-      for (int64_t n = begin; n < end; ++n) to[n] = from[order[n]];
-      std::fill(to + end, to + part.last * kLeaf, behind);
-    };
-    gather(keys.x, x, std::numeric_limits<T>::quiet_NaN());
-    gather(keys.y, x + stride, std::numeric_limits<T>::quiet_NaN());
-    for (int64_t c = 0; c < value_dim; ++c)
-      gather(keys.values + c * keys.stride, x + (2 + c) * stride, T(0));
+    for (int64_t leaf = part.first; leaf < part.last; ++leaf) {
+      const int32_t* const numbers = order + leaf * kLeaf;
+      const int64_t size = std::min(kLeaf, count - leaf * kLeaf);
+      T* to = x + view_.leaf(leaf);
+      const auto gather = [&](const T* from, T behind) {
+        for (int64_t n = 0; n < size; ++n) to[n] = from[numbers[n]];
+        std::fill(to + size, to + kLeaf, behind);
+        to += kLeaf;
+      };
+      gather(keys.x, std::numeric_limits<T>::quiet_NaN());
+      gather(keys.y, std::numeric_limits<T>::quiet_NaN());
+      for (int64_t c = 0; c < value_dim; ++c) gather(keys.values + c * keys.stride, T(0));
+    }
     loops.tree.build_leaves(view_, count, part.first, part.last, boxes_.get(), masses_.get(),
                             moments_.get());
   });
@@ -60,9 +68,9 @@ KeyTree<T>::KeyTree(const Loops<T>& loops, const KeyPlanes<T>& keys, const int32
 
 template <class T>
 int64_t KeyTree<T>::bytes() const {
-  const int64_t planes = 2 + view_.keys.value_dim;
+  const int64_t planes = view_.leaf(view_.first[1]);
   const int64_t node = sizeof(Box<T>) + (4 + view_.width) * sizeof(double);
-  return planes * view_.keys.stride * sizeof(T) + count_ * sizeof(int32_t) + view_.nodes() * node;
+  return planes * sizeof(T) + count_ * sizeof(int32_t) + view_.nodes() * node;
 }
 
 template class KeyTree<float>;
