@@ -96,10 +96,14 @@ VERSIONS ?= 2.10.0 2.11.0 2.12.0 2.13.0 2.14.1 2.15.0
 versions: $(VENV)/.tested
 	$(BIN)/python tests/versions.py $(VERSIONS)
 
+# Every number of README and docs again, in hours; ONLY="decode short" chooses files. The folder
+# TEXTS has tinyshakespeare.txt, enwiki6.txt and shakespeare/ (benchmarks/README.md).
+TEXTS ?= texts
+ONLY ?=
+
 bench: $(VENV)/.tested
 	$(BIN)/python -m pip install -q -e ".[bench]" --no-build-isolation
-	$(BIN)/python benchmarks/issue_bound.py
-	$(BIN)/python benchmarks/kernels.py --full
+	$(BIN)/python benchmarks/release.py --data $(TEXTS) $(if $(ONLY),--only $(ONLY))
 
 # On a machine with a GPU, which may have no network: PYTHON if it is given, or else the environment
 # that exists, or python3. It installs nothing.

@@ -16,7 +16,7 @@ from .layers import CausalConvolution, EvolutionLayer
 from .plain import is_plain
 
 # The output layer starts as much larger than PyTorch's linear maps do: larger logits send larger
-# gradients to the layers, which then learn sooner (docs/claims.md, section 4).
+# gradients to the layers, which then learn sooner (benchmarks/decisions.md).
 HEAD_START = 2.0
 
 

@@ -1,0 +1,121 @@
+"""release.py: what it would run exists, and what it ran is kept, joined and not half replaced."""
+
+import csv
+import sys
+
+import pytest
+import release
+
+JOBS = [*release.timings(), *release.trainings()]
+
+
+def test_jobs_have_names_of_their_own_that_fit_a_file():
+    names = [job.name for job in JOBS]
+    assert len(set(names)) == len(names) and max(map(len, names)) < 240
+    assert not any("/" in name for name in names)
+
+
+@pytest.mark.parametrize("script", sorted({job.command[0] for job in JOBS} - {"-m"}))
+def test_a_script_has_the_options_it_is_given(script):
+    text = (release.FOLDER / script).read_text()
+    text += (release.FOLDER / "arguments.py").read_text() if "add_training" in text else ""
+    for job in JOBS:
+        if job.command[0] == script:
+            given = {word for word in job.command if word.startswith("--")}
+            given |= {job.option} if job.option else set()
+            given |= {"--curves"} if job.curves else set()
+            given |= {"--plot"} if job.plot else set()
+            assert not [word for word in given if f'"{word}"' not in text], job.name
+
+
+def test_files_have_one_form():
+    """A file is all rows or all print, and a figure has one job."""
+    for name in {job.file for job in JOBS}:
+        assert len({job.option is None for job in JOBS if job.file == name}) == 1, name
+    plots = [job.plot for job in JOBS if job.plot]
+    assert len(set(plots)) == len(plots)
+
+
+@pytest.fixture
+def measured(tmp_path, monkeypatch):
+    """A folder of scripts, and main() with jobs that are calls of them."""
+    scripts = tmp_path / "benchmarks"
+    scripts.mkdir()
+    (scripts / "rows.py").write_text(
+        "import sys\n"
+        "name, _, path = sys.argv[1:4]\n"
+        "if name == 'bad': sys.exit(3)\n"
+        "open(path, 'w').write(f'who,number\\n{name},1\\n')\n"
+        "open(__file__ + '.calls', 'a').write(name + ' ')\n"
+    )
+    (scripts / "prints.py").write_text("print('7 ms')\n")
+    for text in release.TEXTS:
+        (tmp_path / text).write_text("")
+    monkeypatch.setattr(release, "FOLDER", scripts)
+    monkeypatch.setattr(release, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(release, "FIGURES", tmp_path / "figures")
+    monkeypatch.setattr(release, "commit", lambda: "abc")
+
+    def run(*names, alone=True):
+        jobs = [release.Job("rows", ("rows.py", name), alone=alone) for name in names]
+        jobs.append(release.Job("printed", ("prints.py",), option=None))
+        monkeypatch.setattr(release, "timings", lambda: iter(jobs))
+        monkeypatch.setattr(release, "trainings", lambda: iter(()))
+        release.main(["--data", str(tmp_path)])
+
+    return run
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_rows_of_all_jobs_are_joined_in_their_order(measured, tmp_path, alone):
+    measured("b", "a", alone=alone)
+    with (tmp_path / "results" / "rows.csv").open(newline="") as file:
+        assert [row["who"] for row in csv.DictReader(file)] == ["b", "a"]
+    printed = (tmp_path / "results" / "printed.txt").read_text()
+    assert printed.startswith("commit abc, ") and "$ prints.py\n7 ms\n" in printed
+
+
+def test_a_job_that_fails_replaces_nothing_and_what_is_done_is_not_done_again(measured, tmp_path):
+    with pytest.raises(SystemExit, match=r"bad.*exit 3"):
+        measured("a", "bad")
+    assert not (tmp_path / "results").exists()
+    measured("a", "b")
+    assert (tmp_path / "benchmarks" / "rows.py.calls").read_text() == "a b "
+    assert (tmp_path / "results" / "rows.csv").exists()
+
+
+def test_rows_with_other_columns_are_not_joined(tmp_path):
+    for name in "ab":
+        (tmp_path / name).write_text(f"{name}\n1\n")
+    with pytest.raises(ValueError, match=r"\['b'\].*\['a'\]"):
+        release.join(tmp_path / "all.csv", [tmp_path / "a", tmp_path / "b"])
+    assert not (tmp_path / "all.csv").exists()
+
+
+@pytest.mark.parametrize(
+    "line, said",
+    [
+        (["--only", "lm-times", "nothing"], "nothing"),
+        (["--at-once", "0"], "at-once must be >= 1, got 0"),
+        ([], "has no ['tinyshakespeare.txt', 'enwiki6.txt', 'shakespeare']"),
+    ],
+)
+def test_bad_options_end_before_anything_is_measured(tmp_path, capsys, line, said):
+    with pytest.raises(SystemExit) as stop:
+        release.main(["--data", str(tmp_path), *line])
+    assert stop.value.code == 2 and said in capsys.readouterr().err
+
+
+def test_what_is_not_committed_is_not_measured(tmp_path, capsys, monkeypatch):
+    for text in release.TEXTS:
+        (tmp_path / text).write_text("")
+    monkeypatch.setattr(release, "commit", lambda: "abc-dirty")
+    with pytest.raises(SystemExit) as stop:
+        release.main(["--data", str(tmp_path)])
+    assert stop.value.code == 2 and "committed" in capsys.readouterr().err
+
+
+def test_the_list_names_every_job(tmp_path, capsys):
+    release.main(["--data", str(tmp_path), "--list"])
+    assert len(capsys.readouterr().out.splitlines()) == len(JOBS)
+    assert sys.executable not in capsys.readouterr().out
