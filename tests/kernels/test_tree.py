@@ -109,7 +109,7 @@ def test_is_the_interaction(name):
 
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("rows, keys", [(2200, 2200), (1500, 3000), (3000, 1500), (40, 5000)])
-@pytest.mark.parametrize("depth", [1, 2, 4, 9])
+@pytest.mark.parametrize("depth", [1, 2, 4, 8, 9])
 def test_keys_and_values_of_their_own(depth, rows, keys, causal):
     states, sources = torch.randn(rows, 2, dtype=F64), torch.randn(keys, 2, dtype=F64) + 0.3
     values = torch.randn(keys, depth, dtype=F64)

@@ -340,8 +340,10 @@ void key_gradient(const TreeView<T>& tree, const TreeRows<T>& rows, int height, 
             int64_t count = 0;
             each_row_of(leaves.rows[n], [&](int l) QFLUX_INLINE_LAMBDA { list[count++] = l; });
             const int64_t leaf = tree.leaf(leaves.node[n]);
-            for (int64_t k = leaf; k < leaf + kLeaf; k += kTogether * V::kWidth)
-              meet_rows<decltype(columns)::kValue, false, kTogether>(
+            // As many vectors as have room for the sums of their columns.
+            constexpr int kCount = decltype(columns)::kValue > 4 ? 1 : kTogether;
+            for (int64_t k = leaf; k < leaf + kLeaf; k += kCount * V::kWidth)
+              meet_rows<decltype(columns)::kValue, false, kCount>(
                   tree.keys, k, rows, list, count, 0,
                   [&](int64_t c, int64_t key, V sum) QFLUX_INLINE_LAMBDA {
                     double* const to = out.pairs + c * stride + key;

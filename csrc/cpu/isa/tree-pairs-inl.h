@@ -72,6 +72,7 @@ QFLUX_INLINE T largest_lane(Vector<T> v) {
 // Calls body(columns) with the number of columns as a type where it is a usual one, else 0.
 template <class Body>
 QFLUX_INLINE void visit_columns(int64_t columns, const Body& body) {
+  if (columns == 8) return body(Constant<8>());
   if (columns == 4) return body(Constant<4>());
   if (columns == 2) return body(Constant<2>());
   body(Constant<0>());
@@ -186,6 +187,10 @@ template <class T>
 void context_of(const KeyPlanes<T>& keys, const Runs& runs, const T* record, Mass<T>* out,
                 double* context) {
   int64_t c = 0;
+  if constexpr (kTogether > 1)
+    for (; c + 8 <= keys.value_dim; c += 8)
+      context_columns<T, 8>(keys, runs, record, c == 0 ? out : nullptr,
+                            keys.values + c * keys.stride, context + c);
   for (; c + 4 <= keys.value_dim; c += 4)
     context_columns<T, 4>(keys, runs, record, c == 0 ? out : nullptr, keys.values + c * keys.stride,
                           context + c);
