@@ -38,7 +38,7 @@ COLUMNS = [
 MODES = ("forward", "backward", "both")
 SIZES = [16384, 32768, 65536, 131072, 262144, 1048576]
 SCALES = [0.001, 0.05, 50.0]
-HOSTILE_SIZES = [16384, 49152]
+HOSTILE_SIZES = [8192, 24576]
 VALUE_DIM = 4
 # Calls that take longer in all are made once, others once more to warm up.
 LONG_SECONDS = 10.0

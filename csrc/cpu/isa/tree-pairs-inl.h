@@ -83,7 +83,6 @@ QFLUX_INLINE void visit_columns(int64_t columns, const Body& body) {
 struct Runs {
   const int32_t* place;
   int64_t count, size, step;
-  QFLUX_INLINE int64_t begin(int64_t n) const { return place ? place[n] * step : 0; }
 };
 
 // Calls body(p, key, r) for the vectors of products of a row with the keys of runs, r below
