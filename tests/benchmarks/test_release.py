@@ -75,11 +75,14 @@ def test_rows_of_all_jobs_are_joined_in_their_order(measured, tmp_path, alone):
     assert printed.startswith("commit abc, ") and "$ prints.py\n7 ms\n" in printed
 
 
-def test_a_job_that_fails_replaces_nothing_and_what_is_done_is_not_done_again(measured, tmp_path):
+@pytest.mark.parametrize("alone", [True, False])
+def test_a_job_that_fails_replaces_nothing_and_what_is_done_is_not_done_again(
+    measured, tmp_path, alone
+):
     with pytest.raises(SystemExit, match=r"bad.*exit 3"):
-        measured("a", "bad")
+        measured("a", "bad", alone=alone)
     assert not (tmp_path / "results").exists()
-    measured("a", "b")
+    measured("a", "b", alone=alone)
     assert (tmp_path / "benchmarks" / "rows.py.calls").read_text() == "a b "
     assert (tmp_path / "results" / "rows.csv").exists()
 
@@ -110,6 +113,8 @@ def test_what_is_not_committed_is_not_measured(tmp_path, capsys, monkeypatch):
     for text in release.TEXTS:
         (tmp_path / text).write_text("")
     monkeypatch.setattr(release, "commit", lambda: "abc-dirty")
+    for jobs in ("timings", "trainings"):
+        monkeypatch.setattr(release, jobs, lambda: iter(()))
     with pytest.raises(SystemExit) as stop:
         release.main(["--data", str(tmp_path)])
     assert stop.value.code == 2 and "committed" in capsys.readouterr().err
