@@ -232,8 +232,12 @@ def run(job: Job, data: Path, build: Path) -> str | None:
     return None
 
 
-def collect(jobs: Sequence[Job], build: Path, results: Path, figures: Path) -> list[Path]:
+def collect(
+    jobs: Sequence[Job], every: Sequence[Job], build: Path, results: Path, figures: Path
+) -> list[Path]:
     """Replace the files that jobs wrote, by what all of them did; which these are.
+
+    Curves of which other jobs than these have a part stay as they are.
 
     Raises:
         ValueError: rows of one file that have different columns.
@@ -242,7 +246,7 @@ def collect(jobs: Sequence[Job], build: Path, results: Path, figures: Path) -> l
     for name in dict.fromkeys(job.file for job in jobs):
         own = [job for job in jobs if job.file == name]
         if own[0].option is None:
-            about = f"commit {commit()}, {datetime.date.today().isoformat()}, {machine_name()}"
+            about = f"commit {build.name}, {datetime.date.today().isoformat()}, {machine_name()}"
             printed = [(build / f"{job.name}.txt").read_text(encoding="utf-8") for job in own]
             calls = [f"$ {shlex.join(job.command)}" for job in own]
             parts = [f"{a}\n{b.rstrip()}" for a, b in zip(calls, printed, strict=True)]
@@ -252,6 +256,9 @@ def collect(jobs: Sequence[Job], build: Path, results: Path, figures: Path) -> l
             files.append(results / f"{name}.csv")
             join(files[-1], [build / f"{job.name}.csv" for job in own])
     for name in dict.fromkeys(job.curves for job in jobs if job.curves):
+        if any(job.curves == name and job not in jobs for job in every):
+            print(f"as it was, since it has curves of other jobs too: {results / name}.csv")
+            continue
         drawn = [build / f"{job.name}.curves" for job in jobs if job.curves == name]
         files.append(results / f"{name}.csv")
         join(files[-1], [path for path in drawn if path.exists()])
@@ -304,9 +311,9 @@ def parse(line: Sequence[str] | None, jobs: Sequence[Job]) -> argparse.Namespace
 
 
 def main(line: Sequence[str] | None = None) -> None:
-    jobs = [*timings(), *trainings()]
-    options = parse(line, jobs)
-    jobs = [job for job in jobs if not options.only or job.file in options.only]
+    every = [*timings(), *trainings()]
+    options = parse(line, every)
+    jobs = [job for job in every if not options.only or job.file in options.only]
     if options.list:
         for job in jobs:
             print(job.file, shlex.join(job.command))
@@ -321,7 +328,7 @@ def main(line: Sequence[str] | None = None) -> None:
     failures = [failure for failure in failures if failure]
     if failures:
         sys.exit("benchmarks/results is as it was:\n" + "\n".join(map(str, failures)))
-    for path in collect(jobs, build, RESULTS, FIGURES):
+    for path in collect(jobs, every, build, RESULTS, FIGURES):
         print(path)
 
 
