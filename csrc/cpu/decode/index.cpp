@@ -1,7 +1,6 @@
 #include "index.h"
 
 #include <algorithm>
-#include <limits>
 
 #include "../isa/dense.h"
 #include "../tree/order.h"
@@ -72,19 +71,8 @@ void build_index(const Loops<T>& loops, const IndexView<T>& index, const KeyPlan
   const int64_t leaves = index.size[0];
   each(ceil_div(leaves, kLeavesAtOnce), [&](int64_t chunk) {
     const Range part = tile_range(chunk, kLeavesAtOnce, leaves);
-    for (int64_t leaf = part.first; leaf < part.last; ++leaf) {
-      const int32_t* const numbers = order.data() + leaf * kLeaf;
-      const int64_t size = std::min(kLeaf, count - leaf * kLeaf);
-      T* to = index.leaf(leaf);
-      const auto gather = [&](const T* plane, T behind) {
-        for (int64_t k = 0; k < size; ++k) to[k] = plane[numbers[k]];
-        std::fill(to + size, to + kLeaf, behind);
-        to += kLeaf;
-      };
-      gather(from.x, std::numeric_limits<T>::quiet_NaN());
-      gather(from.y, std::numeric_limits<T>::quiet_NaN());
-      for (int64_t c = 0; c < from.value_dim; ++c) gather(from.values + c * from.stride, T(0));
-    }
+    for (int64_t leaf = part.first; leaf < part.last; ++leaf)
+      gather_leaf(from, order.data(), count, leaf, index.leaf(leaf));
     loops.decode.build_leaves(index, count, part.first, part.last, exact_points);
   });
   for (int height = 1; height <= index.height; ++height)

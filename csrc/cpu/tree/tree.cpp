@@ -1,7 +1,6 @@
 #include "tree.h"
 
 #include <algorithm>
-#include <limits>
 
 #include "../parallel.h"
 
@@ -46,19 +45,8 @@ KeyTree<T>::KeyTree(const Loops<T>& loops, const KeyPlanes<T>& keys, const int32
     const Range part = tile_range(chunk, kLeavesAtOnce, leaves);
     const int64_t begin = part.first * kLeaf, end = std::min(part.last * kLeaf, count);
     std::copy(order + begin, order + end, &order_[begin]);
-    for (int64_t leaf = part.first; leaf < part.last; ++leaf) {
-      const int32_t* const numbers = order + leaf * kLeaf;
-      const int64_t size = std::min(kLeaf, count - leaf * kLeaf);
-      T* to = x + view_.leaf(leaf);
-      const auto gather = [&](const T* from, T behind) {
-        for (int64_t n = 0; n < size; ++n) to[n] = from[numbers[n]];
-        std::fill(to + size, to + kLeaf, behind);
-        to += kLeaf;
-      };
-      gather(keys.x, std::numeric_limits<T>::quiet_NaN());
-      gather(keys.y, std::numeric_limits<T>::quiet_NaN());
-      for (int64_t c = 0; c < value_dim; ++c) gather(keys.values + c * keys.stride, T(0));
-    }
+    for (int64_t leaf = part.first; leaf < part.last; ++leaf)
+      gather_leaf(keys, order, count, leaf, x + view_.leaf(leaf));
     loops.tree.build_leaves(view_, count, part.first, part.last, boxes_.get(), masses_.get(),
                             moments_.get());
   });

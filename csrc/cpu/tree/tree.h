@@ -17,6 +17,8 @@
 // trees of its own (cpu/decode/index.h).
 #pragma once
 
+#include <algorithm>
+#include <limits>
 #include <memory>
 
 #include "../isa/dispatch.h"
@@ -43,6 +45,23 @@ class KeyTree {
   std::unique_ptr<double[]> masses_, moments_;
   std::unique_ptr<int32_t[]> order_;
 };
+
+// The keys of a leaf, of `count` in an order: x, y and values [2 + value_dim][kLeaf], what is
+// behind the last key NaN, and zero.
+template <class T>
+void gather_leaf(const KeyPlanes<T>& keys, const int32_t* order, int64_t count, int64_t leaf,
+                 T* to) {
+  const int32_t* const numbers = order + leaf * kLeaf;
+  const int64_t size = std::min(kLeaf, count - leaf * kLeaf);
+  const auto gather = [&](const T* from, T behind) {
+    for (int64_t n = 0; n < size; ++n) to[n] = from[numbers[n]];
+    std::fill(to + size, to + kLeaf, behind);
+    to += kLeaf;
+  };
+  gather(keys.x, std::numeric_limits<T>::quiet_NaN());
+  gather(keys.y, std::numeric_limits<T>::quiet_NaN());
+  for (int64_t c = 0; c < keys.value_dim; ++c) gather(keys.values + c * keys.stride, T(0));
+}
 
 // Numbers of a key's or row's moments, in whole vectors.
 inline int64_t moments_width(int64_t value_dim) {
