@@ -21,7 +21,7 @@ QFLUX_INLINE int nodes_of(const int32_t* nodes, const uint32_t* rows, int count,
                           int32_t* out) {
   int found = 0;
 #if defined(__AVX512F__)
-  const __m512i bit = _mm512_set1_epi32(1 << l);
+  const __m512i bit = _mm512_set1_epi32(int(1u << l));
   for (int n = 0; n < count; n += kAtOnce) {
     const __mmask16 there = _mm512_test_epi32_mask(_mm512_loadu_si512(rows + n), bit);
     _mm512_storeu_si512(out + found,
@@ -46,7 +46,7 @@ struct Lanes {
   V x[kVectors], y[kVectors], tau[kVectors];
   uint32_t all;
 
-  explicit Lanes(const TreeRows<T>& rows) : all((1u << rows.count) - 1u) {
+  explicit Lanes(const TreeRows<T>& rows) : all(rows.count == 32 ? ~0u : (1u << rows.count) - 1u) {
     T numbers[3][kGroup];
     for (int l = 0; l < kGroup; ++l)
       for (int n = 0; n < 3; ++n)
@@ -84,7 +84,7 @@ QFLUX_INLINE void walk(const TreeView<T>& tree, const Lanes<T>& lanes, int heigh
   struct Entry {
     int32_t node;
     int16_t height;
-    uint16_t rows;
+    uint32_t rows;
   };
   Entry stack[kHeights * kFan];
   int size = 0;
@@ -110,7 +110,7 @@ QFLUX_INLINE void walk(const TreeView<T>& tree, const Lanes<T>& lanes, int heigh
       above(kept, high);
       whole.add(node, kept);
       leaves.add(node, leaf ? rest : 0);
-      stack[size] = {node, static_cast<int16_t>(of_height), static_cast<uint16_t>(rest)};
+      stack[size] = {node, static_cast<int16_t>(of_height), rest};
       size += !leaf && rest != 0;
     }
     if (whole.size > kListed - kFan) inside(whole), whole.size = 0;
@@ -235,7 +235,7 @@ class Room {
   double* get() const { return numbers_; }
 
  private:
-  static constexpr int64_t kFew = kGroup * 16;
+  static constexpr int64_t kFew = (kGroup + 1) * 16;
   double few_[kFew];
   const Array<double> many_;
   double* const numbers_;

@@ -8,7 +8,7 @@ namespace qflux::cpu {
 // Keys of a leaf, children of a node, rows that share a walk.
 constexpr int64_t kLeaf = 32;
 constexpr int32_t kFan = 4;
-constexpr int kGroup = 16;
+constexpr int kGroup = 32;
 constexpr int kHeights = 16;
 
 template <class T>

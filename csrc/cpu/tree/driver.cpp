@@ -13,8 +13,8 @@ namespace {
 // Rows that a thread takes at a time.
 constexpr int64_t kRowsAtOnce = 256;
 // Keys in front of a row among which its search starts, and among which it goes on.
-constexpr int64_t kWindow = 256, kWideWindow = 2048;
-constexpr int kWindowSteps = 4;
+constexpr int64_t kWindow = 128, kWideWindow = 2048;
+constexpr int kWindowSteps = 2;
 // Where that is a small part of all keys, a row that has few of them above where its threshold is
 // expected goes on among the keys of trees, each at least so many times as many as those before.
 constexpr int64_t kSmallPart = 64, kGrowth = 4;
