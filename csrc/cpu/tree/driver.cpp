@@ -42,9 +42,10 @@ class MassTree {
     std::vector<ThresholdSearch<T>> search(rows);
     std::vector<Mass<T>> sums(rows);
     std::vector<int32_t> sampled(rows, 0);
+    const auto contexts = room<double>(rows * value_dim);
     state_.assign(rows, State::kDone);
     each_run(rows, [&](int64_t row) {
-      if (visible_.visible_keys(row) > 0) state_[row] = start(row, search, sums, sampled);
+      if (seen_by(row) > 0) state_[row] = start(row, search, sums, sampled);
     });
     const double seen = visible_pairs();
     if (probe() > kMostInWalk * seen) return false;
@@ -57,20 +58,20 @@ class MassTree {
           sums[row] = Mass<T>{0, 0, -std::numeric_limits<T>::infinity()};
           record(row)[2] = search[row].tau;
           record(row)[3] = search[row].rest;
-          const auto [begin, end] = forest_.base_keys(row);
-          if (state == State::kContext) std::fill_n(out.context + row * value_dim, value_dim, 0.0);
+          double* const context = &contexts[row * value_dim];
+          if (state == State::kContext) std::fill_n(context, value_dim, 0.0);
+          const auto [begin, end] = base_keys(row);
           if (begin == end) return;
           if (state == State::kMass)
             loops_.run_mass(keys_from(begin), end - begin, record(row), &sums[row]);
           else
-            loops_.run_context(keys_from(begin), end - begin, record(row), &sums[row],
-                               out.context + row * value_dim);
+            loops_.run_context(keys_from(begin), end - begin, record(row), &sums[row], context);
         });
         const bool few = each_group(
             [&](int64_t row) { return state_[row] == state; },
             [&](int64_t row) {
               prefetch(&sums[row], 1);
-              if (state == State::kContext) prefetch(out.context + row * value_dim, value_dim);
+              if (state == State::kContext) prefetch(&contexts[row * value_dim], value_dim);
             },
             [&](const TreeView<T>& tree, const TreeRows<T>& group, const int32_t* row) {
               Mass<T> part[kGroup];
@@ -81,10 +82,10 @@ class MassTree {
               } else {
                 const auto context = room<double>(kGroup * value_dim);
                 for (int64_t n = 0; n < group.count; ++n)
-                  std::copy_n(out.context + row[n] * value_dim, value_dim, &context[n * value_dim]);
+                  std::copy_n(&contexts[row[n] * value_dim], value_dim, &context[n * value_dim]);
                 loops_.context(tree, group, part, context.get(), &pairs);
                 for (int64_t n = 0; n < group.count; ++n)
-                  std::copy_n(&context[n * value_dim], value_dim, out.context + row[n] * value_dim);
+                  std::copy_n(&context[n * value_dim], value_dim, &contexts[row[n] * value_dim]);
               }
               for (int64_t n = 0; n < group.count; ++n) sums[row[n]] = part[n];
               __atomic_fetch_add(&met, pairs, __ATOMIC_RELAXED);
@@ -99,14 +100,16 @@ class MassTree {
         const bool found = search[row].update(sums[row]);
         if (found && state == State::kContext) {
           state = State::kDone;
-          out.degree[row] = static_cast<int32_t>(sums[row].count);
+          const int64_t number = forest_.row_at_place(row);
+          out.degree[number] = static_cast<int32_t>(sums[row].count);
+          std::copy_n(&contexts[row * value_dim], value_dim, out.context + number * value_dim);
           return;
         }
         state = found || search[row].near() ? State::kContext : State::kMass;
         __atomic_fetch_add(&active, 1, __ATOMIC_RELAXED);
       });
     }
-    for (int64_t row = 0; row < rows; ++row) out.tau[row] = search[row].tau;
+    for (int64_t row = 0; row < rows; ++row) out.tau[forest_.row_at_place(row)] = search[row].tau;
     if (out.work) out.work[1] += met;
     return true;
   }
@@ -118,7 +121,7 @@ class MassTree {
     const int64_t rows = visible_.row_end;
     std::vector<KeptSums> sums(rows);
     each_run(rows, [&](int64_t row) {
-      const auto [begin, end] = forest_.base_keys(row);
+      const auto [begin, end] = base_keys(row);
       if (begin < end)
         loops_.run_row_gradient(keys_from(begin), end - begin, record(row), &sums[row]);
     });
@@ -135,8 +138,9 @@ class MassTree {
       const double mean = sum.count > 0 ? sum.u / sum.count : 0.0;
       record(row)[3] = static_cast<T>(-mean);
       if (!out.query) return;
-      out.query[2 * row] = sum.ux - mean * sum.x;
-      out.query[2 * row + 1] = sum.uy - mean * sum.y;
+      double* const query = out.query + 2 * forest_.row_at_place(row);
+      query[0] = sum.ux - mean * sum.x;
+      query[1] = sum.uy - mean * sum.y;
     });
     if (out.key) key_gradients(out);
     return true;
@@ -145,7 +149,10 @@ class MassTree {
  private:
   enum class State : int8_t { kDone, kStart, kMass, kContext };
 
+  // Rows are numbered by where they are stored from here on, and so is all that is kept of them.
   T* record(int64_t row) const { return &records_[row * stride_]; }
+  int64_t seen_by(int64_t row) const { return visible_.visible_keys(forest_.row_at_place(row)); }
+  Range base_keys(int64_t row) const { return forest_.base_keys(forest_.row_at_place(row)); }
 
   KeyPlanes<T> keys_from(int64_t key) const {
     KeyPlanes<T> keys = forest_.keys();
@@ -167,13 +174,14 @@ class MassTree {
     records_ = room<T>(visible_.row_end * stride_);
     each_run(visible_.row_end, [&](int64_t row) {
       T* const to = record(row);
-      to[0] = s_.query_x[row];
-      to[1] = s_.query_y[row];
-      to[2] = s_.limit[row];
+      const int64_t number = forest_.row_at_place(row);
+      to[0] = s_.query_x[number];
+      to[1] = s_.query_y[number];
+      to[2] = s_.limit[number];
       to[3] = T(0);
       if (backward)
         for (int64_t c = 0; c < s_.value_dim; ++c)
-          to[kRowNumbers + c] = s_.grad[c * s_.row_stride + row];
+          to[kRowNumbers + c] = s_.grad[c * s_.row_stride + number];
     });
   }
 
@@ -184,11 +192,11 @@ class MassTree {
   State start(int64_t row, std::vector<ThresholdSearch<T>>& searches,
               std::vector<Mass<T>>& all_sums, std::vector<int32_t>& sampled) const {
     ThresholdSearch<T>& search = searches[row];
-    const double seen = static_cast<double>(visible_.visible_keys(row));
+    const double seen = static_cast<double>(seen_by(row));
     T probe[kRowNumbers] = {record(row)[0], record(row)[1], std::numeric_limits<T>::infinity(), 0};
     Mass<T> sums{0, 0, -std::numeric_limits<T>::infinity()};
     const auto evaluate = [&](int64_t window) {
-      const int64_t end = visible_.visible_keys(row);
+      const int64_t end = seen_by(row);
       const int64_t begin = std::max<int64_t>(end - window, 0) / kPadding * kPadding;
       sums.excess = sums.count = 0;
       loops_.run_mass(keys_from(begin), end - begin, probe, &sums);
@@ -268,7 +276,7 @@ class MassTree {
     }
     each_run(visible_.row_end, [&](int64_t row) {
       if (state_[row] != State::kStart) return;
-      const double seen = static_cast<double>(visible_.visible_keys(row));
+      const double seen = static_cast<double>(seen_by(row));
       const double guess = guess_among(sums[row], search[row].tau, seen / sampled[row]);
       const double lower = search[row].lower();
       search[row] = ThresholdSearch<T>();
@@ -374,8 +382,11 @@ class MassTree {
         const int64_t row = row_at(visible_, range.first);
         const int64_t end = row_at(visible_, (block + 1) * kTreeBase);
         if (row >= end) return;
+        const auto records = room<T>((end - row) * stride_);
+        for (int64_t n = row; n < end; ++n)
+          std::copy_n(record(forest_.place_of_row(n)), stride_, &records[(n - row) * stride_]);
         loops_.run_key_gradient(keys_from(range.first), range.last - range.first,
-                                {record(row), stride_, end - row},
+                                {records.get(), stride_, end - row},
                                 row + visible_.shift + 1 - range.first, out.key + 2 * range.first,
                                 values + value_dim * range.first);
       });

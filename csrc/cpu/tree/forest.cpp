@@ -1,6 +1,7 @@
 #include "forest.h"
 
 #include <algorithm>
+#include <numeric>
 
 #include "order.h"
 
@@ -33,13 +34,16 @@ Forest<T>::Forest(const Loops<T>& loops, const Sequence<T>& s) : visible_(s.visi
   std::vector<int32_t> key_order = spatial_order(s.key_x, s.key_y, keys);
   // Rows in front of all keys stay in front.
   const int64_t blind = visible_.causal ? row_at(visible_, 0) : 0;
-  std::vector<int32_t> row_order(blind, 0);
+  std::vector<int32_t> row_order(blind);
+  std::iota(row_order.begin(), row_order.end(), 0);
   for (const int32_t row : spatial_order(s.query_x + blind, s.query_y + blind, rows - blind))
     row_order.push_back(row + static_cast<int32_t>(blind));
   if (!visible_.causal) {
     TreeLevel<T> level{keys, {whole_rectangle(visible_)}, {}, row_order};
     level.trees.push_back(std::make_unique<KeyTree<T>>(loops, keys_, key_order.data(), keys));
     levels_.push_back(std::move(level));
+    rows_ = std::move(row_order);
+    store_rows();
     return;
   }
   const int64_t positions = rows + visible_.shift;
@@ -62,6 +66,7 @@ Forest<T>::Forest(const Loops<T>& loops, const Sequence<T>& s) : visible_(s.visi
               &rows_behind[row]);
     });
     level.rows = row_order;
+    if (rows_.empty() && (n == 0 || level.size <= kRowBlock)) rows_ = row_order;
     level.trees.resize(count);
     const auto plant = [&](int64_t index) {
       const Rectangle<>& where = level.where[index];
@@ -76,6 +81,23 @@ Forest<T>::Forest(const Loops<T>& loops, const Sequence<T>& s) : visible_(s.visi
       for (int64_t index = 0; index < count; ++index) plant(index);
     levels_.push_back(std::move(level));
   }
+  store_rows();
+}
+
+template <class T>
+void Forest<T>::store_rows() {
+  const int64_t count = rows_.size();
+  const Chunks chunks(count);
+  places_.resize(count);
+  each(chunks.count, [&](int64_t chunk) {
+    for (int64_t n = chunks.begin(chunk); n < chunks.end(chunk); ++n)
+      places_[rows_[n]] = static_cast<int32_t>(n);
+  });
+  for (TreeLevel<T>& level : levels_)
+    each(chunks.count, [&](int64_t chunk) {
+      for (int64_t n = chunks.begin(chunk); n < chunks.end(chunk); ++n)
+        level.rows[n] = places_[level.rows[n]];
+    });
 }
 
 template <class T>
