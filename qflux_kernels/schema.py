@@ -376,7 +376,7 @@ CACHE_ATTEND = Op(
 # in the buffers of its layers' caches. Lists have these of each layer, in the order of
 # csrc/ops/token.cpp; a tensor that is not there is empty.
 TOKEN_WEIGHTS = (
-    *("norm", "norm_bias", "taps", "taps_bias", "inputs", "inputs_bias", "gathered"),
+    *("norm", "norm_bias", "taps", "taps_bias", "inputs", "inputs_bias", "own_scale", "gathered"),
     *("gathered_bias", "output", "output_bias", "mlp_norm", "mlp_norm_bias", "mlp_taps"),
     *("mlp_taps_bias", "mlp_inputs", "mlp_inputs_bias", "mlp_output", "mlp_output_bias"),
 )

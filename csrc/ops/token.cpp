@@ -25,6 +25,7 @@ enum Weight {
   kTapsBias,
   kInputs,
   kInputsBias,
+  kOwnScale,
   kGathered,
   kGatheredBias,
   kOutput,
@@ -40,9 +41,10 @@ enum Weight {
   kWeights
 };
 constexpr const char* kWeightNames[kWeights] = {
-    "norm",     "norm_bias",     "taps",       "taps_bias",       "inputs",     "inputs_bias",
-    "gathered", "gathered_bias", "output",     "output_bias",     "mlp_norm",   "mlp_norm_bias",
-    "mlp_taps", "mlp_taps_bias", "mlp_inputs", "mlp_inputs_bias", "mlp_output", "mlp_output_bias"};
+    "norm",        "norm_bias",       "taps",          "taps_bias",      "inputs",
+    "inputs_bias", "own_scale",       "gathered",      "gathered_bias",  "output",
+    "output_bias", "mlp_norm",        "mlp_norm_bias", "mlp_taps",       "mlp_taps_bias",
+    "mlp_inputs",  "mlp_inputs_bias", "mlp_output",    "mlp_output_bias"};
 enum Cache { kKeys, kValues, kIndex, kMoments, kTangents, kCoefficient, kMinGate, kCaches };
 constexpr const char* kCacheNames[kCaches] = {"keys",     "values",      "index",   "moments",
                                               "tangents", "coefficient", "min_gate"};
@@ -214,6 +216,9 @@ cpu::LayerParams<T> layer_params(const Given& given, const double* eps, Pasts* p
   STD_TORCH_CHECK(rows == plain || rows == plain + gathers, "qflux_kernels: inputs must have ",
                   plain, " or ", plain + gathers, " rows, got ", rows);
   p.own = rows > plain;
+  STD_TORCH_CHECK(!p.own || !given.has(kOwnScale),
+                  "qflux_kernels: own_scale must be empty where own values have a projection");
+  p.own_scale = given.optional_weight<T>(kOwnScale, {gathers});
   p.inputs = given.linear<T>(kInputs, rows, width);
   p.gathered_norm = given.norm<T>(kGathered, gathers, eps[kGatheredEps]);
   p.output = given.linear<T>(kOutput, width, gathers);

@@ -180,9 +180,13 @@ def _kinds(layer: EvolutionLayer) -> list[tuple[Any, type[nn.Module]]]:
 def _weights(layer: Any) -> list[Tensor | None]:
     """`TOKEN_WEIGHTS` of a layer."""
     attention, mlp = layer.attention, layer.mlp
-    parts = [layer.attention_norm, attention.conv, attention.inputs, attention.norm]
-    parts += [attention.output]
-    parts += [None] * 4 if mlp is None else [layer.mlp_norm, mlp.conv, mlp.input, mlp.output]
+    before = [layer.attention_norm, attention.conv, attention.inputs]
+    behind = [attention.norm, attention.output]
+    behind += [None] * 4 if mlp is None else [layer.mlp_norm, mlp.conv, mlp.input, mlp.output]
+    return [*_parameters(before), attention.own_scale, *_parameters(behind)]
+
+
+def _parameters(parts: list[Any]) -> list[Tensor | None]:
     return [getattr(part, name, None) for part in parts for name in ("weight", "bias")]
 
 

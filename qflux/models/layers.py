@@ -163,14 +163,22 @@ def causal_convolution(config: QuantumFluxConfig) -> nn.Module:
     return CausalConvolution(config.hidden_dim, config.conv_width)
 
 
+def scaled(hidden: Tensor, factors: Tensor) -> Tensor:
+    """`(B, S, H)` times factors `(n,)`, `(B, S, n)`; from the start again where H is below n."""
+    times = -(-factors.shape[0] // hidden.shape[-1])
+    whole = hidden if times == 1 else hidden.repeat(1, 1, times)
+    return whole[..., : factors.shape[0]] * factors
+
+
 class GeometricAttention(nn.Module):
     """The value path: geometry decides which tokens a token gathers from, a vector what it gets.
 
     Queries, keys and values are projections of the hidden stream. Each cylinder's context is a mean
     over the keys it kept, so that sharp cylinders weigh as much as broad ones: the weights of a
     sparsemax are one already, other sums are divided by the number of keys. A value of the token's
-    own is added, since the geometry may or may not let a token keep itself. LayerNorm follows, and
-    each element passes a gate of the token's own.
+    own is added, since the geometry may or may not let a token keep itself: a projection, or the
+    hidden stream itself, each number with a factor, again from the start where it is narrower.
+    LayerNorm follows, and each element passes a gate of the token's own.
 
     Source: this project; `docs/claims.md` has what it was measured to change.
     """
@@ -182,11 +190,15 @@ class GeometricAttention(nn.Module):
         self.conv = causal_convolution(config)
         self.cylinders = cylinders
         self.value_dim = config.value_dim
-        # Of queries and keys, of values, of gates, and of own values if they have a projection.
+        # Of queries and keys, of values, of gates, and of own values if they are none of these.
         self.widths = (4 * cylinders, width, width)
         if config.own_value == "projected":
             self.widths += (width,)
         self.inputs = nn.Linear(hidden, sum(self.widths))
+        self.own_scale: nn.Parameter | None = None
+        if config.own_value == "scaled":
+            self.widths += (width,)
+            self.own_scale = nn.Parameter(torch.ones(width))
         self.norm = nn.LayerNorm(width)
         self.output = nn.Linear(width, hidden)
         self.score = PairScore(config, config.shrinkage)
@@ -214,6 +226,8 @@ class GeometricAttention(nn.Module):
         else:
             hidden = cache.convolve(self.conv, "attention", hidden)
         projected = self.inputs(hidden)
+        if self.own_scale is not None:
+            projected = torch.cat((projected, scaled(hidden, self.own_scale)), -1)
         if cache is None and states is None and not return_parts:
             gated = self._by_one_op(projected, angle)
             if gated is not None:

@@ -265,8 +265,9 @@ def test_the_op_checks_what_it_is_given(changed, said):
         OPS.attention(**arguments | changed)
 
 
-def test_training_goes_by_the_op(served):
-    model, ids = build(), torch.randint(11, (2, 30))
+@pytest.mark.parametrize("own_value", ["scaled", "projected", "shared"])
+def test_training_goes_by_the_op(served, own_value):
+    model, ids = build(own_value=own_value), torch.randint(11, (2, 30))
 
     def gradients():
         model.zero_grad()

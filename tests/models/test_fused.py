@@ -18,6 +18,8 @@ BASE = {"vocab_size": VOCABULARY, "num_layers": 2, "hidden_dim": 20, "num_cylind
 CONFIGS = {
     "default": {},
     "own values shared, odd width": {"own_value": "shared", "value_dim": 3},
+    "own values scaled, narrower": {"own_value": "scaled"},
+    "own values scaled, wider": {"own_value": "scaled", "value_dim": 9, "score": "threshold"},
     "no mlp, no convolution": {"mlp_ratio": 0, "conv_width": 0},
     "two taps": {"conv_width": 2, "value_dim": 1},
     "soft": {"score": "threshold"},

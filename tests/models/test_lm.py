@@ -13,7 +13,7 @@ import qflux
 from qflux import QuantumFluxConfig, QuantumFluxLM
 from qflux.inference.sampling import sample
 from qflux.models.embedding import CylinderEmbedding, PhaseRotation, rotate
-from qflux.models.layers import EvolutionLayer, GatedMLP, GeometricAttention, StateEvolution
+from qflux.models.layers import EvolutionLayer, GatedMLP, GeometricAttention, StateEvolution, scaled
 from qflux_kernels import Evolution, Radius, Threshold, reference
 
 SMALL = {"vocab_size": 11, "num_layers": 2, "num_cylinders": 3, "hidden_dim": 12, "value_dim": 4}
@@ -239,7 +239,7 @@ def test_a_layer_sees_distances_between_positions_only(changes):
     torch.testing.assert_close(there_states, rotate(here_states, shift))
 
 
-@pytest.mark.parametrize("own_value", ["projected", "shared"])
+@pytest.mark.parametrize("own_value", ["scaled", "projected", "shared"])
 @pytest.mark.parametrize("shrinkage", ["hard", "soft"])
 def test_gathered_values_are_averaged_over_what_was_kept(shrinkage, own_value):
     torch.manual_seed(0)
@@ -249,10 +249,15 @@ def test_gathered_values_are_averaged_over_what_was_kept(shrinkage, own_value):
     torch.nn.init.normal_(attention.norm.weight)
     hidden, angle = torch.randn(2, 9, 12).double(), torch.randn(3, 9).double()
     states = torch.randn(2, 3, 9, 2).double()
-    projected = attention.inputs(attention.conv(hidden))
+    u = attention.conv(hidden)
+    projected = attention.inputs(u)
     queries, keys = (projected[..., at : at + 6].unflatten(-1, (3, 2)) for at in (0, 6))
-    _, values, gate, *own = projected.split(attention.widths, -1)
-    values, own = (x.unflatten(-1, (3, 4)) for x in (values, own[0] if own else values))
+    values, gate = projected[..., 12:24], projected[..., 24:36]
+    own = {"shared": values, "projected": projected[..., 36:]}.get(own_value)
+    if own is None:
+        torch.nn.init.normal_(attention.own_scale)
+        own = torch.stack([attention.own_scale[k] * u[..., k] for k in range(12)], -1)
+    values, own = (x.unflatten(-1, (3, 4)) for x in (values, own))
     rows = torch.zeros(2, 9, 3, 4).double()
     for batch, cylinder, row in itertools.product(range(2), range(3), range(9)):
         turn = [
@@ -275,6 +280,27 @@ def test_gathered_values_are_averaged_over_what_was_kept(shrinkage, own_value):
     normal = F.layer_norm(rows.flatten(2), (12,), attention.norm.weight, attention.norm.bias)
     expected = attention.output(normal * gate * gate.sigmoid())
     torch.testing.assert_close(attention(hidden, states, angle)[0], expected)
+
+
+@pytest.mark.parametrize("value_dim", [2, 9])
+def test_scaled_own_values_begin_again_where_the_stream_ends(value_dim):
+    torch.manual_seed(0)
+    config = QuantumFluxConfig(**SMALL | {"value_dim": value_dim}, own_value="scaled")
+    factors, hidden = GeometricAttention(config).own_scale, torch.randn(2, 5, 12)
+    torch.nn.init.normal_(factors)
+    found = scaled(hidden, factors)
+    assert found.shape == (2, 5, 3 * value_dim)
+    for k in range(3 * value_dim):
+        torch.testing.assert_close(found[..., k], factors[k] * hidden[..., k % 12])
+
+
+def test_own_values_follow_the_context():
+    for context, expected in ((2, "scaled"), (128, "scaled"), (129, "projected")):
+        config = QuantumFluxConfig(5, context_length=context)
+        assert config.own_value == expected
+        # A file has what it became, so that it stays.
+        text = config.to_json().replace(f'"context_length": {context}', '"context_length": 200')
+        assert QuantumFluxConfig.from_json(text).own_value == expected
 
 
 def test_sparsemax_gathers_means_of_its_own():

@@ -132,10 +132,13 @@ class LayerStep {
         return;
       }
       const T scale = p_.averages ? T(1) : T(1) / T(std::max(degree[n], 1));
-      const T* const own =
-          to + 4 * p_.cylinders + (p_.own ? 2 * width_ : 0) + n % p_.cylinders * dim;
-      for (int64_t c = 0; c < dim; ++c)
-        gathered[n * dim + c] = gathered[n * dim + c] * scale + own[c];
+      const int64_t first = n % p_.cylinders * dim;
+      const T* const own = to + 4 * p_.cylinders + (p_.own ? 2 * width_ : 0) + first;
+      const T* const x = &normed[b * hidden()];
+      for (int64_t c = 0; c < dim; ++c) {
+        const T value = p_.own_scale ? p_.own_scale[first + c] * x[(first + c) % hidden()] : own[c];
+        gathered[n * dim + c] = gathered[n * dim + c] * scale + value;
+      }
     });
     return tame;
   }

@@ -43,8 +43,11 @@ struct LayerParams {
   // Without weights: there is no MLP.
   LinearParams<T> mlp_inputs, mlp_output;
   int64_t cylinders, value_dim;
-  bool own;       // values of the token's own have a projection; else they are what others get
-  bool averages;  // a row's weights sum to one; else what it gathers is divided by its degree
+  // Values of the token's own have a projection; else they are u, each number with a factor, again
+  // from the start where it is narrower; else, without factors, what others get.
+  bool own;
+  const T* own_scale;  // [cylinders][value_dim], or null
+  bool averages;       // a row's weights sum to one; else what it gathers is divided by its degree
   // Of the cache with room for this token, which is the last; the rest of it the layer writes.
   CachedRows<T> rows;
   View<T> keys, values;  // the buffers of the cache
