@@ -87,6 +87,28 @@ def test_a_job_that_fails_replaces_nothing_and_what_is_done_is_not_done_again(
     assert (tmp_path / "results" / "rows.csv").exists()
 
 
+def test_curves_are_replaced_only_by_those_of_all_their_jobs(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(release, "FOLDER", tmp_path)
+    (tmp_path / "curves.py").write_text(
+        "import shutil, sys; shutil.copyfile(sys.argv[1], sys.argv[2])"
+    )
+    build, results, figures = folders = [tmp_path / name for name in ("build", "csv", "svg")]
+    for folder in folders:
+        folder.mkdir()
+    jobs = [release.Job("rows", (name,), curves="curves") for name in "ab"]
+    for job in jobs:
+        for ending in ("csv", "curves"):
+            (build / f"{job.name}.{ending}").write_text(f"who\n{job.command[0]}\n")
+    curves, figure = results / "curves.csv", figures / "curves.svg"
+    curves.write_text("as it was")
+    assert release.collect(jobs[:1], jobs, build, results, figures) == [results / "rows.csv"]
+    assert str(results / "curves") in capsys.readouterr().out
+    assert curves.read_text() == "as it was" and not figure.exists()
+    files = release.collect(jobs, jobs, build, results, figures)
+    assert files == [results / "rows.csv", curves, figure]
+    assert figure.read_text().split() == ["who", "a", "b"]
+
+
 def test_rows_with_other_columns_are_not_joined(tmp_path):
     for name in "ab":
         (tmp_path / name).write_text(f"{name}\n1\n")
