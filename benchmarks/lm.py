@@ -29,7 +29,7 @@ from torch.nn import functional as F
 from transformer import Transformer, TransformerConfig
 from windowed import WindowedConfig, WindowedTransformer
 
-from qflux import QuantumFluxConfig, QuantumFluxLM
+from qflux import QuantumFluxConfig, QuantumFluxLM, make_config
 from qflux.models.base import CausalLM
 from qflux.text.data import load_text
 from qflux.text.ngrams import ngram_loss
@@ -214,7 +214,10 @@ class Trained:
     defaults: Mapping[str, object] = field(default_factory=dict)
 
     def configuration(self, vocab_size: int, context: int, changes: Mapping[str, object]) -> Any:
-        return self.config(vocab_size, context_length=context, **{**self.defaults, **changes})
+        changes = {"context_length": context, **self.defaults, **changes}
+        if self.config is QuantumFluxConfig:
+            return make_config("lm", vocab_size, **changes)
+        return self.config(vocab_size, **changes)
 
     def runs(self, task: Task) -> Iterator[Run]:
         arguments = task.arguments

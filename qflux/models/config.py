@@ -23,9 +23,7 @@ SCORES: dict[str, type[Threshold] | type[InverseGate] | type[Sparsemax]] = {
     "sparsemax": Sparsemax,
 }
 _DOCUMENTS_SCORES = ("threshold", "inverse_gate")
-OWN_VALUES = ("auto", "scaled", "projected", "shared")
-# Up to this context an input that is scaled does as well as a projection of it.
-SCALED_CONTEXT = 128
+OWN_VALUES = ("projected", "scaled", "shared")
 EMBEDDINGS = ("cardioid", "annulus", "learned")
 POSITIONS = ("none", "phase")
 TIMESTEPS = ("constant", "beta")
@@ -143,9 +141,7 @@ class QuantumFluxConfig(ModelConfig):
             values are the states themselves.
         own_value: what stands beside the values that a token gathers, for it may not keep itself:
             "projected": a projection of its own; "scaled": the input of the projections, each
-            number with a learned factor, which takes 7 % fewer weights and 3 % less time; "shared":
-            the value that it hands to others; or "auto": "scaled" at a `context_length` of at most
-            128 and "projected" beyond. The configuration has what "auto" became.
+            number with a learned factor; or "shared": the value that it hands to others.
         mlp_ratio: size of the gated MLP after the value path: it has the weights of a plain one
             this many times as wide as `hidden_dim`; 0: no MLP.
         conv_width: taps of the causal depthwise convolutions, one before the value path and one
@@ -190,7 +186,7 @@ class QuantumFluxConfig(ModelConfig):
     num_cylinders: int = 32
     score: str = field(default="sparsemax", kw_only=True)
     value_dim: int = 4
-    own_value: str = field(default="auto", kw_only=True)
+    own_value: str = field(default="projected", kw_only=True)
     mlp_ratio: float = 4.0
     conv_width: int = 4
     evolution: bool = False
@@ -208,9 +204,6 @@ class QuantumFluxConfig(ModelConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.own_value == "auto":
-            own_value = "scaled" if self.context_length <= SCALED_CONTEXT else "projected"
-            object.__setattr__(self, "own_value", own_value)
         for name in ("value_dim", "conv_width"):
             check_integer(name, getattr(self, name), 0)
         check_flag("evolution", self.evolution)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 from qflux_kernels.checks import check_choice
@@ -67,6 +67,9 @@ PRESETS: dict[str, tuple[type[ModelConfig], dict[str, Any]]] = {
     # Recommended: many cylinders, and values beside the states.
     "lm": (QuantumFluxConfig, {}),
 }
+# What "lm" has up to this context, where there is less to look for.
+SHORT_CONTEXT = 128
+SHORT: dict[str, Any] = {"num_cylinders": 16, "value_dim": 8, "own_value": "scaled"}
 
 
 def make_config(preset: str, vocab_size: int, **changes: Any) -> ModelConfig:
@@ -74,6 +77,9 @@ def make_config(preset: str, vocab_size: int, **changes: Any) -> ModelConfig:
 
     "flux" is the network of the Flux document and "qfnn" that of the QFNN document, both as their
     texts say and causal, six layers of width 768 at a context of 1,024; "lm" is the one to use.
+    With a `context_length` of at most 128, and unless one of them is given, its 32 cylinders with
+    values of width 4 and projected own values become 16 of width 8 and scaled ones
+    (`benchmarks/decisions.md`).
 
     Args:
         preset: "flux", "qfnn" or "lm".
@@ -91,7 +97,10 @@ def make_config(preset: str, vocab_size: int, **changes: Any) -> ModelConfig:
         raise ValueError(
             f"preset {preset!r} has no {', '.join(unknown)}; allowed: {', '.join(known)}"
         )
-    return kind(vocab_size=vocab_size, **{**values, **changes})
+    config = kind(vocab_size=vocab_size, **{**values, **changes})
+    if preset == "lm" and config.context_length <= SHORT_CONTEXT and not SHORT.keys() & changes:
+        config = replace(config, **SHORT)
+    return config
 
 
 def make_model(config: ModelConfig) -> CausalLM:

@@ -294,15 +294,6 @@ def test_scaled_own_values_begin_again_where_the_stream_ends(value_dim):
         torch.testing.assert_close(found[..., k], factors[k] * hidden[..., k % 12])
 
 
-def test_own_values_follow_the_context():
-    for context, expected in ((2, "scaled"), (128, "scaled"), (129, "projected")):
-        config = QuantumFluxConfig(5, context_length=context)
-        assert config.own_value == expected
-        # A file has what it became, so that it stays.
-        text = config.to_json().replace(f'"context_length": {context}', '"context_length": 200')
-        assert QuantumFluxConfig.from_json(text).own_value == expected
-
-
 def test_sparsemax_gathers_means_of_its_own():
     torch.manual_seed(0)
     config = QuantumFluxConfig(**SMALL, score="sparsemax", scale_min=0.2, scale_max=5.0)

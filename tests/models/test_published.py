@@ -97,6 +97,20 @@ def test_presets_have_the_documents_values():
     assert make_config("lm", 65) == QuantumFluxConfig(65)
 
 
+def test_lm_has_fewer_cylinders_at_short_contexts():
+    short = {"num_cylinders": 16, "value_dim": 8, "own_value": "scaled"}
+    for context, expected in ((2, short), (128, short), (129, {})):
+        found = make_config("lm", 65, context_length=context, hidden_dim=64)
+        wanted = QuantumFluxConfig(65, context_length=context, hidden_dim=64, **expected)
+        assert found == wanted
+    # Whoever chooses one of them chooses all.
+    for given in ({"num_cylinders": 4}, {"value_dim": 2}, {"own_value": "projected"}):
+        found = make_config("lm", 65, context_length=64, **given)
+        assert found == QuantumFluxConfig(65, context_length=64, **given)
+    with pytest.raises(ValueError, match=r"context_length must be .* 2, got 1"):
+        make_config("lm", 65, context_length=1)
+
+
 def test_a_network_has_the_documents_parameters():
     """2 V for the tokens; nothing in a layer but its projection and LayerNorm; the output layer."""
     for preset, readouts, norms in (("flux", 2, 2), ("qfnn", 1, 0)):
