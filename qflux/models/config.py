@@ -45,7 +45,8 @@ class ModelConfig:
     Args:
         vocab_size: number of token ids V, >= 1.
         num_layers: layers, >= 0; 0 leaves embedding and readout only (an ablation).
-        num_cylinders: cylinders C per token, >= 1; each carries a state (radius, phase).
+        num_cylinders: cylinders C per token, >= 1; each carries a state (radius, phase). The preset
+            lm has 16 at a `context_length` of at most 128.
         hidden_dim: width H of the features that the output layer reads, >= 1.
         context_length: tokens seen at once when generating, and the default window for training,
             >= 2; the model itself accepts any length.
@@ -138,10 +139,12 @@ class QuantumFluxConfig(ModelConfig):
         reduction: of the evolution, as above; the weights of a sparsemax are a mean, and stay.
         value_dim: width of the value that a token hands to the tokens that gather it, on every
             cylinder, >= 0; 0 switches the value path off and leaves the published model, whose
-            values are the states themselves.
+            values are the states themselves. The preset lm has 8 at a `context_length` of at most
+            128.
         own_value: what stands beside the values that a token gathers, for it may not keep itself:
             "projected": a projection of its own; "scaled": the input of the projections, each
-            number with a learned factor; or "shared": the value that it hands to others.
+            number with a learned factor; or "shared": the value that it hands to others. The preset
+            lm has "scaled" at a `context_length` of at most 128.
         mlp_ratio: size of the gated MLP after the value path: it has the weights of a plain one
             this many times as wide as `hidden_dim`; 0: no MLP.
         conv_width: taps of the causal depthwise convolutions, one before the value path and one
