@@ -159,10 +159,13 @@ def trainings() -> Iterator[Job]:
 def timings() -> Iterator[Job]:
     """What is measured by the clock, alone on the machine."""
     providers = ("qflux", "transformer", "windowed", "state-space", "no-geometry")
-    for context, batch, rounds in ((64, 12, 60), (1024, 2, 15), (16384, 1, 3)):
-        shape = f"--context {context} --batch {batch} --rate 8e-3 --rounds {rounds}"
-        text = ("--data", "{data}/enwiki6.txt")
-        yield Job("lm-times", ("lm_times.py", *text, *shape.split(), "--providers", *providers))
+    for text, shape in (
+        ("tinyshakespeare", "--vocabulary char --context 64 --batch 12 --rate 6e-3 --rounds 60"),
+        ("enwiki6", "--context 1024 --batch 2 --rate 8e-3 --rounds 15"),
+        ("enwiki6", "--context 16384 --batch 1 --rate 8e-3 --rounds 3"),
+    ):
+        given = ("--data", f"{{data}}/{text}.txt", *shape.split())
+        yield Job("lm-times", ("lm_times.py", *given, "--providers", *providers))
     yield Job("short", ("short.py",), option=None)
     yield Job("issue-bound", ("issue_bound.py", "--threads", "1"), option=None)
     kernels = "--full --sizes 4096 65536 --kernels evolve"
