@@ -52,6 +52,7 @@ class Job:
         option: that takes the CSV to write, or None: what it prints is kept.
         curves: the CSV of benchmarks/results of its curves, or None.
         plot: the figure of docs/figures that it draws, without its ending, or None.
+        needs: file of a job before it, whose work it reads, or None.
     """
 
     file: str
@@ -60,6 +61,7 @@ class Job:
     option: str | None = "--output"
     curves: str | None = None
     plot: str | None = None
+    needs: str | None = None
 
     @property
     def name(self) -> str:
@@ -178,7 +180,7 @@ def timings() -> Iterator[Job]:
     train = "-m qflux train --data {data}/enwiki6.txt --vocabulary byte --context-length 1024"
     train += " --batch-size 1 --max-steps 500 --epochs 100 --output-dir {build}/model"
     yield Job("model", tuple(train.split()), option=None)
-    yield Job("sparsemax-cpu", ("sparsemax.py", "--parts", "model", *MODEL))
+    yield Job("sparsemax-cpu", ("sparsemax.py", "--parts", "model", *MODEL), needs="model")
     yield Job("sparsemax-cpu", ("sparsemax.py", *HOSTILE.split()))
     yield Job("scaling-cpu", ("scaling.py", "--rounds", "1", "--seconds", "1"), plot="scaling")
     yield Job("bands", ("scaling.py", "--bands"), option=None)
@@ -317,7 +319,9 @@ def parse(line: Sequence[str] | None, jobs: Sequence[Job]) -> argparse.Namespace
 def main(line: Sequence[str] | None = None) -> None:
     every = [*timings(), *trainings()]
     options = parse(line, every)
-    jobs = [job for job in every if not options.only or job.file in options.only]
+    chosen = set(options.only or (job.file for job in every))
+    chosen |= {job.needs for job in every if job.file in chosen and job.needs}
+    jobs = [job for job in every if job.file in chosen]
     if options.list:
         for job in jobs:
             print(job.file, shlex.join(job.command))

@@ -28,6 +28,16 @@ def test_a_script_has_the_options_it_is_given(script):
             assert not [word for word in given if f'"{word}"' not in text], job.name
 
 
+def test_a_part_has_the_jobs_that_it_needs(tmp_path, capsys):
+    for job in JOBS:
+        words = zip(job.command, job.command[1:], strict=False)
+        reads = [word for option, word in words if option != "--output-dir" and "{build}" in word]
+        assert bool(reads) == (job.needs is not None), job.name
+    release.main(["--data", str(tmp_path), "--list", "--only", "sparsemax-cpu"])
+    files = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
+    assert files == ["sparsemax-cpu", "model", "sparsemax-cpu", "sparsemax-cpu"]
+
+
 def test_files_have_one_form():
     """A file is all rows or all print, and a figure has one job."""
     for name in {job.file for job in JOBS}:
