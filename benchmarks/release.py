@@ -129,7 +129,7 @@ def trainings() -> Iterator[Job]:
     yield from language_model("tinyshakespeare-64", "qflux", "6e-3", 2000, seeds)
     yield from language_model("tinyshakespeare-64", "transformer", "6e-3", 2000, seeds)
     # For the time of QFlux's 2,000 steps, by lm-times.
-    yield from language_model("tinyshakespeare-64", "transformer", "6e-3", 1870, seeds)
+    yield from language_model("tinyshakespeare-64", "transformer", "6e-3", 1910, seeds)
     yield from language_model("enwiki6-1024", "qflux", "8e-3", 750, range(3))
     yield from language_model("enwiki6-1024", "transformer", "8e-3", 750, range(3))
     yield from language_model("enwiki6-1024", "no-geometry", "8e-3", 750, range(3))
