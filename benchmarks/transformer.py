@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from qflux.models.layers import CausalConvolution
+from qflux.models.convolution import CausalConvolution
 from qflux_kernels.checks import check_choice
 
 # What QFlux has beside its geometry, for baselines that are to differ in that alone.

@@ -2,9 +2,9 @@
 // linear map in front of it and the one behind it.
 //
 // A token's projections are a query and a key of each cylinder, values, gates and own values, which
-// may be the values themselves. Queries and keys are turned by the token's position; with the
-// weights of a sparsemax each cylinder gathers values, to which the own ones are added; LayerNorm
-// follows, and the gates.
+// may also be given apart, or be the values themselves. Queries and keys are turned by the token's
+// position; with the weights of a sparsemax each cylinder gathers values, to which the own ones are
+// added; LayerNorm follows, and the gates.
 #pragma once
 
 #include "math/scalar.h"
@@ -15,11 +15,12 @@ namespace qflux {
 template <class T>
 struct AttentionParams {
   int64_t batch, tokens, cylinders, value_dim;
-  bool own;  // whether own values have a projection
+  bool projects_own;  // whether own values are among the projections
   Algorithm algorithm;
   double eps;  // of LayerNorm
   const T*
       projected;   // [batch][tokens][columns()]: (query, key)(cylinder)(x, y), values, gates, own
+  const T* own;    // [batch][tokens][width()]: own values, or null: they are in `projected`
   const T* turns;  // [cylinders][tokens][2]: cosine and sine
   const T* scale;  // [cylinders]
   const T* norm_scale;  // [width()], or null: one
@@ -29,8 +30,12 @@ struct AttentionParams {
   QFLUX_INLINE int64_t rows() const { return batch * tokens; }
   QFLUX_INLINE int64_t values_at() const { return 4 * cylinders; }
   QFLUX_INLINE int64_t gates_at() const { return values_at() + width(); }
-  QFLUX_INLINE int64_t own_at() const { return own ? gates_at() + width() : values_at(); }
-  QFLUX_INLINE int64_t columns() const { return gates_at() + (own ? 2 : 1) * width(); }
+  QFLUX_INLINE int64_t own_at() const { return projects_own ? gates_at() + width() : values_at(); }
+  QFLUX_INLINE int64_t columns() const { return gates_at() + (projects_own ? 2 : 1) * width(); }
+  QFLUX_INLINE bool shares_values() const { return !projects_own && !own; }
+  QFLUX_INLINE const T* own_of(int64_t row) const {
+    return own ? own + row * width() : projected + row * columns() + own_at();
+  }
   // Numbers [batch][tokens][width()].
   template <class U>
   View<U> of_cylinders(U* data) const {
@@ -63,6 +68,7 @@ template <class T>
 struct AttentionGradients {
   const T* out;   // [batch][tokens][width], given
   T* projected;   // as in the params
+  T* own;         // as in the params
   T* angle;       // [cylinders][tokens]
   T* scale;       // [cylinders]
   T* norm_scale;  // [width]

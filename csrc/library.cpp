@@ -113,15 +113,15 @@ STABLE_TORCH_LIBRARY(qflux_kernels, m) {
       "float[] numbers) -> (Tensor hidden, Tensor pasts, bool served)");
   // The attention of a layer of the language model on a CPU, between its linear maps.
   m.def(
-      "attention(Tensor projected, Tensor turns, Tensor scale, Tensor? norm_weight, "
+      "attention(Tensor projected, Tensor? own, Tensor turns, Tensor scale, Tensor? norm_weight, "
       "Tensor? norm_bias, float norm_eps, int value_dim, int algorithm) -> (Tensor out, "
       "Tensor points, Tensor threshold, Tensor gathered, Tensor moments)");
   m.def(
-      "attention_backward(Tensor grad, Tensor projected, Tensor turns, Tensor scale, "
+      "attention_backward(Tensor grad, Tensor projected, Tensor? own, Tensor turns, Tensor scale, "
       "Tensor? norm_weight, Tensor? norm_bias, float norm_eps, int value_dim, int algorithm, "
       "Tensor points, Tensor threshold, Tensor gathered, Tensor moments) -> "
-      "(Tensor grad_projected, Tensor grad_angle, Tensor grad_scale, Tensor grad_norm_weight, "
-      "Tensor grad_norm_bias)");
+      "(Tensor grad_projected, Tensor grad_own, Tensor grad_angle, Tensor grad_scale, "
+      "Tensor grad_norm_weight, Tensor grad_norm_bias)");
   // Texts as uint8: a str in a schema leaks in the stable ABI before torch 2.14.
   m.def("instruction_set() -> Tensor");
   m.def("cuda_architectures() -> Tensor");

@@ -20,10 +20,10 @@ class _AttentionBackward(Gradient):
 
     @staticmethod
     def forward(
-        grad, projected, turns, scale, norm_weight, norm_bias, eps, value_dim, *left
+        grad, projected, own, turns, scale, norm_weight, norm_bias, eps, value_dim, *left
     ):  # fmt: skip
         return _BACKWARD(
-            grad, projected, turns, scale, norm_weight, norm_bias, eps, value_dim, _AUTO, *left
+            grad, projected, own, turns, scale, norm_weight, norm_bias, eps, value_dim, _AUTO, *left
         )
 
 
@@ -31,30 +31,33 @@ class _Attention(OpFunction):
     op = ATTENTION
 
     @staticmethod
-    def forward(projected, angle, scale, norm_weight, norm_bias, eps, value_dim):
+    def forward(projected, own, angle, scale, norm_weight, norm_bias, eps, value_dim):
         turns = torch.view_as_real(torch.polar(torch.ones_like(angle), angle))
-        results = _FORWARD(projected, turns, scale, norm_weight, norm_bias, eps, value_dim, _AUTO)
+        results = _FORWARD(
+            projected, own, turns, scale, norm_weight, norm_bias, eps, value_dim, _AUTO
+        )
         return *results, turns
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        projected, _, scale, norm_weight, norm_bias, ctx.eps, ctx.value_dim = inputs
+        projected, own, _, scale, norm_weight, norm_bias, ctx.eps, ctx.value_dim = inputs
         _, *left, turns = output
         ctx.mark_non_differentiable(*left, turns)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(projected, turns, scale, norm_weight, norm_bias, *left)
+        ctx.save_for_backward(projected, own, turns, scale, norm_weight, norm_bias, *left)
 
     @staticmethod
     def backward(ctx, grad, *_):
-        projected, turns, scale, norm_weight, norm_bias, *left = ctx.saved_tensors
+        projected, own, turns, scale, norm_weight, norm_bias, *left = ctx.saved_tensors
         if grad is None:
-            return (None,) * 7
+            return (None,) * 8
         # Nobody transforms what `serves` has let through: recording alone needs the Function.
         run = _AttentionBackward.run if torch.is_grad_enabled() else _AttentionBackward.forward
         grads = run(
-            grad, projected, turns, scale, norm_weight, norm_bias, ctx.eps, ctx.value_dim, *left
-        )
-        needs = ctx.needs_input_grad[:5]
+            grad, projected, own, turns, scale, norm_weight, norm_bias, ctx.eps, ctx.value_dim,
+            *left,
+        )  # fmt: skip
+        needs = ctx.needs_input_grad[:6]
         return *(g if need else None for g, need in zip(grads, needs, strict=True)), None, None
 
 
@@ -79,6 +82,7 @@ def serves(projected: torch.Tensor, angle: torch.Tensor, scale: torch.Tensor, ba
 
 def attend(
     projected: torch.Tensor,
+    own: torch.Tensor | None,
     angle: torch.Tensor,
     scale: torch.Tensor,
     norm_weight: torch.Tensor | None,
@@ -97,7 +101,9 @@ def attend(
 
     Args:
         projected: `(B, S, 4 C + 2 C D)`: queries `(C, 2)`, keys, values `(C, D)` and gates; or
-            `(B, S, 4 C + 3 C D)`, with own values, which are else the values.
+            `(B, S, 4 C + 3 C D)`, with own values behind them.
+        own: `(B, S, C D)`, own values that are none of the projections; None: they are, or are
+            the values.
         angle: `(C, S)`, radians.
         scale: `(C,)`.
         norm_weight, norm_bias: `(C D,)` of LayerNorm, or None.
@@ -107,7 +113,7 @@ def attend(
     Returns:
         `(B, S, C D)`.
     """
-    return _Attention.run(projected, angle, scale, norm_weight, norm_bias, eps, value_dim)[0]
+    return _Attention.run(projected, own, angle, scale, norm_weight, norm_bias, eps, value_dim)[0]
 
 
 if LOAD_ERROR is None:
@@ -116,7 +122,7 @@ if LOAD_ERROR is None:
     _BACKWARD = torch.ops.qflux_kernels.attention_backward.default
 
     @torch.library.register_fake("qflux_kernels::attention")
-    def _(projected, turns, scale, norm_weight, norm_bias, norm_eps, value_dim, algorithm):
+    def _(projected, own, turns, scale, norm_weight, norm_bias, norm_eps, value_dim, algorithm):
         batch, tokens, _ = projected.shape
         cylinders = scale.shape[0]
         wide = batch, tokens, cylinders * value_dim
@@ -129,10 +135,11 @@ if LOAD_ERROR is None:
         )
 
     @torch.library.register_fake("qflux_kernels::attention_backward")
-    def _(grad, projected, turns, scale, norm_weight, norm_bias, norm_eps, value_dim, *_):
+    def _(grad, projected, own, turns, scale, norm_weight, norm_bias, norm_eps, value_dim, *_):
         width = scale.shape[0] * value_dim
         return ATTENTION_BACKWARD.Results(
             grad_projected=projected.new_empty(projected.shape),
+            grad_own=projected.new_empty(0 if own is None else own.shape),
             grad_angle=projected.new_empty(turns.shape[:2]),
             grad_scale=projected.new_empty(scale.shape),
             grad_norm_weight=projected.new_empty(width),

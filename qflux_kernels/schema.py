@@ -269,6 +269,7 @@ PROJECT_NORM_BACKWARD = Op(
 # (csrc/attention.h), with the weights of a sparsemax. CPU only.
 _ATTENTION = (
     Field("projected", "Tensor"),  # (B, S, 4 C + 2 C D, or 3 C D with own values of their own)
+    Field("own", "Tensor?"),  # (B, S, C D), own values apart
     Field("turns", "Tensor"),  # (C, S, 2), cosine and sine of each angle
     Field("scale", "Tensor"),  # (C,)
     Field("norm_weight", "Tensor?"),  # (C D,)
@@ -289,6 +290,7 @@ ATTENTION_BACKWARD = Op(
     (Field("grad", "Tensor"), *_ATTENTION, *_ATTENTION_LEFT),
     (
         Field("grad_projected", "Tensor"),
+        Field("grad_own", "Tensor"),
         Field("grad_angle", "Tensor"),
         Field("grad_scale", "Tensor"),
         Field("grad_norm_weight", "Tensor"),

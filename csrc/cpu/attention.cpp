@@ -138,9 +138,11 @@ void attend_backward(const AttentionParams<T>& given, const AttentionResults<T>&
   const int64_t width = p.width(), columns = p.columns();
 
   // Own values have the gradient of what was gathered, and with it a place for it.
-  const auto apart = room<T>(p.own ? 0 : p.rows() * width);
-  T* const gathered = p.own ? grads.projected + p.own_at() : apart.get();
-  const int64_t stride = p.own ? columns : width;
+  const auto apart = room<T>(p.shares_values() ? p.rows() * width : 0);
+  T* const gathered = p.own            ? grads.own
+                      : p.projects_own ? grads.projected + p.own_at()
+                                       : apart.get();
+  const int64_t stride = p.projects_own ? columns : width;
   const Chunks chunks(p.rows(), kSummedRows, kRowSums);
   std::vector<double> sums(static_cast<size_t>(2 * width * chunks.count), 0.0);
   parallel_for(0, chunks.count, 1 + kNumbers / (kSummedRows * columns),
@@ -185,7 +187,7 @@ void attend_backward(const AttentionParams<T>& given, const AttentionResults<T>&
                      for (int64_t b = part.first; b < part.last(); ++b) {
                        const int64_t at = b - part.first;
                        loop.unpack(p, b, range.first, range.last, of_values + at * part.values(),
-                                   p.own ? nullptr : of_context + at * part.values(),
+                                   p.shares_values() ? of_context + at * part.values() : nullptr,
                                    grads.projected + p.values_at(), columns);
                        loop.turn_back(p, b, range.first, range.last, saved.points,
                                       of_queries + at * part.points(), of_keys + at * part.points(),

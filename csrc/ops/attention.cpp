@@ -13,7 +13,9 @@ namespace {
 
 // What both ops are given, checked and contiguous.
 struct AttentionArguments {
-  Tensor projected, turns, scale;
+  Tensor projected;
+  OptionalTensor own;
+  Tensor turns, scale;
   OptionalTensor norm_weight, norm_bias;
   double eps;
   int64_t value_dim, algorithm;
@@ -34,15 +36,16 @@ struct AttentionArguments {
                     "qflux_kernels: there must be cylinders and values, got ", cylinders(), " and ",
                     value_dim);
     const int64_t columns = projected.size(2), plain = 4 * cylinders() + 2 * width();
-    STD_TORCH_CHECK(columns == plain || columns == plain + width(),
-                    "qflux_kernels: projected must have ", plain, " or ", plain + width(),
-                    " columns, got ", columns);
+    STD_TORCH_CHECK(columns == plain || (columns == plain + width() && !own),
+                    "qflux_kernels: projected must have ", plain,
+                    " columns, or without own values apart ", plain + width(), ", got ", columns);
     STD_TORCH_CHECK(algorithm >= 0 && algorithm < kAlgorithms,
                     "qflux_kernels: algorithm must be 0 to ", kAlgorithms - 1, " (",
                     kAlgorithmNames, "), got ", algorithm);
     for (Tensor* tensor : {&projected, &turns, &scale}) settle(tensor);
-    norm_weight = parameter("norm_weight", norm_weight);
-    norm_bias = parameter("norm_bias", norm_bias);
+    own = optional("own", own, {batch(), tokens(), width()});
+    norm_weight = optional("norm_weight", norm_weight, {width()});
+    norm_bias = optional("norm_bias", norm_bias, {width()});
   }
 
   // What is left by a forward, or given to a backward.
@@ -59,10 +62,11 @@ struct AttentionArguments {
     p.tokens = tokens();
     p.cylinders = cylinders();
     p.value_dim = value_dim;
-    p.own = projected.size(2) > 4 * cylinders() + 2 * width();
+    p.projects_own = projected.size(2) > 4 * cylinders() + 2 * width();
     p.algorithm = static_cast<Algorithm>(algorithm);
     p.eps = eps;
     p.projected = pointer<T>(projected);
+    p.own = pointer<T>(own);
     p.turns = pointer<T>(turns);
     p.scale = pointer<T>(scale);
     p.norm_scale = pointer<T>(norm_weight);
@@ -74,19 +78,19 @@ struct AttentionArguments {
   static void settle(Tensor* tensor) {
     if (!tensor->is_contiguous()) *tensor = torch::stable::contiguous(*tensor);
   }
-  OptionalTensor parameter(const char* name, const OptionalTensor& given) const {
+  OptionalTensor optional(const char* name, const OptionalTensor& given,
+                          std::initializer_list<int64_t> shape) const {
     if (!given) return given;
-    return left(name, *given, {width()});
+    return left(name, *given, shape);
   }
 };
 
 namespace ops {
 
-using Five = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
-
-Five attention(Tensor projected, Tensor turns, Tensor scale, OptionalTensor norm_weight,
-               OptionalTensor norm_bias, double norm_eps, int64_t value_dim, int64_t algorithm) {
-  AttentionArguments given{projected, turns,    scale,     norm_weight,
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention(
+    Tensor projected, OptionalTensor own, Tensor turns, Tensor scale, OptionalTensor norm_weight,
+    OptionalTensor norm_bias, double norm_eps, int64_t value_dim, int64_t algorithm) {
+  AttentionArguments given{projected, own,      turns,     scale,    norm_weight,
                            norm_bias, norm_eps, value_dim, algorithm};
   given.check();
   const int64_t batch = given.batch(), tokens = given.tokens(), cylinders = given.cylinders();
@@ -105,11 +109,11 @@ Five attention(Tensor projected, Tensor turns, Tensor scale, OptionalTensor norm
   return {out, points, threshold, gathered, moments};
 }
 
-Five attention_backward(Tensor grad, Tensor projected, Tensor turns, Tensor scale,
-                        OptionalTensor norm_weight, OptionalTensor norm_bias, double norm_eps,
-                        int64_t value_dim, int64_t algorithm, Tensor points, Tensor threshold,
-                        Tensor gathered, Tensor moments) {
-  AttentionArguments given{projected, turns,    scale,     norm_weight,
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
+    Tensor grad, Tensor projected, OptionalTensor own, Tensor turns, Tensor scale,
+    OptionalTensor norm_weight, OptionalTensor norm_bias, double norm_eps, int64_t value_dim,
+    int64_t algorithm, Tensor points, Tensor threshold, Tensor gathered, Tensor moments) {
+  AttentionArguments given{projected, own,      turns,     scale,    norm_weight,
                            norm_bias, norm_eps, value_dim, algorithm};
   given.check();
   const int64_t batch = given.batch(), tokens = given.tokens(), cylinders = given.cylinders();
@@ -124,6 +128,7 @@ Five attention_backward(Tensor grad, Tensor projected, Tensor turns, Tensor scal
     return any ? empty(projected, shape) : zeros(projected, shape);
   };
   const Tensor grad_projected = gradient(shape_of(projected));
+  const Tensor grad_own = own ? gradient({batch, tokens, width}) : nothing(projected);
   const Tensor grad_angle = gradient({cylinders, tokens}), grad_scale = gradient({cylinders});
   const Tensor grad_norm_weight = gradient({width}), grad_norm_bias = gradient({width});
   if (any)
@@ -133,11 +138,11 @@ Five attention_backward(Tensor grad, Tensor projected, Tensor turns, Tensor scal
           given.params<T>(),
           AttentionResults<T>{nullptr, pointer<T>(points), pointer<T>(threshold),
                               pointer<T>(gathered), pointer<T>(moments)},
-          AttentionGradients<T>{pointer<T>(grad), pointer<T>(grad_projected),
+          AttentionGradients<T>{pointer<T>(grad), pointer<T>(grad_projected), pointer<T>(grad_own),
                                 pointer<T>(grad_angle), pointer<T>(grad_scale),
                                 pointer<T>(grad_norm_weight), pointer<T>(grad_norm_bias)});
     });
-  return {grad_projected, grad_angle, grad_scale, grad_norm_weight, grad_norm_bias};
+  return {grad_projected, grad_own, grad_angle, grad_scale, grad_norm_weight, grad_norm_bias};
 }
 
 }  // namespace ops

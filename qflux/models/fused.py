@@ -14,8 +14,9 @@ from qflux_kernels.past import NOTHING
 
 from ..parallel import current_split
 from .cache import ModelCache
+from .convolution import CausalConvolution
 from .embedding import CylinderEmbedding, PhaseRotation
-from .layers import CausalConvolution, EvolutionLayer, GatedMLP, GeometricAttention
+from .layers import EvolutionLayer, GatedMLP, GeometricAttention
 from .plain import is_plain
 
 # Sequences for which a matrix is read row by row; more share its reading in a matrix product.

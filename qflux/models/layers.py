@@ -24,6 +24,7 @@ from ..parallel import current_split
 from .cache import LayerCache
 from .config import SCORES, QuantumFluxConfig, radius_of, score_options
 from .constants import WithConstants, initial
+from .convolution import CausalConvolution
 from .embedding import flatten_states, rotate
 from .output import LayerRecord
 from .plain import is_plain
@@ -127,35 +128,6 @@ class StateEvolution(nn.Module):
         )
 
 
-class CausalConvolution(nn.Conv1d):
-    """Depthwise convolution over the present and the `width - 1` tokens before it."""
-
-    def __init__(self, channels: int, width: int) -> None:
-        super().__init__(channels, channels, width, groups=channels)
-        self.width = width
-
-    def forward(self, x: Tensor, past: Tensor | None = None) -> Tensor:
-        """`(B, S, H)` to `(B, S, H)`, behind `past` `(B, width - 1, H)`; None: behind zeros."""
-        if past is not None:
-            return self.behind(torch.cat((past, x), 1))
-        split = current_split()
-        if split is None:
-            return self._inside(F.pad(x, (0, 0, self.width - 1, 0)))
-        chunks = split.chunks_with_past(x, self.width - 1)
-        return torch.cat([self._inside(chunk) for chunk in chunks], 1)
-
-    def behind(self, whole: Tensor) -> Tensor:
-        """`(B, width - 1 + S, H)`, tokens with those before them, to `(B, S, H)`."""
-        if whole.shape[1] == self.width and self.bias is not None:
-            # The general convolution costs more to call than all else in a layer.
-            return (whole * self.weight[:, 0].T).sum(1, keepdim=True) + self.bias
-        return self._inside(whole)
-
-    def _inside(self, x: Tensor) -> Tensor:
-        """`(B, width - 1 + S, H)` to `(B, S, H)`."""
-        return super().forward(x.transpose(1, 2)).transpose(1, 2)
-
-
 def causal_convolution(config: QuantumFluxConfig) -> nn.Module:
     """The convolution in front of a branch, if the configuration has one."""
     if not config.conv_width:
@@ -190,14 +162,13 @@ class GeometricAttention(nn.Module):
         self.conv = causal_convolution(config)
         self.cylinders = cylinders
         self.value_dim = config.value_dim
-        # Of queries and keys, of values, of gates, and of own values if they are none of these.
+        # Of queries and keys, of values, of gates, and of own values if they are projected.
         self.widths = (4 * cylinders, width, width)
         if config.own_value == "projected":
             self.widths += (width,)
         self.inputs = nn.Linear(hidden, sum(self.widths))
         self.own_scale: nn.Parameter | None = None
         if config.own_value == "scaled":
-            self.widths += (width,)
             self.own_scale = nn.Parameter(torch.ones(width))
         self.norm = nn.LayerNorm(width)
         self.output = nn.Linear(width, hidden)
@@ -226,13 +197,13 @@ class GeometricAttention(nn.Module):
         else:
             hidden = cache.convolve(self.conv, "attention", hidden)
         projected = self.inputs(hidden)
-        if self.own_scale is not None:
-            projected = torch.cat((projected, scaled(hidden, self.own_scale)), -1)
+        apart = None if self.own_scale is None else scaled(hidden, self.own_scale)
         if cache is None and states is None and not return_parts:
-            gated = self._by_one_op(projected, angle)
+            gated = self._by_one_op(projected, apart, angle)
             if gated is not None:
                 return self.output(gated), None
         points, values, gate, *own = projected.split(self.widths, -1)
+        own += [] if apart is None else [apart]
         # (B, S, 2 C 2) -> (B, S, 2, C, 2) -> (2, B, C, S, 2), turned together
         points = points.unflatten(-1, (2, self.cylinders, 2)).permute(2, 0, 3, 1, 4)
         queries, keys = rotate(points, angle)
@@ -250,7 +221,7 @@ class GeometricAttention(nn.Module):
             return output, None
         return output, {"queries": queries, "keys": keys, "score": self.score(), **parts}
 
-    def _by_one_op(self, projected: Tensor, angle: Tensor) -> Tensor | None:
+    def _by_one_op(self, projected: Tensor, own: Tensor | None, angle: Tensor) -> Tensor | None:
         """What the output map is given, where one op does what the modules in between would."""
         norm, score = self.norm, self.score
         if not (
@@ -264,7 +235,9 @@ class GeometricAttention(nn.Module):
         scale = score.log_scale.exp()
         if not serves(projected, angle, scale, self.backend):
             return None
-        return attend(projected, angle, scale, norm.weight, norm.bias, norm.eps, self.value_dim)
+        return attend(
+            projected, own, angle, scale, norm.weight, norm.bias, norm.eps, self.value_dim
+        )
 
     def gather(
         self, queries: Tensor, keys: Tensor, values: Tensor, cache: LayerCache | None = None

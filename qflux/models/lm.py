@@ -10,9 +10,10 @@ from qflux_kernels.arguments import is_eager
 from .base import CausalLM, Reading
 from .cache import ModelCache
 from .config import QuantumFluxConfig
+from .convolution import CausalConvolution
 from .embedding import CylinderEmbedding, PhaseRotation, flatten_states, rotate
 from .fused import step
-from .layers import CausalConvolution, EvolutionLayer
+from .layers import EvolutionLayer
 from .plain import is_plain
 
 # The output layer starts as much larger than PyTorch's linear maps do: larger logits send larger

@@ -18,7 +18,8 @@ OPS = torch.ops.qflux_kernels
 F64 = torch.float64
 BASE = {"vocab_size": 11, "num_layers": 2, "hidden_dim": 20, "num_cylinders": 3, "value_dim": 4}
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-5}
-CALLED = ("projected", "angle", "scale", "norm_weight", "norm_bias")
+OWN = "projected", "shared", "scaled"
+CALLED = ("projected", "own", "angle", "scale", "norm_weight", "norm_bias")
 
 
 @pytest.fixture
@@ -92,7 +93,7 @@ def assert_agree(module, projected, angle, served, pull=None):
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize("own", ["projected", "shared"])
+@pytest.mark.parametrize("own", OWN)
 @pytest.mark.parametrize("tokens", [1, 2, 15, 16, 17, 64, 129])
 def test_results_and_gradients(served, dtype, own, tokens):
     module = make_attention(own=own, dtype=dtype)
@@ -100,7 +101,7 @@ def test_results_and_gradients(served, dtype, own, tokens):
 
 
 # At the edges of vectors of 2, 4, 8 and 16 numbers, and of chunks of 64 rows.
-@pytest.mark.parametrize("own", ["projected", "shared"])
+@pytest.mark.parametrize("own", OWN)
 @pytest.mark.parametrize(
     ("cylinders", "value_dim"), [(1, 1), (1, 2), (1, 3), (5, 1), (8, 1), (3, 3), (4, 4), (33, 2)]
 )
@@ -128,31 +129,33 @@ def test_layouts(served):
     assert_agree(module, projected, angle, served, torch.ones((), dtype=F64).expand(3, 20, 12))
 
 
-@pytest.mark.parametrize("own", ["projected", "shared"])
+@pytest.mark.parametrize("own", OWN)
 def test_gradients_by_finite_differences(own):
     module = make_attention(2, 2, own)
     projected, angle = given(module, 2, 5)
     scale = torch.tensor([0.3, 0.8], dtype=F64, requires_grad=True)
     norm = [torch.randn(4, dtype=F64, requires_grad=True) for _ in range(2)]
 
+    apart = torch.randn(2, 5, 4, dtype=F64, requires_grad=True) if own == "scaled" else None
+
     def call(*tensors):
         return attention.attend(*tensors, 1e-5, 2)
 
-    assert torch.autograd.gradcheck(call, (projected, angle, scale, *norm))
+    assert torch.autograd.gradcheck(call, (projected, apart, angle, scale, *norm))
 
 
 def test_only_the_gradients_asked_for():
-    module = make_attention()
-    projected, angle = given(module, 2, 20)
-    scale = torch.rand(3, dtype=F64)
-    leaves = [projected.detach(), angle.detach(), scale, *(torch.randn(2, 12, dtype=F64))]
+    module = make_attention(own="scaled")
+    projected, angle = (tensor.detach() for tensor in given(module, 2, 20))
+    own, scale = torch.randn(2, 20, 12, dtype=F64), torch.rand(3, dtype=F64)
+    leaves = [projected, own, angle, scale, *torch.randn(2, 12, dtype=F64)]
 
     def gradients(wanted):
         tensors = [t.clone().requires_grad_(n in wanted) for n, t in enumerate(leaves)]
         attention.attend(*tensors, 1e-5, 4).square().sum().backward()
         return [t.grad for t in tensors]
 
-    every = gradients(range(5))
+    every = gradients(range(6))
     for n, name in enumerate(CALLED):
         alone = gradients((n,))
         assert torch.equal(alone[n], every[n]), name
@@ -172,8 +175,8 @@ def test_gates(dtype):
     projected[0, :, 5] = gates
     projected.requires_grad_()
     ones = torch.ones(1, dtype=dtype)
-    out = attention.attend(projected, torch.zeros(1, len(gates), dtype=dtype), ones, ones, ones,
-                           1e-5, 1)  # fmt: skip
+    angle = torch.zeros(1, len(gates), dtype=dtype)
+    out = attention.attend(projected, None, angle, ones, ones, ones, 1e-5, 1)
     out.sum().backward()
     wide = gates.double().requires_grad_()
     wanted = nn.functional.silu(wide)
@@ -228,12 +231,14 @@ def test_results_are_the_same_on_any_number_of_threads():
 
 
 @pytest.mark.parametrize("norm", [True, False])
-def test_opcheck(norm):
-    module = make_attention(dtype=torch.float32)
+@pytest.mark.parametrize("own", ["projected", "scaled"])
+def test_opcheck(norm, own):
+    module = make_attention(own=own, dtype=torch.float32)
     projected, angle = (t.detach() for t in given(module, 2, 5))
     turns = torch.stack((angle.cos(), angle.sin()), -1)
     weights = (torch.randn(12), torch.randn(12)) if norm else (None, None)
-    call = (projected, turns, torch.rand(3), *weights, 1e-5, 4, 0)
+    apart = torch.randn(2, 5, 12) if own == "scaled" else None
+    call = (projected, apart, turns, torch.rand(3), *weights, 1e-5, 4, 0)
     torch.library.opcheck(OPS.attention.default, call)
     _, *left = OPS.attention(*call)
     torch.library.opcheck(OPS.attention_backward.default, (torch.randn(2, 5, 12), *call, *left))
@@ -242,7 +247,9 @@ def test_opcheck(norm):
 @pytest.mark.parametrize(
     ("changed", "said"),
     [
-        ({"projected": torch.zeros(2, 5, 35)}, "36 or 48 columns"),
+        ({"projected": torch.zeros(2, 5, 35)}, "36 columns, or without own values apart 48"),
+        ({"own": torch.zeros(2, 5, 12)}, "must have 36 columns"),
+        ({"own": torch.zeros(2, 5, 11), "projected": torch.zeros(2, 5, 36)}, "own must have shape"),
         ({"projected": torch.zeros(5, 48)}, r"projected must have shape \(\*, \*, \*\)"),
         ({"projected": torch.zeros(2, 5, 48, dtype=torch.bfloat16)}, "float32 or float64"),
         ({"turns": torch.zeros(3, 4, 2)}, r"turns must have shape \(3, 5, 2\)"),
@@ -256,8 +263,9 @@ def test_opcheck(norm):
 )
 def test_the_op_checks_what_it_is_given(changed, said):
     arguments = {
-        "projected": torch.zeros(2, 5, 48), "turns": torch.zeros(3, 5, 2), "scale": torch.ones(3),
-        "norm_weight": None, "norm_bias": None, "norm_eps": 1e-5, "value_dim": 4, "algorithm": 0,
+        "projected": torch.zeros(2, 5, 48), "own": None, "turns": torch.zeros(3, 5, 2),
+        "scale": torch.ones(3), "norm_weight": None, "norm_bias": None, "norm_eps": 1e-5,
+        "value_dim": 4, "algorithm": 0,
     }  # fmt: skip
     assert list(arguments) == list(schema.ATTENTION.names)
     OPS.attention(**arguments)
@@ -265,7 +273,7 @@ def test_the_op_checks_what_it_is_given(changed, said):
         OPS.attention(**arguments | changed)
 
 
-@pytest.mark.parametrize("own_value", ["scaled", "projected", "shared"])
+@pytest.mark.parametrize("own_value", OWN)
 def test_training_goes_by_the_op(served, own_value):
     model, ids = build(own_value=own_value), torch.randint(11, (2, 30))
 
@@ -394,7 +402,7 @@ def test_the_op_is_counted_as_the_pairs_it_meets():
 
 
 def test_positional_names():
-    assert tuple(inspect.signature(attention.attend).parameters)[:5] == CALLED
+    assert tuple(inspect.signature(attention.attend).parameters)[:6] == CALLED
 
 
 def test_a_vocabulary_smaller_than_the_text_is_projected_before_it_is_looked_up(monkeypatch):

@@ -113,8 +113,7 @@ void gate(const AttentionParams<T>& p, int64_t first, int64_t last,
   using V = Vector<T>;
   const int64_t width = p.width(), columns = p.columns();
   for (int64_t row = first; row < last; ++row) {
-    const T* const projected = p.projected + row * columns;
-    const T *const own = projected + p.own_at(), *const gates = projected + p.gates_at();
+    const T *const own = p.own_of(row), *const gates = p.projected + row * columns + p.gates_at();
     T* const x = results.gathered + row * width;
     V sum(T(0)), squares(T(0));
     for (int64_t k = 0; k < width; k += V::kWidth) {
