@@ -125,11 +125,11 @@ LONG_RECALL = (
 
 def trainings() -> Iterator[Job]:
     """Those whose losses and accuracies are published, in the order in which they run."""
-    seeds = range(4)
+    seeds = range(6)
     yield from language_model("tinyshakespeare-64", "qflux", "6e-3", 2000, seeds)
     yield from language_model("tinyshakespeare-64", "transformer", "6e-3", 2000, seeds)
     # For the time of QFlux's 2,000 steps, by lm-times.
-    yield from language_model("tinyshakespeare-64", "transformer", "6e-3", 1910, seeds)
+    yield from language_model("tinyshakespeare-64", "transformer", "6e-3", 1840, seeds)
     yield from language_model("enwiki6-1024", "qflux", "8e-3", 750, range(3))
     yield from language_model("enwiki6-1024", "transformer", "8e-3", 750, range(3))
     yield from language_model("enwiki6-1024", "no-geometry", "8e-3", 750, range(3))
@@ -145,7 +145,9 @@ def trainings() -> Iterator[Job]:
     yield from recall(("lm", "transformer"), LONG_RECALL)
     yield from recall(("soft", "mixture", "transformer"), f"{LONG_RECALL} --rate 8e-3")
     # For the time of QFlux's 750 steps, by lm-times.
-    for provider, steps in (("transformer", 590), ("state-space", 815), ("no-geometry", 1071)):
+    for provider, steps in (
+        ("transformer", 674), ("windowed", 824), ("state-space", 1008), ("no-geometry", 1407)
+    ):  # fmt: skip
         yield from language_model("enwiki6-1024", provider, "8e-3", steps)
     yield from language_model("tinyshakespeare-64", "no-geometry", "6e-3", 2000, range(3))
     yield from language_model("shakespeare-64", "qflux", "6e-3", 2000, range(3))
