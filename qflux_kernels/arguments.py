@@ -7,6 +7,7 @@ from typing import Any, TypedDict
 
 import torch
 from torch._C._functorch import is_functorch_wrapped_tensor
+from torch.autograd import forward_ad
 
 from .checks import check_choice, check_flag, check_integer, check_real
 from .options import REDUCTIONS, Radius, Score, Threshold
@@ -107,6 +108,22 @@ def is_eager(tensor: torch.Tensor) -> bool:
         and not is_functorch_wrapped_tensor(tensor)
         and not tensor.is_meta
         and all(torch._C._get_dispatch_mode(key) is None for key in _TRACING)
+    )
+
+
+def is_plain_call(*tensors: torch.Tensor) -> bool:
+    """Whether an op of the CPU may take the place of modules that are called with these tensors.
+
+    They are float32 or float64, of one dtype, on a CPU, and nobody traces or transforms the call,
+    differentiates it forwards or casts it. Parameters are tensors too.
+    """
+    dtype = tensors[0].dtype
+    return (
+        dtype in (torch.float32, torch.float64)
+        and all(tensor.device.type == "cpu" and tensor.dtype == dtype for tensor in tensors)
+        and all(is_eager(tensor.detach()) for tensor in tensors)
+        and forward_ad._current_level < 0
+        and not torch.is_autocast_enabled("cpu")
     )
 
 

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import torch
-from torch.autograd import forward_ad
 
 from . import functional
-from .arguments import is_eager
+from .arguments import is_plain_call
 from .autograd import Gradient, OpFunction
 from .backends import LOAD_ERROR
 from .options import ALGORITHMS
@@ -69,14 +68,9 @@ def serves(projected: torch.Tensor, angle: torch.Tensor, scale: torch.Tensor, ba
     return (
         LOAD_ERROR is None
         and backend in ("auto", "cpu")
-        and projected.device.type == "cpu"
-        and projected.dtype in (torch.float32, torch.float64)
-        and projected.dtype == angle.dtype == scale.dtype
         and angle.dim() == 2
-        and is_eager(projected)
-        and forward_ad._current_level < 0
+        and is_plain_call(projected, angle, scale)
         and not functional.is_served()
-        and not torch.is_autocast_enabled("cpu")
     )
 
 

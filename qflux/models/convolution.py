@@ -6,10 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 from torch.nn import functional as F
 
-from qflux_kernels.arguments import is_eager
+from qflux_kernels.arguments import is_plain_call
 
 from ..parallel import current_split
 
@@ -58,20 +57,9 @@ def depthwise(whole: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     Returns:
         `(B, S, H)`.
     """
-    if bias is not None and _by_taps(whole, weight, bias):
+    if bias is not None and is_plain_call(whole, weight, bias):
         return _Depthwise.apply(whole, weight, bias)
     return _general(whole, weight, bias)
-
-
-def _by_taps(*tensors: Tensor) -> bool:
-    dtype = tensors[0].dtype
-    return (
-        dtype in (torch.float32, torch.float64)
-        and all(t.device.type == "cpu" and t.dtype == dtype for t in tensors)
-        and all(is_eager(t.detach()) for t in tensors)
-        and forward_ad._current_level < 0
-        and not torch.is_autocast_enabled("cpu")
-    )
 
 
 def _general(whole: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

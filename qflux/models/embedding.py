@@ -133,6 +133,12 @@ class CylinderEmbedding(nn.Module):
         return torch.stack((radius * phase.cos(), radius * phase.sin()), -1)
 
 
+def starting_frequencies(config: QuantumFluxConfig) -> Tensor:
+    """Where the frequencies of cylinders start, `(C,)`, radians a token, in float64 on the CPU."""
+    slowest = math.log10(config.frequency_min)
+    return torch.logspace(0.0, slowest, config.num_cylinders, dtype=torch.float64, device="cpu")
+
+
 class PhaseRotation(nn.Module):
     """Position as a phase: cylinder c turns by omega_c radians a token.
 
@@ -146,9 +152,7 @@ class PhaseRotation(nn.Module):
 
     def __init__(self, config: QuantumFluxConfig) -> None:
         super().__init__()
-        count, slowest = config.num_cylinders, math.log(config.frequency_min)
-        spread = torch.linspace(0.0, slowest, count, dtype=torch.float64, device="cpu")
-        self.log_frequency = nn.Parameter(initial(spread))
+        self.log_frequency = nn.Parameter(initial(starting_frequencies(config).log()))
 
     def frequency(self) -> Tensor:
         """Radians a token, `(C,)`, in float32 or float64: a long way multiplies their errors."""

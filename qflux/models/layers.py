@@ -25,11 +25,14 @@ from .cache import LayerCache
 from .config import SCORES, QuantumFluxConfig, radius_of, score_options
 from .constants import WithConstants, initial
 from .convolution import CausalConvolution
-from .embedding import flatten_states, rotate
+from .embedding import flatten_states, rotate, starting_frequencies
 from .output import LayerRecord
 from .plain import is_plain
 
 GOLDEN_RATIO = (1 + math.sqrt(5)) / 2
+# Radians a token: cylinders from the fastest to the middle start by favouring near tokens, and
+# every other one from there to the slowest.
+NEAR_FASTEST, NEAR_MIDDLE, NEAR_SLOWEST = 0.06, 4e-3, 5e-4
 
 
 def dynamic_skip(dt: Tensor, beta: float, center: float) -> Tensor:
@@ -142,6 +145,27 @@ def scaled(hidden: Tensor, factors: Tensor) -> Tensor:
     return whole[..., : factors.shape[0]] * factors
 
 
+@torch.no_grad()
+def start_near(bias: Tensor, config: QuantumFluxConfig) -> None:
+    """Let queries and keys that are projected with this bias `(4 C, ...)` favour near tokens.
+
+    Where all tokens share a part b of query and key, positions turn it, and a score has the
+    distance d in it as b^2 cos(frequency d). Of that a sparsemax keeps the last
+    (3 / (scale b^2 frequency^2))^(1/3) tokens. Faster cylinders would meet the same again at each
+    turn; slower ones are to find tokens by what they are, and recall takes many of them.
+    """
+    if config.near_start == 0:
+        return
+    near = [
+        c
+        for c, frequency in enumerate(starting_frequencies(config).tolist())
+        if NEAR_MIDDLE <= frequency <= NEAR_FASTEST
+        or (NEAR_SLOWEST <= frequency < NEAR_MIDDLE and c % 2 == 0)
+    ]
+    points = bias[: 4 * config.num_cylinders].view(2, config.num_cylinders, 2)
+    points[:, near, 0], points[:, near, 1] = config.near_start, 0.0
+
+
 class GeometricAttention(nn.Module):
     """The value path: geometry decides which tokens a token gathers from, a vector what it gets.
 
@@ -167,6 +191,7 @@ class GeometricAttention(nn.Module):
         if config.own_value == "projected":
             self.widths += (width,)
         self.inputs = nn.Linear(hidden, sum(self.widths))
+        start_near(self.inputs.bias, config)
         self.own_scale: nn.Parameter | None = None
         if config.own_value == "scaled":
             self.own_scale = nn.Parameter(torch.ones(width))
@@ -203,7 +228,8 @@ class GeometricAttention(nn.Module):
             if gated is not None:
                 return self.output(gated), None
         points, values, gate, *own = projected.split(self.widths, -1)
-        own += [] if apart is None else [apart]
+        if apart is not None:
+            own.append(apart)
         # (B, S, 2 C 2) -> (B, S, 2, C, 2) -> (2, B, C, S, 2), turned together
         points = points.unflatten(-1, (2, self.cylinders, 2)).permute(2, 0, 3, 1, 4)
         queries, keys = rotate(points, angle)

@@ -15,13 +15,13 @@ TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
 @pytest.fixture
 def by_taps(monkeypatch):
     """Of each call, whether it went tap by tap."""
-    real, calls = convolution._by_taps, []
+    real, calls = convolution.is_plain_call, []
 
     def telling(*tensors):
         calls.append(real(*tensors))
         return calls[-1]
 
-    monkeypatch.setattr(convolution, "_by_taps", telling)
+    monkeypatch.setattr(convolution, "is_plain_call", telling)
     return calls
 
 

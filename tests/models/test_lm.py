@@ -70,6 +70,7 @@ def make_ids(batch=2, length=16, seed=0):
         ("scale_max", 0.001, ValueError),
         ("frequency_min", 0.0, ValueError),
         ("frequency_min", 1.5, ValueError),
+        ("near_start", -1.0, ValueError),
         ("alpha", float("nan"), ValueError),
         ("reduction", "max", ValueError),
         ("dt", 0.0, ValueError),
@@ -195,6 +196,49 @@ def test_positions_turn_phases_at_the_frequency_of_the_cylinder():
     expected = torch.arange(5) * omega[:, None]
     torch.testing.assert_close(turned[..., 0], 0.8 * expected.cos())
     torch.testing.assert_close(turned[..., 1], 0.8 * expected.sin())
+
+
+def starting_points(length, **changes):
+    """Queries and keys of tokens without anything of their own, scales and frequencies."""
+    torch.manual_seed(0)
+    config = QuantumFluxConfig(
+        vocab_size=11, hidden_dim=16, num_cylinders=32, conv_width=0, **changes
+    )
+    attention, rotation = GeometricAttention(config).double(), PhaseRotation(config).double()
+    hidden = torch.zeros(1, length, 16).double()
+    _, parts = attention(hidden, None, rotation(length), return_parts=True)
+    return parts, attention.score.log_scale.exp(), rotation.frequency()
+
+
+def test_some_cylinders_start_by_gathering_from_the_near_past():
+    length, start = 1500, 3.0
+    parts, scale, frequency = starting_points(length, near_start=start)
+    near = torch.zeros(32, dtype=torch.bool)
+    near[[8, 9, 10, 11, 12, 13, 14, 16, 18, 20]] = True
+    for points in (parts["queries"], parts["keys"]):
+        radius = torch.linalg.vector_norm(points, dim=-1)[0]
+        torch.testing.assert_close(radius[near], torch.full_like(radius[near], start))
+        assert radius[~near].max() <= math.sqrt(2 / 16)
+    # Their scores fall with the square of the distance, where a turn takes longer than that.
+    distance = torch.arange(length, dtype=torch.float64).flip(0)
+    context, _, degree = reference.interact(
+        parts["queries"][..., -1:, :],
+        parts["keys"],
+        distance[:, None].expand(1, 32, length, 1),
+        causal=False,
+        score=parts["score"],
+    )
+    reach = (3 / (scale * start**2 * frequency**2)) ** (1 / 3)
+    slow = near & (frequency * length < 2 * math.pi)
+    assert slow.sum() == 3
+    torch.testing.assert_close(degree[0, slow, 0].double(), reach[slow], rtol=0.05, atol=1)
+    torch.testing.assert_close(context[0, slow, 0, 0], 3 / 8 * reach[slow], rtol=0.05, atol=1)
+
+
+def test_tokens_need_not_start_with_anything_in_common():
+    parts, _, _ = starting_points(5, near_start=0)
+    for points in (parts["queries"], parts["keys"]):
+        assert torch.linalg.vector_norm(points, dim=-1).max() <= math.sqrt(2 / 16)
 
 
 def test_evolution_applies_time_step_and_dynamic_skip():
