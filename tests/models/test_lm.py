@@ -239,7 +239,7 @@ def test_tokens_need_not_start_with_anything_in_common():
     parts, _, _ = starting_points(5, near_start=0)
     for points in (parts["queries"], parts["keys"]):
         radius = torch.linalg.vector_norm(points, dim=-1)
-        assert 0 < radius.min() and radius.max() <= math.sqrt(2 / 16)
+        assert radius.min() > 0 and radius.max() <= math.sqrt(2 / 16)
 
 
 def test_evolution_applies_time_step_and_dynamic_skip():
