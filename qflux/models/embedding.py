@@ -133,10 +133,10 @@ class CylinderEmbedding(nn.Module):
         return torch.stack((radius * phase.cos(), radius * phase.sin()), -1)
 
 
-def starting_frequencies(config: QuantumFluxConfig) -> Tensor:
-    """Where the frequencies of cylinders start, `(C,)`, radians a token, in float64 on the CPU."""
-    slowest = math.log10(config.frequency_min)
-    return torch.logspace(0.0, slowest, config.num_cylinders, dtype=torch.float64, device="cpu")
+def starting_frequencies(config: QuantumFluxConfig) -> list[float]:
+    """Where the frequencies of cylinders start, radians a token."""
+    last = max(config.num_cylinders - 1, 1)
+    return [config.frequency_min ** (c / last) for c in range(config.num_cylinders)]
 
 
 class PhaseRotation(nn.Module):
@@ -152,7 +152,8 @@ class PhaseRotation(nn.Module):
 
     def __init__(self, config: QuantumFluxConfig) -> None:
         super().__init__()
-        self.log_frequency = nn.Parameter(initial(starting_frequencies(config).log()))
+        frequency = torch.tensor(starting_frequencies(config), dtype=torch.float64, device="cpu")
+        self.log_frequency = nn.Parameter(initial(frequency.log()))
 
     def frequency(self) -> Tensor:
         """Radians a token, `(C,)`, in float32 or float64: a long way multiplies their errors."""

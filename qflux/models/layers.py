@@ -158,7 +158,7 @@ def start_near(bias: Tensor, config: QuantumFluxConfig) -> None:
         return
     near = [
         c
-        for c, frequency in enumerate(starting_frequencies(config).tolist())
+        for c, frequency in enumerate(starting_frequencies(config))
         if NEAR_MIDDLE <= frequency <= NEAR_FASTEST
         or (NEAR_SLOWEST <= frequency < NEAR_MIDDLE and c % 2 == 0)
     ]
