@@ -213,6 +213,8 @@ def soak(root: Path, kills: int, seed: int) -> Counter:
         assert curve(folder) == expected, difference(curve(folder), expected)
         assert (folder / "model.safetensors").read_bytes() == weights
         assert names(folder) == names(whole), (kind, names(folder), names(whole))
+        kept = list(States(folder).kept())
+        assert all(STEPS - SAVE_INTERVAL <= step < STEPS for step in kept), (kind, kept)
     return counts
 
 
