@@ -179,22 +179,35 @@ def timings() -> Iterator[Job]:
     heads = "--heads 256 50257 --threads 1 --tokens 7"
     yield Job("heads", ("decode.py", *heads.split()), option=None)
     yield Job("sparsemax-cpu", ("sparsemax.py", "--parts", "growth"), plot="sparsemax")
-    train = "-m qflux train --data {data}/enwiki6.txt --vocabulary byte --context-length 1024"
-    train += " --batch-size 1 --max-steps 500 --epochs 100 --output-dir {build}/model"
-    yield Job("model", tuple(train.split()), option=None)
+    yield Job("model", (*TRAIN.split(), "{build}/model"), option=None)
     yield Job("sparsemax-cpu", ("sparsemax.py", "--parts", "model", *MODEL), needs="model")
     yield Job("sparsemax-cpu", ("sparsemax.py", *HOSTILE.split()))
+    early = "--hostile-algorithm sweep --hostile-sizes 8192 16384"
+    yield Job("sparsemax-cpu", ("sparsemax.py", *HOSTILE.split(), *early.split()))
     yield Job("scaling-cpu", ("scaling.py", "--rounds", "1", "--seconds", "1"), plot="scaling")
     yield Job("bands", ("scaling.py", "--bands"), option=None)
+    name = "threshold-model"
+    train = TRAIN.replace("--output-dir", "--score threshold --output-dir")
+    yield Job(name, (*train.split(), f"{{build}}/{name}"), option=None)
+    given = ("--model", f"{{build}}/{name}", "--text", "{data}/enwiki6.txt", "--model-length")
+    for length in ("16384", "65536", "262144"):
+        yield Job("bands", ("scaling.py", "--bands", *given, length), option=None, needs=name)
     sizes = ("--sizes", "4096", "8192", "32768")
     yield Job("compare", ("scaling.py", "--compare", *sizes), option=None)
+    row = ("--score", "0", "0", "row")
+    yield Job("compare", ("scaling.py", "--compare", *sizes, *row), option=None)
     yield Job("train", ("scaling.py", "--train", "3", "--sizes", "1048576"), option=None)
     yield Job("parallel", ("parallel.py", "--tokens", "8192"), option="--csv")
     wall = "--wall --tokens 512 2048 8192 --steps 6"
     yield Job("parallel-wall", ("parallel.py", *wall.split()), option="--csv")
+    yield Job("text-memory", ("text_memory.py", "--megabytes", "40"), option=None)
 
 
 DECODE = "--contexts 1024 16384 102400 1048576 --batches 1 --prefill-to 0 --tokens 160"
+TRAIN = (
+    "-m qflux train --data {data}/enwiki6.txt --vocabulary byte --context-length 1024"
+    " --batch-size 1 --max-steps 500 --epochs 100 --output-dir"
+)
 HOSTILE = "--parts hostile --scales 0.0003 0.001 0.05 1 50 10000 --calls 2"
 MODEL = ("--model", "{build}/model", "--text", "{data}/enwiki6.txt")
 

@@ -46,13 +46,15 @@ def write_text(path: Path, megabytes: int, new_words: bool = False) -> None:
 def measure(arguments: list[str]) -> tuple[float, float]:
     """Seconds and peak memory in 10^6 bytes of a run of the program."""
     start = time.perf_counter()
-    with subprocess.Popen(
-        [sys.executable, "-m", "qflux", *arguments], stdout=subprocess.DEVNULL
-    ) as process:
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        raise SystemExit(f"qflux {' '.join(arguments)} ended with {process.returncode}")
+    program = [sys.executable, "-m", "qflux", *arguments]
+    with tempfile.TemporaryFile("w+", encoding="utf-8") as printed:
+        with subprocess.Popen(program, stdout=printed, stderr=subprocess.STDOUT) as process:
+            _, status, usage = os.wait4(process.pid, 0)
+            process.returncode = os.waitstatus_to_exitcode(status)
+        if process.returncode:
+            printed.seek(0)
+            code = f"qflux {' '.join(arguments)} ended with {process.returncode}"
+            raise SystemExit(f"{printed.read()}{code}")
     # In units of 1024 bytes on Linux and of bytes on macOS.
     unit = 1 if sys.platform == "darwin" else 1024
     return time.perf_counter() - start, usage.ru_maxrss * unit / 1e6
