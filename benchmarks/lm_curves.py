@@ -2,6 +2,10 @@
 
 A panel over steps and one over seconds for each dataset and context. Seeds are averaged, which
 takes curves with the same number of points; every point is the mean of up to five around it.
+
+Trainings of several machines, or beside one another, have seconds that say little side by side.
+With `--times` a step takes what `lm_times.py` measured of its provider and context, in turn with
+the others; a provider that it did not measure is named and has no curve over seconds.
 """
 
 from __future__ import annotations
@@ -43,6 +47,15 @@ def mean_curve(
     return list(steps), list(seconds), list(losses)
 
 
+def read_times(path: Path) -> dict[tuple[str, str], float]:
+    """Seconds of a step, by provider and context."""
+    with path.open(newline="", encoding="utf-8") as file:
+        return {
+            (row["provider"], row["context"]): float(row["ms_p50"]) / 1000
+            for row in csv.DictReader(file)
+        }
+
+
 def svg_pyplot(script: str) -> Any:
     """pyplot that writes the same SVG every time; ends the program where there is none."""
     try:
@@ -66,9 +79,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("curves", type=Path, help="CSV of lm.py --curves")
     parser.add_argument("figure", type=Path, help="SVG to write")
+    parser.add_argument("--times", type=Path, help="CSV of lm_times.py, for the seconds of a step")
     options = parser.parse_args()
     pyplot = svg_pyplot("lm_curves.py")
     curves = read_curves(options.curves)
+    times = read_times(options.times) if options.times else None
     figure, panels = pyplot.subplots(
         len(curves), 2, figsize=(9, 3.2 * len(curves)), layout="constrained", squeeze=False
     )
@@ -78,13 +93,19 @@ def main() -> None:
         for label, seeds in sorted(runs.items()):
             steps, seconds, losses = mean_curve(seeds)
             smooth = [statistics.fmean(losses[max(0, n - 2) : n + 3]) for n in range(len(losses))]
-            over_steps.plot(steps, smooth)
-            over_seconds.plot(seconds, smooth, label=textwrap.fill(label, 36))
+            [line] = over_steps.plot(steps, smooth, label=textwrap.fill(label, 36))
+            if times is not None:
+                step = times.get((label.split()[0].rstrip(","), context))
+                if step is None:
+                    print(f"no seconds: {label}, context {context}, is not in {options.times}")
+                    continue
+                seconds = [step * n for n in steps]
+            over_seconds.plot(seconds, smooth, color=line.get_color())
         over_steps.set(
             title=f"{dataset}, context {context}", xlabel="steps", ylabel="training loss"
         )
         over_seconds.set(xlabel="seconds of training")
-        over_seconds.legend(fontsize="x-small", loc="upper right")
+        over_steps.legend(fontsize="x-small", loc="upper right")
         low = min(loss for seeds in runs.values() for loss in mean_curve(seeds)[2])
         for axes in (over_steps, over_seconds):
             axes.set_ylim(low - 0.05, low + 1.7)

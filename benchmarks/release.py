@@ -138,6 +138,8 @@ def trainings() -> Iterator[Job]:
     for provider in ("qflux", "no-geometry", "windowed", "state-space", "hierarchical"):
         yield from language_model("enwiki6-16384", provider, "8e-3", 94)
     yield from language_model("enwiki6-16384", "transformer", "8e-3", 94)
+    # For the time of the window's 94 steps, by lm-times.
+    yield from language_model("enwiki6-16384", "qflux", "8e-3", 24)
     yield from recall(("lm",), "", range(3))
     rest = "soft hard gate mixture softmax no-geometry flux qfnn transformer plain-transformer"
     yield from recall(rest.split(), "")
@@ -285,6 +287,8 @@ def collect(
         join(files[-1], [path for path in drawn if path.exists()])
         files.append(figures / f"{name}.svg")
         words = [str(FOLDER / f"{name.replace('-', '_')}.py"), str(files[-2]), str(files[-1])]
+        if name == "lm-curves":
+            words += ["--times", str(results / "lm-times.csv")]
         subprocess.run([sys.executable, *words], check=True)
     for job in jobs:
         if job.plot:

@@ -115,6 +115,27 @@ def test_a_run_appends_rows(provider, tmp_path, monkeypatch):
         assert steps == [2, 3] and 0 <= seconds[0] <= seconds[1] and min(losses) > 1
 
 
+def test_curves_over_seconds_take_the_measured_times_of_steps(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("matplotlib")
+    curves, times = tmp_path / "curves.csv", tmp_path / "times.csv"
+    columns = "dataset,provider,changes,context,rate,limit,seed,commit,step,seconds,train_loss\n"
+    rows = (
+        f"text,{provider},{changes},64,0.1,2 steps,0,abc,{step},{step * 7},2\n"
+        for provider, changes in (("qflux", "score=sparsemax"), ("zero-layer", ""))
+        for step in (1, 2)
+    )
+    curves.write_text(columns + "".join(rows))
+    times.write_text("provider,context,ms_p50\nqflux,64,50\nqflux,128,70\nzero-layer,128,9\n")
+    figures = []
+    monkeypatch.setattr(lm_curves, "save_svg", lambda figure, path: figures.append(figure))
+    for given in ([], ["--times", str(times)]):
+        monkeypatch.setattr(sys, "argv", ["lm_curves.py", str(curves), "figure.svg", *given])
+        lm_curves.main()
+    drawn = [[list(line.get_xdata()) for line in figure.axes[1].lines] for figure in figures]
+    assert drawn == [[[7, 14], [7, 14]], [[0.05, 0.1]]]
+    assert "no seconds: zero-layer, rate 0.1" in capsys.readouterr().out
+
+
 def test_no_geometry_is_thresholds_that_nothing_passes():
     small = {"num_layers": 1, "num_cylinders": 2, "hidden_dim": 8, "score": "threshold"}
     torch.manual_seed(0)
