@@ -36,7 +36,7 @@ FOLDER = Path(__file__).resolve().parent
 RESULTS = FOLDER / "results"
 FIGURES = FOLDER.parent / "docs" / "figures"
 TEXTS = ("tinyshakespeare.txt", "enwiki6.txt", "shakespeare")
-GATED_CHANGES = ("--set", *(f"{name}={value}" for name, value in GATED.items()))
+GATED_CHANGES = tuple(f"{name}={value}" for name, value in GATED.items())
 BASELINES = ("transformer", "windowed", "state-space")
 
 
@@ -70,7 +70,12 @@ class Job:
 
 
 def language_model(
-    dataset: str, provider: str, rate: str, steps: int, seeds: Iterable[int] = (0,)
+    dataset: str,
+    provider: str,
+    rate: str,
+    steps: int,
+    seeds: Iterable[int] = (0,),
+    changes: Sequence[str] = (),
 ) -> Iterator[Job]:
     """Trainings of `lm.py`, one for each seed."""
     name, _, context = dataset.rpartition("-")
@@ -79,17 +84,19 @@ def language_model(
         "shakespeare": ("shakespeare", "--vocabulary char --batch 12"),
         "enwiki6": ("enwiki6.txt", f"--vocabulary byte --batch {2048 // int(context) or 1}"),
     }[name]
-    changes = GATED_CHANGES if provider in BASELINES else ()
+    settings = (*GATED_CHANGES, *changes) if provider in BASELINES else tuple(changes)
+    words = ("--set", *settings) if settings else ()
     for seed in seeds:
         yield Job(
             f"lm-{dataset}" if name == "enwiki6" else f"lm-{name}",
             (
                 "lm.py", "--data", f"{{data}}/{text}", *shape.split(), "--context", context,
-                "--provider", provider, *changes, "--rate", rate, "--steps", str(steps),
+                "--provider", provider, *words, "--rate", rate, "--steps", str(steps),
                 "--seeds", str(seed),
             ),
             alone=False,
-            curves="lm-curves",
+            # lm-times, from which curves have their seconds, has no model that was changed.
+            curves=None if changes else "lm-curves",
         )  # fmt: skip
 
 
@@ -134,6 +141,8 @@ def trainings() -> Iterator[Job]:
     yield from language_model("enwiki6-1024", "transformer", "8e-3", 750, range(3))
     yield from language_model("enwiki6-1024", "no-geometry", "8e-3", 750, range(3))
     yield from language_model("enwiki6-1024", "windowed", "8e-3", 750)
+    # What attention is worth to the transformer.
+    yield from language_model("enwiki6-1024", "windowed", "8e-3", 750, changes=("window=1",))
     yield from language_model("enwiki6-1024", "state-space", "8e-3", 750)
     for provider in ("qflux", "no-geometry", "windowed", "state-space", "hierarchical"):
         yield from language_model("enwiki6-16384", provider, "8e-3", 94)
@@ -141,6 +150,7 @@ def trainings() -> Iterator[Job]:
     # For the time of the window's 94 steps, by lm-times.
     yield from language_model("enwiki6-16384", "qflux", "8e-3", 24)
     yield from recall(("lm",), "", range(3))
+    yield from recall(("lm",), "--set own_value=scaled value_dim=8", range(2))
     rest = "soft hard gate mixture softmax no-geometry flux qfnn transformer plain-transformer"
     yield from recall(rest.split(), "")
     yield from recall(("lm",), f"{LONG_RECALL} --rate 8e-3", range(3))
