@@ -18,6 +18,7 @@ import argparse
 import csv
 import datetime
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -280,7 +281,12 @@ def collect(
         own = [job for job in jobs if job.file == name]
         if own[0].option is None:
             about = f"commit {build.name}, {datetime.date.today().isoformat()}, {machine_name()}"
-            printed = [(build / f"{job.name}.txt").read_text(encoding="utf-8") for job in own]
+            printed = [
+                without_progress((build / f"{job.name}.txt").read_text(encoding="utf-8")).replace(
+                    str(build), "{build}"
+                )
+                for job in own
+            ]
             calls = [f"$ {shlex.join(job.command)}" for job in own]
             parts = [f"{a}\n{b.rstrip()}" for a, b in zip(calls, printed, strict=True)]
             files.append(results / f"{name}.txt")
@@ -305,6 +311,12 @@ def collect(
             files.append(figures / f"{job.plot}.svg")
             write_atomically(files[-1], (build / files[-1].name).read_text(encoding="utf-8"))
     return files
+
+
+def without_progress(printed: str) -> str:
+    """What a program printed but for the lines that say how far a training is."""
+    lines = printed.splitlines(keepends=True)
+    return "".join(line for line in lines if not re.match(r"step [\d,]+ of [\d,]+ \(", line))
 
 
 def join(target: Path, parts: Sequence[Path]) -> None:

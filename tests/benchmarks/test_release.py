@@ -58,7 +58,11 @@ def measured(tmp_path, monkeypatch):
         "open(path, 'w').write(f'who,number\\n{name},1\\n')\n"
         "open(__file__ + '.calls', 'a').write(name + ' ')\n"
     )
-    (scripts / "prints.py").write_text("print('7 ms')\n")
+    (scripts / "prints.py").write_text(
+        "import sys\n"
+        "print('step 1,010 of 2,000 (50 %), 00:03 left: loss 1')\n"
+        "print('7 ms into', sys.argv[1])\n"
+    )
     for text in release.TEXTS:
         (tmp_path / text).write_text("")
     monkeypatch.setattr(release, "FOLDER", scripts)
@@ -68,7 +72,7 @@ def measured(tmp_path, monkeypatch):
 
     def run(*names, alone=True):
         jobs = [release.Job("rows", ("rows.py", name), alone=alone) for name in names]
-        jobs.append(release.Job("printed", ("prints.py",), option=None))
+        jobs.append(release.Job("printed", ("prints.py", "{build}/run"), option=None))
         monkeypatch.setattr(release, "timings", lambda: iter(jobs))
         monkeypatch.setattr(release, "trainings", lambda: iter(()))
         release.main(["--data", str(tmp_path)])
@@ -81,8 +85,9 @@ def test_rows_of_all_jobs_are_joined_in_their_order(measured, tmp_path, alone):
     measured("b", "a", alone=alone)
     with (tmp_path / "results" / "rows.csv").open(newline="") as file:
         assert [row["who"] for row in csv.DictReader(file)] == ["b", "a"]
-    printed = (tmp_path / "results" / "printed.txt").read_text()
-    assert printed.startswith("commit abc, ") and "$ prints.py\n7 ms\n" in printed
+    about, printed = (tmp_path / "results" / "printed.txt").read_text().split("\n\n")
+    assert about.startswith("commit abc, ")
+    assert printed == "$ prints.py '{build}/run'\n7 ms into {build}/run\n"
 
 
 @pytest.mark.parametrize("alone", [True, False])
