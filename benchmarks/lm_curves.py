@@ -85,7 +85,7 @@ def main() -> None:
     curves = read_curves(options.curves)
     times = read_times(options.times) if options.times else None
     figure, panels = pyplot.subplots(
-        len(curves), 2, figsize=(9, 3.2 * len(curves)), layout="constrained", squeeze=False
+        len(curves), 2, figsize=(11.5, 3.2 * len(curves)), layout="constrained", squeeze=False
     )
     for (over_steps, over_seconds), ((dataset, context), runs) in zip(
         panels, sorted(curves.items()), strict=True
@@ -105,7 +105,9 @@ def main() -> None:
             title=f"{dataset}, context {context}", xlabel="steps", ylabel="training loss"
         )
         over_seconds.set(xlabel="seconds of training")
-        over_steps.legend(fontsize="x-small", loc="upper right")
+        over_seconds.legend(
+            handles=over_steps.lines, fontsize="x-small", loc="center left", bbox_to_anchor=(1, 0.5)
+        )
         low = min(loss for seeds in runs.values() for loss in mean_curve(seeds)[2])
         for axes in (over_steps, over_seconds):
             axes.set_ylim(low - 0.05, low + 1.7)
