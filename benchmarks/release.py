@@ -3,6 +3,7 @@
     python benchmarks/release.py --data TEXTS            # all, some five hours of two cores
     python benchmarks/release.py --data TEXTS --list     # what would run
     python benchmarks/release.py --data TEXTS --only lm-tinyshakespeare decode
+    python benchmarks/release.py --check                 # are the results of one commit?
 
 TEXTS is a folder with tinyshakespeare.txt, enwiki6.txt and shakespeare/, a folder of works. A job
 is one call of another benchmark. First those that are timed by the clock, each alone, and then
@@ -334,15 +335,42 @@ def join(target: Path, parts: Sequence[Path]) -> None:
     write_csv(target, columns, rows)
 
 
+def commits_of(results: Path, jobs: Sequence[Job]) -> dict[str, list[str]]:
+    """The files that jobs write, by the commits that these name."""
+    found: dict[str, list[str]] = {}
+    files = {(job.file, "txt" if job.option is None else "csv") for job in jobs}
+    files |= {(job.curves, "csv") for job in jobs if job.curves}
+    for name, ending in sorted(files):
+        path = results / f"{name}.{ending}"
+        if not path.exists():
+            commits = {"none"}
+        elif ending == "csv":
+            with path.open(newline="", encoding="utf-8") as file:
+                commits = {row["commit"] for row in csv.DictReader(file)}
+        else:
+            about = path.read_text(encoding="utf-8").split(",", 1)[0]
+            commits = {about.removeprefix("commit ")}
+        for one in sorted(commits):
+            found.setdefault(one, []).append(path.name)
+    return found
+
+
 def parse(line: Sequence[str] | None, jobs: Sequence[Job]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--data", type=Path, required=True, help="folder of texts")
+    parser.add_argument("--data", type=Path, help="folder of texts")
     parser.add_argument("--only", nargs="+", help="names of files of benchmarks/results")
     parser.add_argument("--at-once", type=int, default=2, help="trainings beside one another")
     parser.add_argument("--list", action="store_true", help="print the jobs and end")
+    parser.add_argument(
+        "--check", action="store_true", help="print the commits of the results; fail if several"
+    )
     options = parser.parse_args(line)
+    if options.check:
+        return options
+    if options.data is None:
+        parser.error("--data is required: a folder of texts")
     files = sorted({job.file for job in jobs})
     unknown = sorted(set(options.only or ()) - set(files))
     missing = [text for text in TEXTS if not (options.data / text).exists()]
@@ -360,6 +388,11 @@ def parse(line: Sequence[str] | None, jobs: Sequence[Job]) -> argparse.Namespace
 def main(line: Sequence[str] | None = None) -> None:
     every = [*timings(), *trainings()]
     options = parse(line, every)
+    if options.check:
+        found = commits_of(RESULTS, every)
+        for one, files in found.items():
+            print(f"{one}: {' '.join(files)}")
+        sys.exit(len(found) > 1)
     chosen = set(options.only or (job.file for job in every))
     chosen |= {job.needs for job in every if job.file in chosen and job.needs}
     jobs = [job for job in every if job.file in chosen]

@@ -161,3 +161,21 @@ def test_the_list_names_every_job(tmp_path, capsys):
     release.main(["--data", str(tmp_path), "--list"])
     assert len(capsys.readouterr().out.splitlines()) == len(JOBS)
     assert sys.executable not in capsys.readouterr().out
+
+
+def test_results_of_several_commits_and_missing_ones_are_named(measured, tmp_path, capsys):
+    measured("a", "b")
+    results = tmp_path / "results"
+    rows = results / "rows.csv"
+    rows.write_text("who,commit\na,abc\nb,abc\n")
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as ended:
+        release.main(["--check"])
+    assert ended.value.code == 0
+    assert capsys.readouterr().out == "abc: printed.txt rows.csv\n"
+    rows.write_text("who,commit\na,abc\nb,older\n")
+    (results / "printed.txt").unlink()
+    with pytest.raises(SystemExit) as ended:
+        release.main(["--check"])
+    assert ended.value.code == 1
+    assert capsys.readouterr().out == ("none: printed.txt\nabc: rows.csv\nolder: rows.csv\n")
