@@ -23,7 +23,8 @@ void for_each_tile(const PairParams<T>& p, int64_t tokens, const Body& body) {
 template <class T, class Plane>
 void split(const View<const T>& from, BatchIndex b, int64_t count, Range range,
            const Plane& plane) {
-  const auto [first, last] = range;
+  // A lambda captures these, which C++17 forbids for structured bindings.
+  const int64_t first = range.first, last = range.last;
   const T* const at = from.sequence(b);
   // Of tokens that lie together, several are moved at a time, if the compiler knows how they lie.
   const auto together = [&](auto width) {
