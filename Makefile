@@ -1,5 +1,5 @@
-# make demo | test | soak | fuzz | sanitize | sanitize-threads | wheel-check | versions | bench
-# make gpu-check | docs | lint | format | clean
+# make demo | test | soak | fuzz | sanitize | sanitize-threads | compiler | wheel-check | versions
+# make bench | gpu-check | docs | lint | format | clean
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV ?= .venv
@@ -17,7 +17,7 @@ BIN := $(VENV)/bin
 SOURCES := pyproject.toml setup.py $(shell find csrc -type f)
 CXX_SOURCES := git ls-files | grep -E '\.(h|cpp|cu|cuh)$$'
 
-.PHONY: demo test soak fuzz sanitize sanitize-threads wheel-check versions bench gpu-check docs lint style types format clean
+.PHONY: demo test soak fuzz sanitize sanitize-threads compiler wheel-check versions bench gpu-check docs lint style types format clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.built
@@ -84,6 +84,13 @@ sanitize-threads: $(VENV)/.tested
 	! $(RACE_ENVIRONMENT) QFLUX_OVERLAP=1 $(BIN)/python -c "$(OVERLAPPING)" 2> build/threads/race
 	grep -q "ThreadSanitizer: data race" build/threads/race
 	$(RACE_ENVIRONMENT) $(BIN)/pytest $(PYTEST_ARGS) --capture=sys $(RACE_TESTS)
+
+# Another compiler, in a build of its own: make compiler CXX=clang++-14.
+compiler: $(VENV)/.tested
+	CXX="$(CXX)" CXXFLAGS="-Werror" QFLUX_CUDA=0 \
+		$(BIN)/python setup.py -q build --build-lib build/compiler
+	PYTHONPATH=$(CURDIR)/build/compiler $(BIN)/pytest $(PYTEST_ARGS) \
+		tests/kernels/test_cache.py tests/kernels/test_tree.py
 
 # A wheel from the source archive on: symbols, size, tag, installation, calls, removal.
 wheel-check: $(VENV)/.tested
