@@ -142,15 +142,20 @@ def trainings() -> Iterator[Job]:
     yield from language_model("enwiki6-1024", "qflux", "8e-3", 750, range(3))
     yield from language_model("enwiki6-1024", "transformer", "8e-3", 750, range(3))
     yield from language_model("enwiki6-1024", "no-geometry", "8e-3", 750, range(3))
-    yield from language_model("enwiki6-1024", "windowed", "8e-3", 750)
+    yield from language_model("enwiki6-1024", "windowed", "8e-3", 750, range(3))
     # What attention is worth to the transformer.
     yield from language_model("enwiki6-1024", "windowed", "8e-3", 750, changes=("window=1",))
-    yield from language_model("enwiki6-1024", "state-space", "8e-3", 750)
+    yield from language_model("enwiki6-1024", "state-space", "8e-3", 750, range(3))
     for provider in ("qflux", "no-geometry", "windowed", "state-space", "hierarchical"):
-        yield from language_model("enwiki6-16384", provider, "8e-3", 94)
-    yield from language_model("enwiki6-16384", "transformer", "8e-3", 94)
+        yield from language_model("enwiki6-16384", provider, "8e-3", 94, range(3))
+    yield from language_model("enwiki6-16384", "transformer", "8e-3", 94, range(3))
     # For the time of the window's 94 steps, by lm-times.
     yield from language_model("enwiki6-16384", "qflux", "8e-3", 24)
+    # For the time of QFlux's 94 steps, likewise.
+    for provider, steps in (
+        ("transformer", 58), ("windowed", 370), ("state-space", 439), ("no-geometry", 682)
+    ):  # fmt: skip
+        yield from language_model("enwiki6-16384", provider, "8e-3", steps)
     yield from recall(("lm",), "", range(3))
     yield from recall(("lm",), "--set own_value=scaled value_dim=8", range(2))
     rest = "soft hard gate mixture softmax no-geometry flux qfnn transformer plain-transformer"
@@ -162,10 +167,13 @@ def trainings() -> Iterator[Job]:
     for provider, steps in (
         ("transformer", 674), ("windowed", 824), ("state-space", 1008), ("no-geometry", 1407)
     ):  # fmt: skip
-        yield from language_model("enwiki6-1024", provider, "8e-3", steps)
-    yield from language_model("tinyshakespeare-64", "no-geometry", "6e-3", 2000, range(3))
+        yield from language_model("enwiki6-1024", provider, "8e-3", steps, range(3))
+    # And 2,198 steps for the time of QFlux's 2,000, by lm-times.
+    for steps in (2000, 2198):
+        yield from language_model("tinyshakespeare-64", "no-geometry", "6e-3", steps, range(3))
     yield from language_model("shakespeare-64", "qflux", "6e-3", 2000, range(3))
-    yield from language_model("shakespeare-64", "transformer", "6e-3", 2000, range(3))
+    for steps in (2000, 1840):
+        yield from language_model("shakespeare-64", "transformer", "6e-3", steps, range(3))
     for name in ("tinyshakespeare-64", "shakespeare-64"):
         yield from language_model(name, "zero-layer", "4e-3", 2000)
         yield from language_model(name, "ngram", "4e-3", 1)
