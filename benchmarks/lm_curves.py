@@ -90,19 +90,17 @@ def main() -> None:
     for (over_steps, over_seconds), ((dataset, context), runs) in zip(
         panels, sorted(curves.items()), strict=True
     ):
-        for number, (label, seeds) in enumerate(sorted(runs.items())):
+        for label, seeds in sorted(runs.items()):
             steps, seconds, losses = mean_curve(seeds)
             smooth = [statistics.fmean(losses[max(0, n - 2) : n + 3]) for n in range(len(losses))]
-            # There are ten colours.
-            look = {"linestyle": "-" if number < 10 else "--"}
-            [line] = over_steps.plot(steps, smooth, label=textwrap.fill(label, 36), **look)
+            [line] = over_steps.plot(steps, smooth, label=textwrap.fill(label, 36))
             if times is not None:
                 step = times.get((label.split()[0].rstrip(","), context))
                 if step is None:
                     print(f"no seconds: {label}, context {context}, is not in {options.times}")
                     continue
                 seconds = [step * n for n in steps]
-            over_seconds.plot(seconds, smooth, color=line.get_color(), **look)
+            over_seconds.plot(seconds, smooth, color=line.get_color())
         over_steps.set(
             title=f"{dataset}, context {context}", xlabel="steps", ylabel="training loss"
         )
