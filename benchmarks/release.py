@@ -144,15 +144,21 @@ def trainings() -> Iterator[Job]:
     yield from language_model("enwiki6-1024", "no-geometry", "8e-3", 750, range(3))
     yield from language_model("enwiki6-1024", "windowed", "8e-3", 750, range(3))
     # What attention is worth to the transformer.
-    yield from language_model("enwiki6-1024", "windowed", "8e-3", 750, changes=("window=1",))
+    yield from language_model("enwiki6-1024", "windowed", "8e-3", 750, range(3), ("window=1",))
     yield from language_model("enwiki6-1024", "state-space", "8e-3", 750, range(3))
     for provider in ("qflux", "no-geometry", "windowed", "state-space", "hierarchical"):
         yield from language_model("enwiki6-16384", provider, "8e-3", 94, range(3))
     yield from language_model("enwiki6-16384", "transformer", "8e-3", 94, range(3))
     # For the time of the window's 94 steps, by lm-times.
     yield from language_model("enwiki6-16384", "qflux", "8e-3", 24)
-    # For the time of QFlux's 94 steps, likewise.
-    for provider, steps in (("windowed", 370), ("no-geometry", 682)):
+    # For the time of QFlux's 94 steps, likewise; two scales by the trainings' own times.
+    for provider, steps in (
+        ("transformer", 58),
+        ("windowed", 370),
+        ("state-space", 439),
+        ("no-geometry", 682),
+        ("hierarchical", 247),
+    ):
         yield from language_model("enwiki6-16384", provider, "8e-3", steps)
     yield from recall(("lm",), "", range(3))
     yield from recall(("lm",), "--set own_value=scaled value_dim=8", range(2))
@@ -164,7 +170,7 @@ def trainings() -> Iterator[Job]:
     # For the time of QFlux's 750 steps, by lm-times.
     yield from language_model("enwiki6-1024", "transformer", "8e-3", 674, range(3))
     for provider, steps in (("windowed", 824), ("state-space", 1008), ("no-geometry", 1407)):
-        yield from language_model("enwiki6-1024", provider, "8e-3", steps)
+        yield from language_model("enwiki6-1024", provider, "8e-3", steps, range(3))
     # And 2,198 steps for the time of QFlux's 2,000, by lm-times.
     for steps in (2000, 2198):
         yield from language_model("tinyshakespeare-64", "no-geometry", "6e-3", steps, range(3))
